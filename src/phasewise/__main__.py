@@ -1,0 +1,8 @@
+"""``python -m phasewise`` is the command ``phasewise``."""
+
+import sys
+
+from phasewise.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
