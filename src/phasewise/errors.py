@@ -1,0 +1,151 @@
+"""The exceptions of Phasewise: one class per thing that a caller can do something about.
+
+    PhasewiseError
+    ├── ProjectError                phasewise.toml is missing, malformed or contradicts itself
+    │   ├── ProjectNotFound
+    │   └── UnknownTable
+    ├── SourceError                 the source database
+    │   ├── SourceUnavailable       it does not answer, is missing, locked or not a database
+    │   ├── TableMissing            it answers, but lacks the table
+    │   ├── SchemaDrift             a column of the contract is missing or changed its type
+    │   └── UnfaithfulValue         a value has no faithful place in the lake's type
+    ├── StagingError                staging cannot be written, or is not complete
+    │   └── NothingStaged
+    ├── AuditFailed                 a blocking audit found bad rows; nothing was published
+    ├── LakeError                   the warehouse
+    │   ├── WarehouseTooNew         written by a newer version
+    │   ├── WarehouseBusy           another writer holds the lock
+    │   └── PublishConflict         the batch cannot be published as asked
+    └── OrchestrationError          flow runs, deployments, work pools
+        ├── ServerUnreachable
+        ├── DeploymentMissing
+        ├── NoWorkerOnline
+        ├── PipelineInvalid         the phases cannot run as declared
+        └── FlowRunsFailed          children that did not complete
+
+Messages say what happened, to which item, and what to do next. They never carry a password: whoever puts a URL
+into a message passes it through ``phasewise.project.redact_url`` first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from phasewise.outcomes import StepOutcome
+
+
+class PhasewiseError(Exception):
+    """Base of all errors that Phasewise raises on purpose.
+
+    ``hint`` is the next step for the user; it is part of the message, on the same line.
+    """
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        self.message = message
+        self.hint = hint
+        super().__init__(f"{message} {hint}" if hint else message)
+
+
+class ProjectError(PhasewiseError):
+    """phasewise.toml is missing, malformed or contradicts itself."""
+
+
+class ProjectNotFound(ProjectError):
+    """No folder with a phasewise.toml was found."""
+
+
+class UnknownTable(ProjectError):
+    """A table was named that the project does not have."""
+
+    def __init__(self, table: str, *, hint: str | None = None) -> None:
+        self.table = table
+        super().__init__(f'The project has no table "{table}".', hint=hint)
+
+
+class SourceError(PhasewiseError):
+    """Something is wrong with a source database."""
+
+
+class SourceUnavailable(SourceError):
+    """The source does not answer, is missing, locked or not a database."""
+
+
+class TableMissing(SourceError):
+    """The source answers but lacks a table of the project."""
+
+    def __init__(self, table: str, *, hint: str | None = None) -> None:
+        self.table = table
+        super().__init__(f'The source has no table "{table}".', hint=hint)
+
+
+class SchemaDrift(SourceError):
+    """A column of the contract is missing or changed its type."""
+
+
+class UnfaithfulValue(SourceError):
+    """A value has no faithful place in the type that its column would get in the lake."""
+
+
+class StagingError(PhasewiseError):
+    """Staging cannot be written (full disk, read-only), or what lies there is not complete."""
+
+
+class NothingStaged(StagingError):
+    """There is no staged batch that could be published."""
+
+
+class AuditFailed(PhasewiseError):
+    """A blocking audit found bad rows, so nothing was published."""
+
+
+class LakeError(PhasewiseError):
+    """Something is wrong with the warehouse."""
+
+
+class WarehouseTooNew(LakeError):
+    """The warehouse was written by a newer version than this one."""
+
+
+class WarehouseBusy(LakeError):
+    """Another process is writing to the warehouse."""
+
+
+class PublishConflict(LakeError):
+    """The batch cannot be published as asked."""
+
+
+class OrchestrationError(PhasewiseError):
+    """Something is wrong with flow runs, deployments or the work pool."""
+
+
+class ServerUnreachable(OrchestrationError):
+    """The Prefect server does not answer."""
+
+
+class DeploymentMissing(OrchestrationError):
+    """A deployment that a step needs does not exist on the server."""
+
+
+class NoWorkerOnline(OrchestrationError):
+    """No worker of the work pool is online, so nothing would start."""
+
+
+class PipelineInvalid(OrchestrationError):
+    """The phases cannot run as they are declared."""
+
+
+class FlowRunsFailed(OrchestrationError):
+    """Flow runs that were waited for did not complete.
+
+    ``outcomes`` has one entry per flow run that did not complete, in the order asked for. The message names each
+    with its state, its own message and its run id.
+    """
+
+    def __init__(self, outcomes: Sequence[StepOutcome]) -> None:
+        self.outcomes = tuple(outcomes)
+        count = len(self.outcomes)
+        noun = "flow run" if count == 1 else "flow runs"
+        details = "; ".join(outcome.describe() for outcome in self.outcomes)
+        super().__init__(f"{count} {noun} did not complete: {details}")

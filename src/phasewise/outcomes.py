@@ -1,0 +1,84 @@
+"""What happened: the outcome of a step, of a phase and of a whole run, as data that can be stored."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOutcome:
+    """One flow run, once it is final."""
+
+    #: Name of the flow run, such as ``process-table-etl/batting``.
+    name: str
+    run_id: str
+    #: Prefect's state type: COMPLETED, FAILED, CRASHED, CANCELLED; or LOST when the server no longer knows the run.
+    state_type: str
+    #: Prefect's state name; says more than the type where the two differ, such as TimedOut.
+    state_name: str
+    message: str = ""
+    deployment: str | None = None
+    started_at: datetime | None = None
+    ended_at: datetime | None = None
+    #: Page of the flow run in the Prefect UI.
+    url: str | None = None
+    #: What the flow returned when it was a small mapping: rows, bytes, seconds, …
+    summary: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_completed(self) -> bool:
+        return self.state_type == "COMPLETED"
+
+    def describe(self) -> str:
+        """Return one line: name, state, run id and the state's own message."""
+        line = f"{self.name} {self.state_name} (run {self.run_id})"
+        return f"{line}: {self.message}" if self.message else line
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseOutcome:
+    """The steps of one phase, in the order of their declaration."""
+
+    name: str
+    steps: Sequence[StepOutcome]
+
+    @property
+    def is_completed(self) -> bool:
+        return all(step.is_completed for step in self.steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOutcome:
+    """All phases that were started, in order; a phase that was never started is not in it."""
+
+    batch: str
+    phases: Sequence[PhaseOutcome]
+
+    @property
+    def is_completed(self) -> bool:
+        return all(phase.is_completed for phase in self.phases)
+
+    def find_step(self, name: str) -> StepOutcome:
+        """Return the outcome of the step *name*.
+
+        Raises:
+            KeyError: no phase that was started has such a step.
+        """
+        for phase in self.phases:
+            for step in phase.steps:
+                if step.name == name:
+                    return step
+        raise KeyError(name)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), default=_encode)
+
+
+def _encode(value: object) -> object:
+    if isinstance(value, datetime):
+        return value.isoformat()
+    raise TypeError(f"{type(value).__name__} has no JSON form")

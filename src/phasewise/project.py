@@ -1,0 +1,335 @@
+"""The project: ``phasewise.toml``, parsed and validated into frozen records.
+
+    [project]
+    name = "baseball"
+
+    [source]
+    url = "sqlite:///data/lahman.sqlite"      # ${NAME} is taken from the environment
+
+    [warehouse]
+    path = "warehouse"                        # DuckLake: catalog.sqlite and data/ below it
+
+    [tables]                                  # which tables; default: all of the source
+    exclude = ["tmp_*"]
+
+    [table.batting]
+    key = ["playerID", "yearID", "stint"]
+    columns = { playerID = "VARCHAR", yearID = "BIGINT" }
+    references = [{ columns = ["playerID"], table = "people", to = ["playerID"] }]
+
+    [[audit]]
+    name = "no_negative_hits"
+    table = "batting"
+    sql = "select * from batting where H < 0"
+    severity = "blocking"                     # or "warning"
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit, urlunsplit
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from phasewise.errors import ProjectError, ProjectNotFound, UnknownTable
+from phasewise.settings import Settings, find_checkout
+
+PROJECT_FILE = "phasewise.toml"
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+
+class Reference(_Record):
+    """A foreign key that must hold: every non-null value of *columns* stands in *to* of *table*."""
+
+    columns: tuple[str, ...] = Field(min_length=1)
+    table: str
+    to: tuple[str, ...] = Field(min_length=1)
+
+
+class Table(_Record):
+    """What the project says about one table; every field has a default, so a table need not be mentioned."""
+
+    #: Columns whose values together are unique and not null.
+    key: tuple[str, ...] = ()
+    #: The contract: column → DuckDB type. Empty: whatever the source has.
+    columns: dict[str, str] = Field(default_factory=dict)
+    references: tuple[Reference, ...] = ()
+
+
+class Audit(_Record):
+    """A query over the staged tables (by their names) that returns the bad rows."""
+
+    name: str
+    sql: str
+    table: str | None = None
+    severity: Literal["blocking", "warning"] = "blocking"
+
+
+class Mart(_Record):
+    """A SQL model: one SELECT over the published tables and other marts, in ``marts/<name>.sql``.
+
+    The chart of the report is declared in the file's leading comments:
+    ``-- title: Career home runs``, ``-- chart: bar``, ``-- x: player``, ``-- y: home_runs``.
+    """
+
+    name: str
+    sql: str
+    title: str = ""
+    chart: Literal["bar", "line", "scatter"] = "bar"
+    x: str | None = None
+    y: str | None = None
+
+
+class SourceConfig(_Record):
+    #: May contain a password: printed and logged only through ``redact_url``.
+    url: str = Field(repr=False)
+
+
+class WarehouseConfig(_Record):
+    #: Folder of the lake; relative paths are relative to the project's folder.
+    path: str = "warehouse"
+
+
+class TableSelection(_Record):
+    #: Glob patterns over the names of the source's tables.
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+
+
+class PipelineConfig(_Record):
+    #: ``file.py:NAME`` (or ``module:NAME``) of a list of phases that replaces the built-in two.
+    phases: str | None = None
+
+
+class _ProjectSection(_Record):
+    name: str = Field(min_length=1)
+    #: Folder for staging and reports; relative to the project's folder.
+    state: str = ".phasewise"
+
+
+class _ProjectFile(_Record):
+    project: _ProjectSection
+    source: SourceConfig
+    warehouse: WarehouseConfig = WarehouseConfig()
+    tables: TableSelection = TableSelection()
+    table: dict[str, Table] = Field(default_factory=dict)
+    audit: tuple[Audit, ...] = ()
+    pipeline: PipelineConfig = PipelineConfig()
+
+    @field_validator("audit")
+    @classmethod
+    def _names_are_unique(cls, audits: tuple[Audit, ...]) -> tuple[Audit, ...]:
+        names = [audit.name for audit in audits]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"two audits have the name {twice[0]!r}")
+        return audits
+
+
+class Project(_Record):
+    """A validated project. Paths are absolute."""
+
+    name: str
+    root: Path
+    source: SourceConfig
+    warehouse: Path
+    staging: Path
+    reports: Path
+    tables: TableSelection
+    table: dict[str, Table]
+    audits: tuple[Audit, ...]
+    marts: tuple[Mart, ...]
+    pipeline: PipelineConfig
+
+    def find_table(self, name: str) -> Table:
+        """Return what the project says about *name*; an empty Table when it says nothing."""
+        return self.table.get(name) or Table()
+
+
+def load_project(root: Path) -> Project:
+    """Parse and validate ``phasewise.toml`` and ``marts/*.sql`` of the folder *root*.
+
+    Raises:
+        ProjectNotFound: *root* has no phasewise.toml.
+        ProjectError: it is malformed; the message names the file, the line where it is known, and the key.
+    """
+    path = root.resolve() / PROJECT_FILE
+    if not path.is_file():
+        raise ProjectNotFound(
+            f"There is no {PROJECT_FILE} in {root}.",
+            hint="Create one (see docs/quickstart.md), or point PHASEWISE_PROJECT at a folder that has one.",
+        )
+    raw = _read_toml(path)
+    try:
+        parsed = _ProjectFile.model_validate(raw)
+    except ValidationError as exc:
+        raise ProjectError(_explain_validation(path, exc)) from None
+    return _build_project(path.parent, parsed)
+
+
+def find_project(settings: Settings, *, start: Path | None = None) -> Path:
+    """Return the project's folder: the setting, else the nearest above *start*, else examples/baseball.
+
+    Raises:
+        ProjectNotFound: none of the three exists.
+    """
+    if settings.project is not None:
+        return settings.project.expanduser().resolve()
+    here = (start or Path.cwd()).resolve()
+    for folder in (here, *here.parents):
+        if (folder / PROJECT_FILE).is_file():
+            return folder
+    checkout = find_checkout()
+    example = checkout / "examples" / "baseball" if checkout else None
+    if example is not None and (example / PROJECT_FILE).is_file():
+        return example
+    raise ProjectNotFound(
+        f"No {PROJECT_FILE} in {here} or above it.",
+        hint="Change into a project's folder, or set PHASEWISE_PROJECT.",
+    )
+
+
+def resolve_table(name: str, known: list[str] | tuple[str, ...]) -> str:
+    """Return the table of *known* that *name* means: the exact name, else the only one equal but for case.
+
+    Raises:
+        UnknownTable: there is none; the hint names the nearest.
+    """
+    if name in known:
+        return name
+    same = [table for table in known if table.casefold() == name.casefold()]
+    if len(same) == 1:
+        return same[0]
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f'Did you mean "{near[0]}"?' if near else f"It has: {', '.join(sorted(known)[:40]) or 'no tables'}."
+    raise UnknownTable(name, hint=hint)
+
+
+def redact_url(url: str) -> str:
+    """Return *url* without its password and without values of its query that may be secrets."""
+    parts = urlsplit(url)
+    netloc = parts.netloc
+    if "@" in netloc:
+        userinfo, _, host = netloc.rpartition("@")
+        user = userinfo.split(":", 1)[0]
+        netloc = f"{user}:***@{host}" if ":" in userinfo else f"{user}@{host}"
+    query = re.sub(r"(?i)((?:password|passwd|secret|token|key)[^=&]*=)[^&]*", r"\1***", parts.query)
+    redacted = urlunsplit((parts.scheme, netloc, parts.path, query, parts.fragment))
+    # urlunsplit drops the empty authority that sqlite:///file needs to be read back as what it was.
+    if url.startswith(f"{parts.scheme}:///") and not redacted.startswith(f"{parts.scheme}:///"):
+        redacted = redacted.replace(f"{parts.scheme}:", f"{parts.scheme}://", 1)
+    return redacted
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as exc:
+        raise ProjectError(f"{path} is not UTF-8 text (byte {exc.start}).") from exc
+    except tomllib.TOMLDecodeError as exc:
+        raise ProjectError(f"{path} is not valid TOML: {exc}.") from exc
+
+
+def _explain_validation(path: Path, exc: ValidationError) -> str:
+    text = path.read_text(encoding="utf-8")
+    return "\n".join(_explain_one(path, text, error) for error in exc.errors(include_url=False, include_input=False))
+
+
+def _explain_one(path: Path, text: str, error: Mapping[str, Any]) -> str:
+    location = [str(part) for part in error["loc"]]
+    key = ".".join(location)
+    line = _find_line(text, location)
+    where = f"{path}:{line}" if line else f"{path}"
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(location[-1], _known_keys(error["loc"]), n=1)
+        suggestion = f' Did you mean "{near[0]}"?' if near else ""
+        return f'{where}: unknown key "{key}".{suggestion}'
+    if error["type"] == "missing":
+        return f'{where}: the key "{key}" is missing.'
+    return f'{where}: key "{key}": {error["msg"]}.'
+
+
+def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    """Return the keys allowed beside the last part of *location*."""
+    model: Any = _ProjectFile
+    sections: dict[str, Any] = {
+        "project": _ProjectSection,
+        "source": SourceConfig,
+        "warehouse": WarehouseConfig,
+        "tables": TableSelection,
+        "table": Table,
+        "audit": Audit,
+        "pipeline": PipelineConfig,
+    }
+    if len(location) > 1:
+        model = Reference if "references" in location[:-1] else sections.get(str(location[0]), _ProjectFile)
+    return list(model.model_fields)
+
+
+def _find_line(text: str, location: list[str]) -> int | None:
+    """Return the line where the key of *location* stands, or its section; TOML parsers keep no positions."""
+    names = [part for part in location if not part.isdigit()]
+    for name in reversed(names):
+        quoted = re.escape(name)
+        pattern = re.compile(rf'^\s*(?:\[+.*)?["\']?{quoted}["\']?\s*(?:=|\]|\.)')
+        inner = re.compile(rf'["\'{{,\s]{quoted}["\']?\s*=')
+        for number, line in enumerate(text.splitlines(), start=1):
+            if pattern.search(line) or inner.search(line):
+                return number
+    return None
+
+
+def _build_project(root: Path, parsed: _ProjectFile) -> Project:
+    state = root / parsed.project.state
+    return Project(
+        name=parsed.project.name,
+        root=root,
+        source=SourceConfig(url=_expand_environment(parsed.source.url)),
+        warehouse=(root / parsed.warehouse.path).resolve(),
+        staging=(state / "staging").resolve(),
+        reports=(state / "reports").resolve(),
+        tables=parsed.tables,
+        table=parsed.table,
+        audits=parsed.audit,
+        marts=_load_marts(root / "marts"),
+        pipeline=parsed.pipeline,
+    )
+
+
+def _expand_environment(url: str) -> str:
+    def replace(match: re.Match[str]) -> str:
+        name = match.group(1)
+        if name not in os.environ:
+            raise ProjectError(
+                f"The source URL needs the environment variable {name}, which is not set.",
+                hint=f"Export {name} where the command and the workers run.",
+            )
+        return os.environ[name]
+
+    return re.sub(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}", replace, url)
+
+
+_MART_HEADER = re.compile(r"^--\s*(title|chart|x|y)\s*:\s*(.+?)\s*$")
+
+
+def _load_marts(folder: Path) -> tuple[Mart, ...]:
+    return tuple(_load_mart(path) for path in sorted(folder.glob("*.sql")))
+
+
+def _load_mart(path: Path) -> Mart:
+    sql = path.read_text(encoding="utf-8")
+    header = dict(match.groups() for line in sql.splitlines() if (match := _MART_HEADER.match(line)))
+    try:
+        return Mart.model_validate({"name": path.stem, "sql": sql, "title": path.stem.replace("_", " "), **header})
+    except ValidationError as exc:
+        problem = exc.errors(include_url=False)[0]
+        raise ProjectError(f'{path}: the header "{problem["loc"][-1]}": {problem["msg"]}.') from None

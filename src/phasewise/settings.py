@@ -1,0 +1,75 @@
+"""Settings of the machine, read from ``PHASEWISE_*`` environment variables.
+
+What belongs to a project (its source, tables, audits, marts) stands in ``phasewise.toml``; what belongs to the
+machine that runs it stands here. Prefect's own settings keep their own names (``PREFECT_API_URL``, …).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """Read once at the edge (the CLI, a flow) and passed on as an argument."""
+
+    model_config = SettingsConfigDict(env_prefix="PHASEWISE_", frozen=True, extra="ignore")
+
+    project: Path | None = Field(
+        default=None,
+        description="Folder with phasewise.toml. Default: the nearest one above the current folder, "
+        "else examples/baseball.",
+    )
+    home: Path | None = Field(
+        default=None,
+        description="Folder for the embedded stack (server, workers, logs). Default: .phasewise in the checkout, "
+        "else in the project's folder.",
+    )
+    memory_limit: str = Field(
+        default="1GB", description="Memory that DuckDB may use in one flow run, such as 512MB or 4GB."
+    )
+    threads: int = Field(default=2, ge=1, description="Threads that DuckDB may use in one flow run.")
+    connect_timeout: float = Field(
+        default=10.0, gt=0, description="Seconds to wait for a source database to answer."
+    )
+    min_free_bytes: int = Field(
+        default=256 * 1024 * 1024, ge=0, description="Free bytes that staging and the lake need before a batch starts."
+    )
+    batch_retention_days: float = Field(
+        default=7.0, ge=0, description="Days that the staging of a batch which was not published is kept for a resume."
+    )
+    snapshot_retention_days: float = Field(
+        default=7.0, ge=0, description="Days that snapshots of the lake are kept before cleanup expires them."
+    )
+    workers: int = Field(default=2, ge=1, description="Workers that the embedded stack starts.")
+    table_concurrency: int = Field(
+        default=8, ge=1, description="Flow runs of the work queue `tables` that may run at the same time."
+    )
+    orchestrator_concurrency: int = Field(
+        default=32, ge=1, description="Flow runs of the work queue `orchestrators` that may run at the same time."
+    )
+    poll_seconds: float = Field(
+        default=15.0, gt=0, description="Seconds between the batched reads that check what events reported."
+    )
+    cancel_grace_seconds: float = Field(
+        default=10.0, ge=0, description="Seconds that a cancelled flow run gets to end before it is killed."
+    )
+
+
+def find_checkout() -> Path | None:
+    """Return the checkout that this package is imported from, or None when it was installed as a wheel."""
+    root = Path(__file__).resolve().parents[2]
+    return root if (root / "pyproject.toml").is_file() and (root / "src" / "phasewise").is_dir() else None
+
+
+def find_home(settings: Settings) -> Path:
+    """Return the folder of the embedded stack; it need not exist yet.
+
+    It belongs to the checkout and not to the project, so that all projects of a checkout share one running stack.
+    """
+    if settings.home is not None:
+        return settings.home.expanduser().resolve()
+    base = find_checkout() or Path.cwd()
+    return base / ".phasewise"
