@@ -1,0 +1,100 @@
+# Everything runs from .venv, which is made on first use and follows the lock files from then on.
+# Needs python3 (3.11 or newer), make and a package index that pip can reach; nothing else.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-builtin-rules
+
+# Workers that `make start-workers` adds.
+N ?= 3
+# What pytest gets, e.g. make test TESTS="tests/unit -k staging".
+TESTS ?= tests
+
+PY := .venv/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+# Wheels only: what a source archive needs to be built would not be locked.
+PIP_INSTALL := $(PIP) install --quiet --no-deps --require-hashes --only-binary :all:
+
+# ── what you run ──────────────────────────────────────────────────────────────────────────────────
+# `exec` puts the command in the shell's place, so that Ctrl-C and SIGTERM reach it and not a shell before it.
+
+.PHONY: run-distributed up down deploy-flows start-workers test lint format lock benchmark clean help
+
+run-distributed: .venv/installed ## run the whole ETL on the example database: server, workers, report
+	@exec $(PY) -m phasewise run-distributed
+
+up: .venv/installed ## start a stack that stays: Prefect server with UI, work pool, workers
+	@exec $(PY) -m phasewise up
+
+down: .venv/installed ## stop the stack that `make up` started
+	@exec $(PY) -m phasewise down
+
+deploy-flows: .venv/installed ## deploy the seven flows to the running stack
+	@exec $(PY) -m phasewise deploy
+
+start-workers: .venv/installed ## start N workers more on the running stack (N=3)
+	@exec $(PY) -m phasewise start-workers $(N)
+
+test: .venv/installed-dev ## run all tests (TESTS="tests/unit -k name" for some)
+	@exec $(PY) -m pytest $(TESTS)
+
+lint: .venv/installed-dev ## check style, types and import rules
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PY) -m mypy
+	.venv/bin/lint-imports
+
+format: .venv/installed-dev ## format the code and mend what ruff can mend
+	$(PY) -m ruff check --fix-only
+	$(PY) -m ruff format
+
+benchmark: .venv/installed-dev ## measure against other systems (see benchmarks/)
+	@exec $(PY) benchmarks/topology.py
+
+# ── the environment ───────────────────────────────────────────────────────────────────────────────
+
+COMPILE = .venv/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+	--no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" $(LOCK_FLAGS) pyproject.toml --group build
+
+lock: .venv/installed-dev ## resolve pyproject.toml anew into the lock files (LOCK_FLAGS=--upgrade for newer versions)
+	$(COMPILE) --extra example --extra dev --output-file requirements-dev.lock
+	$(COMPILE) --extra example --constraint requirements-dev.lock --output-file requirements.lock
+
+# A .venv whose Python has gone (an upgrade of the system) is made anew, stamps or not.
+ifneq ($(shell test -x $(PY) && echo yes),yes)
+.PHONY: .venv/installed .venv/installed-dev
+endif
+
+# requirements-dev.lock holds all of requirements.lock, so either order of the two ends in the same versions.
+.venv/installed: requirements.lock pyproject.toml | $(PY)
+	@echo "Installing the locked requirements into .venv (once; a minute or so)..."
+	@$(PIP_INSTALL) -r requirements.lock
+	@$(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+.venv/installed-dev: requirements-dev.lock .venv/installed
+	@echo "Installing the locked development tools into .venv..."
+	@$(PIP_INSTALL) -r requirements-dev.lock
+	@touch $@
+
+# The first of these that is 3.11 or newer; set PYTHON to take another.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done || true)
+
+$(PY):
+	@if [ -z "$(PYTHON)" ]; then \
+	  echo "phasewise needs Python 3.11 or newer, and python3 is $$(python3 --version 2>&1 || true)." >&2; \
+	  echo "Install one and name it: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)" >&2; exit 1; fi
+	@echo "Making .venv with $$($(PYTHON) --version)..."
+	@$(PYTHON) -m venv --clear .venv || { rm -rf .venv; exit 1; }
+
+clean: ## stop the stack, remove .venv and what tools cached; the warehouse stays
+	@if [ -x .venv/bin/phasewise ]; then $(PY) -m phasewise down || true; fi
+	@rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage htmlcov dist
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+help: ## show this list
+	@echo "make <target>:"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' Makefile
