@@ -1,0 +1,58 @@
+"""The import rule that import-linter cannot state, as it sees other packages by their first name only."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+#: The one module that may touch private names of Prefect.
+ALLOWED = ROOT / "src/phasewise/worker.py"
+
+
+def imported_names(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def private_prefect_names(source: str) -> list[str]:
+    """Return the imported names below ``prefect`` of which a part begins with one underscore."""
+    parts = (name.split(".") for name in imported_names(ast.parse(source)))
+    return [
+        ".".join(name)
+        for name in parts
+        if name[0] == "prefect" and any(p.startswith("_") and not p.startswith("__") for p in name)
+    ]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import prefect._internal.concurrency",
+        "from prefect.runner._starter_direct import DirectSubprocessStarter",
+        "from prefect.flow_engine import _drive_run_flow_result",
+        "def f():\n    from prefect.workers import _cleanup",
+    ],
+)
+def test_private_names_are_recognised(line):
+    assert private_prefect_names(line)
+
+
+@pytest.mark.parametrize("line", ["from prefect.client import get_client", "from _prefect import x", "import prefect"])
+def test_public_names_are_not(line):
+    assert not private_prefect_names(line)
+
+
+def test_only_the_worker_touches_private_names_of_prefect():
+    files = [f for folder in ("src", "flows", "examples") for f in (ROOT / folder).rglob("*.py") if f != ALLOWED]
+
+    found = {str(f.relative_to(ROOT)): private_prefect_names(f.read_text()) for f in files}
+
+    assert len(found) > 5
+    assert {f: names for f, names in found.items() if names} == {}
