@@ -58,7 +58,11 @@ def _no_process_left_behind() -> Iterator[None]:
     yield
 
     deadline = time.monotonic() + 10
-    while (left := marked_processes()) and time.monotonic() < deadline:
+    # Nothing must be found twice in a row: while a process is in exec, its environment reads as empty.
+    looks_without = 0
+    while looks_without < 2 and time.monotonic() < deadline:
+        left = marked_processes()
+        looks_without = 0 if left else looks_without + 1
         time.sleep(0.1)
     for pid in left:
         try:
