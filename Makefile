@@ -80,12 +80,14 @@ endif
 	@touch $@
 
 # The first of these that is 3.11 or newer; set PYTHON to take another.
+IS_NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
-	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done || true)
+	if $$p $(IS_NEW_ENOUGH) 2>/dev/null; then echo $$p; break; fi; done)
 
 $(PY):
-	@if [ -z "$(PYTHON)" ]; then \
-	  echo "phasewise needs Python 3.11 or newer, and python3 is $$(python3 --version 2>&1 || true)." >&2; \
+	@if ! $(or $(PYTHON),false) $(IS_NEW_ENOUGH) 2>/dev/null; then \
+	  found=$$($(or $(PYTHON),python3) --version 2>&1) || found=none; \
+	  echo "phasewise needs Python 3.11 or newer; found: $$found." >&2; \
 	  echo "Install one and name it: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)" >&2; exit 1; fi
 	@echo "Making .venv with $$($(PYTHON) --version)..."
 	@$(PYTHON) -m venv --clear .venv || { rm -rf .venv; exit 1; }
