@@ -16,6 +16,7 @@
     │   ├── WarehouseTooNew         written by a newer version
     │   ├── WarehouseBusy           another writer holds the lock
     │   └── PublishConflict         the batch cannot be published as asked
+    ├── ReportError                 the report cannot be written or read; what was published stays published
     └── OrchestrationError          flow runs, deployments, work pools
         ├── ServerUnreachable
         ├── DeploymentMissing
@@ -114,6 +115,10 @@ class WarehouseBusy(LakeError):
 
 class PublishConflict(LakeError):
     """The batch cannot be published as asked."""
+
+
+class ReportError(PhasewiseError):
+    """The report of a batch cannot be written or read; what was published stays published."""
 
 
 class OrchestrationError(PhasewiseError):
