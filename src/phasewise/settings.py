@@ -30,10 +30,11 @@ class Settings(BaseSettings):
     memory_limit: str = Field(
         default="1GB", description="Memory that DuckDB may use in one flow run, such as 512MB or 4GB."
     )
-    threads: int = Field(default=2, ge=1, description="Threads that DuckDB may use in one flow run.")
-    connect_timeout: float = Field(
-        default=10.0, gt=0, description="Seconds to wait for a source database to answer."
+    temp_limit: str = Field(
+        default="10GB", description="Disk that DuckDB may use for temporary files in one flow run, such as 10GB."
     )
+    threads: int = Field(default=2, ge=1, description="Threads that DuckDB may use in one flow run.")
+    connect_timeout: float = Field(default=10.0, gt=0, description="Seconds to wait for a source database to answer.")
     min_free_bytes: int = Field(
         default=256 * 1024 * 1024, ge=0, description="Free bytes that staging and the lake need before a batch starts."
     )

@@ -1,0 +1,371 @@
+"""The warehouse: a DuckDB session with its extensions, the DuckLake in it, its snapshots and its one writer's lock.
+
+A warehouse is a folder: ``catalog.sqlite`` (DuckLake's catalog), ``data/`` (Parquet files, owned by DuckLake),
+``phasewise.json`` (the format that wrote it) and ``writer.lock``. Published tables live in the schema ``main``,
+marts in the schema ``marts``.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import functools
+import importlib.util
+import json
+import os
+import shutil
+import socket
+import sqlite3
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import duckdb
+
+from phasewise.errors import LakeError, PhasewiseError, ProjectError, WarehouseBusy, WarehouseTooNew
+from phasewise.project import Project
+from phasewise.settings import Settings
+
+#: Layout of the warehouse's folder; a higher number in phasewise.json was written by a newer Phasewise.
+WAREHOUSE_FORMAT = 1
+#: The catalog format of the DuckLake extension that is pinned in pyproject.toml.
+DUCKLAKE_FORMAT = (1, 0)
+#: What a session of the data plane may need; the warm worker preloads them all.
+EXTENSIONS = ("ducklake", "sqlite_scanner", "postgres_scanner", "mysql_scanner", "httpfs")
+
+_CATALOG = "catalog.sqlite"
+_MARKER = "phasewise.json"
+_LOCK = "writer.lock"
+
+#: Extension files whose signature this process, or the one it was forked from, has checked: path → identity.
+_checked: dict[Path, tuple[int, int, int]] = {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """One state of the whole warehouse."""
+
+    id: int
+    at: datetime
+    #: The batch that was published as this snapshot; None for maintenance and the empty first one.
+    batch: str | None
+    message: str | None
+
+
+@contextmanager
+def open_session(
+    settings: Settings, *, extensions: tuple[str, ...] = ("ducklake", "sqlite_scanner")
+) -> Iterator[duckdb.DuckDBPyConnection]:
+    """Open an in-memory DuckDB with bounded memory, threads and temporary files, and *extensions* loaded.
+
+    Nothing is downloaded: extensions are the wheels beside the engine. Times are UTC. The temporary folder is
+    removed when the session ends.
+
+    Raises:
+        LakeError: an extension is not installed, or does not fit the engine.
+        ProjectError: a setting, such as ``memory_limit``, is not one that DuckDB understands.
+    """
+    spill = Path(tempfile.gettempdir()) / f"phasewise-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    connection = _connect(settings, spill, is_checked=all(_is_checked(name) for name in extensions))
+    try:
+        for name in extensions:
+            _load_extension(connection, name)
+        # From here on nobody may load unsigned code, whatever SQL a project brings.
+        connection.execute("SET allow_unsigned_extensions = false")
+        yield connection
+    finally:
+        connection.close()
+        shutil.rmtree(spill, ignore_errors=True)
+
+
+def preload_extensions(extensions: tuple[str, ...] = EXTENSIONS) -> None:
+    """Check the signatures of *extensions* once; processes forked from this one then load them in a millisecond.
+
+    For the warm process. It leaves no connection and no thread behind.
+
+    Raises:
+        LakeError: an extension is not installed, or does not fit the engine.
+    """
+    with closing(duckdb.connect(":memory:", config={"threads": 1, **_OFFLINE})) as connection:
+        for name in extensions:
+            _load_extension(connection, name)
+            path = find_extension(name)
+            _checked[path] = _identify(path)
+
+
+def find_extension(name: str) -> Path:
+    """Return the file of an extension wheel.
+
+    Raises:
+        LakeError: the wheel is missing, or is of another version than the engine.
+    """
+    spec = importlib.util.find_spec(f"duckdb_extension_{name}")
+    if spec is None or not spec.submodule_search_locations:
+        raise LakeError(
+            f'The DuckDB extension "{name}" is not installed.',
+            hint=f'Install the wheel "duckdb-extension-{name.replace("_", "-")}=={duckdb.__version__}".',
+        )
+    folder = Path(spec.submodule_search_locations[0]) / "extensions"
+    path = folder / f"v{duckdb.__version__}" / f"{name}.duckdb_extension"
+    if not path.is_file():
+        found = ", ".join(sorted(entry.name for entry in folder.glob("v*"))) or "none"
+        raise LakeError(
+            f'The DuckDB extension "{name}" is of version {found}, the engine of v{duckdb.__version__}.',
+            hint="Install the versions of the lock file together.",
+        )
+    return path
+
+
+def has_lake(project: Project) -> bool:
+    """Tell whether the project's warehouse has been created."""
+    return (project.warehouse / _CATALOG).is_file()
+
+
+def attach_lake(
+    connection: duckdb.DuckDBPyConnection,
+    project: Project,
+    *,
+    read_only: bool = False,
+    snapshot: int | None = None,
+    name: str = "lake",
+) -> None:
+    """Attach the project's warehouse as *name*, creating it when it is missing (unless *read_only*).
+
+    With *snapshot* the warehouse is seen as it was then, read-only.
+
+    Raises:
+        WarehouseTooNew: a newer version wrote it.
+        LakeError: it is missing (*read_only*), damaged or cannot be written.
+    """
+    is_reader = read_only or snapshot is not None
+    if not has_lake(project):
+        if is_reader:
+            raise LakeError(
+                f"There is no warehouse in {project.warehouse}.", hint="Publish a batch first: make run-distributed"
+            )
+        _prepare_folder(project.warehouse)
+    else:
+        _check_versions(project.warehouse)
+    data_path = f"{project.warehouse / 'data'}{os.sep}"
+    options = [f"DATA_PATH {quote_literal(data_path)}", "OVERRIDE_DATA_PATH true", "META_JOURNAL_MODE 'WAL'"]
+    options += ["READ_ONLY"] if is_reader else []
+    options += [f"SNAPSHOT_VERSION {snapshot:d}"] if snapshot is not None else []
+    catalog = quote_literal(f"ducklake:sqlite:{project.warehouse / _CATALOG}")
+    try:
+        connection.execute(f"ATTACH {catalog} AS {quote_identifier(name)} ({', '.join(options)})")
+    except duckdb.Error as exc:
+        raise LakeError(
+            f"The warehouse {project.warehouse} cannot be opened: {exc}",
+            hint="Check that the folder is writable and that its catalog.sqlite is intact.",
+        ) from exc
+
+
+def list_snapshots(connection: duckdb.DuckDBPyConnection, name: str = "lake") -> list[Snapshot]:
+    """Return the snapshots that the attached lake still has, oldest first."""
+    rows = connection.execute(
+        "SELECT snapshot_id, snapshot_time, commit_message, commit_extra_info "
+        f"FROM {quote_identifier(name)}.snapshots() ORDER BY snapshot_id"
+    ).fetchall()
+    return [Snapshot(id=row[0], at=row[1], batch=_find_batch(row[3]), message=row[2]) for row in rows]
+
+
+def describe_publication(batch: str) -> str:
+    """Return the extra info of a commit that publishes *batch*; ``list_snapshots`` reads it back."""
+    return json.dumps({"batch": batch})
+
+
+@contextmanager
+def lock_lake(project: Project, *, timeout: float) -> Iterator[None]:
+    """Be the one writer of the warehouse.
+
+    Overlapping transactions that write to a SQLite catalog fail at commit, so writers queue here. The lock ends
+    with the process that holds it, however that ends.
+
+    Raises:
+        WarehouseBusy: another process still held the lock after *timeout* seconds; it names that process.
+    """
+    _prepare_folder(project.warehouse)
+    path = project.warehouse / _LOCK
+    with path.open("a+", encoding="utf-8") as file:
+        deadline = time.monotonic() + timeout
+        while not _try_lock(file.fileno()):
+            if time.monotonic() >= deadline:
+                raise WarehouseBusy(
+                    f"{_read_holder(path)} is writing to the warehouse {project.warehouse}.",
+                    hint=f"Waited {timeout:g} s. Try again when it is done.",
+                )
+            time.sleep(0.05)
+        file.truncate(0)
+        file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}))
+        file.flush()
+        yield
+
+
+def quote_identifier(name: str) -> str:
+    """Return *name* as an SQL identifier, whatever characters it has."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def quote_literal(text: str) -> str:
+    """Return *text* as an SQL string."""
+    return "'" + text.replace("'", "''") + "'"
+
+
+@functools.lru_cache(maxsize=1024)
+def normalize_type(text: str) -> str:
+    """Return DuckDB's own name of a type: ``text`` → ``VARCHAR``, ``numeric(9,2)`` → ``DECIMAL(9,2)``.
+
+    Raises:
+        ProjectError: DuckDB has no such type.
+    """
+    with closing(duckdb.connect(":memory:", config={"threads": 1, **_OFFLINE})) as connection:
+        try:
+            return str(connection.type(text))
+        except (duckdb.Error, RuntimeError) as exc:
+            raise ProjectError(
+                f'"{text}" is not a DuckDB type.', hint="Such as VARCHAR, BIGINT, DECIMAL(18,3)."
+            ) from exc
+
+
+_OFFLINE: dict[str, str | bool | int | float | list[str]] = {
+    "autoinstall_known_extensions": False,
+    "autoload_known_extensions": False,
+}
+
+
+def _connect(settings: Settings, spill: Path, *, is_checked: bool) -> duckdb.DuckDBPyConnection:
+    config: dict[str, str | bool | int | float | list[str]] = {
+        **_OFFLINE,
+        "threads": settings.threads,
+        "memory_limit": settings.memory_limit,
+        "temp_directory": str(spill),
+        "max_temp_directory_size": settings.temp_limit,
+        # A signature check takes 0.15 s of CPU and extension. Where it has been made, on the same file, it is
+        # not made again: what is loaded is then the library that is mapped into this process already.
+        "allow_unsigned_extensions": is_checked,
+    }
+    try:
+        connection = duckdb.connect(":memory:", config=config)
+        connection.execute("SET TimeZone = 'UTC'")
+    except duckdb.Error as exc:
+        raise ProjectError(f"DuckDB refuses a setting: {exc}", hint="Check the PHASEWISE_* variables.") from exc
+    return connection
+
+
+def _load_extension(connection: duckdb.DuckDBPyConnection, name: str) -> None:
+    path = find_extension(name)
+    try:
+        connection.execute(f"LOAD {quote_literal(str(path))}")
+    except duckdb.Error as exc:
+        raise LakeError(
+            f'The DuckDB extension "{name}" cannot be loaded: {exc}',
+            hint="Install the versions of the lock file together.",
+        ) from exc
+
+
+def _is_checked(name: str) -> bool:
+    path = find_extension(name)
+    return _checked.get(path) == _identify(path)
+
+
+def _identify(path: Path) -> tuple[int, int, int]:
+    stat = path.stat()
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+def _prepare_folder(warehouse: Path) -> None:
+    try:
+        (warehouse / "data").mkdir(parents=True, exist_ok=True)
+        marker = warehouse / _MARKER
+        if not marker.exists():
+            fresh = marker.with_suffix(f".{uuid.uuid4().hex}")
+            fresh.write_text(json.dumps({"format": WAREHOUSE_FORMAT}))
+            fresh.replace(marker)
+    except OSError as exc:
+        raise LakeError(
+            f"The warehouse {warehouse} cannot be written: {exc.strerror}.",
+            hint="Check the folder's permissions and free space, or change [warehouse] path.",
+        ) from exc
+
+
+def _check_versions(warehouse: Path) -> None:
+    written = _read_marker(warehouse)
+    if written > WAREHOUSE_FORMAT:
+        raise WarehouseTooNew(
+            f"The warehouse {warehouse} has format {written}; this version knows {WAREHOUSE_FORMAT}.",
+            hint="Upgrade phasewise. Nothing was changed.",
+        )
+    found = _read_ducklake_format(warehouse / _CATALOG)
+    if found is None or found == DUCKLAKE_FORMAT:
+        return
+    text = ".".join(map(str, found))
+    supported = ".".join(map(str, DUCKLAKE_FORMAT))
+    if found > DUCKLAKE_FORMAT:
+        raise WarehouseTooNew(
+            f"The warehouse {warehouse} has DuckLake format {text}; this version knows {supported}.",
+            hint="Upgrade phasewise. Nothing was changed.",
+        )
+    raise LakeError(
+        f"The warehouse {warehouse} has the old DuckLake format {text}; this version needs {supported}.",
+        hint="Migrate it once with DuckDB: ATTACH 'ducklake:sqlite:…' (AUTOMATIC_MIGRATION true).",
+    )
+
+
+def _read_marker(warehouse: Path) -> int:
+    try:
+        return int(json.loads((warehouse / _MARKER).read_text(encoding="utf-8"))["format"])
+    except FileNotFoundError:
+        return WAREHOUSE_FORMAT  # a plain DuckLake that somebody else created; its own version is checked next
+    except (ValueError, KeyError, TypeError) as exc:
+        raise LakeError(f"{warehouse / _MARKER} is damaged.", hint="Remove it if the warehouse is yours.") from exc
+
+
+def _read_ducklake_format(catalog: Path) -> tuple[int, ...] | None:
+    """Return the catalog's format, None when it is still empty. Read without DuckLake, which only says "mismatch"."""
+    try:
+        with closing(sqlite3.connect(f"{catalog.as_uri()}?mode=ro", uri=True, timeout=10)) as connection:
+            row = connection.execute("SELECT value FROM ducklake_metadata WHERE key = 'version'").fetchone()
+    except sqlite3.OperationalError as exc:
+        if "no such table" in str(exc):
+            return None
+        raise LakeError(f"The warehouse's catalog {catalog} cannot be read: {exc}.") from exc
+    except sqlite3.DatabaseError as exc:
+        raise LakeError(
+            f"The warehouse's catalog {catalog} is damaged: {exc}.", hint="Restore it from a backup."
+        ) from exc
+    try:
+        return tuple(int(part) for part in row[0].split(".")) if row else None
+    except ValueError:
+        # Development versions of DuckLake write such as "1.1-dev1".
+        return (*DUCKLAKE_FORMAT, 1)
+
+
+def _find_batch(extra_info: str | None) -> str | None:
+    try:
+        info = json.loads(extra_info or "null")
+    except ValueError:
+        return None
+    return info.get("batch") if isinstance(info, dict) else None
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as exc:
+        if exc.errno in (errno.EAGAIN, errno.EACCES):
+            return False
+        raise PhasewiseError(f"The file system of the warehouse cannot lock files: {exc.strerror}.") from exc
+    return True
+
+
+def _read_holder(path: Path) -> str:
+    try:
+        holder = json.loads(path.read_text(encoding="utf-8"))
+        return f"Process {holder['pid']} on {holder['host']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "Another process"

@@ -1,0 +1,249 @@
+"""Source databases: what any of them must do, and which of them serves a URL.
+
+A source is found by the scheme of its URL. Phasewise has its own (see ``_BUILT_IN``); a package adds another with
+an entry point of the group ``phasewise.sources``, whose name is the scheme and whose object is called as
+``factory(url, root, settings)`` and returns a ``Source``.
+
+The rule that every source keeps: **nothing changes silently**. A value arrives in the lake as it was, or its
+column is carried as text and says so (``Column.note``), or the extraction fails and names the column, a sample
+row and the option that decides. That option is the contract in phasewise.toml: ``columns = { hits = "VARCHAR" }``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Protocol
+
+import duckdb
+
+from phasewise.errors import PhasewiseError, ProjectError, SchemaDrift
+from phasewise.lake import normalize_type
+from phasewise.project import Project, Table, redact_url
+from phasewise.settings import Settings
+
+#: What ``open_snapshot`` hands to the processes that read: small, JSON-able, without secrets.
+SnapshotToken = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """One column on its way from the source to the lake."""
+
+    name: str
+    #: As the source declares it; empty when it declares none.
+    source_type: str
+    #: DuckDB type in the lake.
+    type: str
+    nullable: bool
+    #: What the reader of the lake should know, such as: carried as text, and why.
+    note: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceTable:
+    """One table as it will be extracted."""
+
+    name: str
+    columns: tuple[Column, ...]
+    #: The primary key of the source, or the key that the project states.
+    key: tuple[str, ...] = ()
+    #: Rows, roughly, where the source knows without counting.
+    row_estimate: int | None = None
+
+    def find_column(self, name: str) -> Column | None:
+        return next((column for column in self.columns if column.name == name), None)
+
+
+class Source(Protocol):
+    """One source database.
+
+    ``check`` to ``describe_table`` ask the source itself; ``attach`` to ``explain`` work in a DuckDB session that
+    has the extensions loaded. Between ``begin`` and the session's commit everything is read at one moment.
+    """
+
+    #: DuckDB extensions that the session needs.
+    extensions: tuple[str, ...]
+
+    @property
+    def url(self) -> str:
+        """The URL without its password."""
+
+    def check(self) -> None:
+        """Raise SourceUnavailable unless the source answers."""
+
+    def list_tables(self) -> list[str]:
+        """Return the names of the tables, without views, in name order."""
+
+    def describe_table(self, name: str) -> SourceTable:
+        """Return columns (with the lake's natural type for each) and primary key; views too.
+
+        Raises:
+            TableMissing: the source has no such table.
+            SourceUnavailable: it does not answer.
+        """
+
+    def can_carry(self, column: Column, type_name: str) -> bool:
+        """Tell whether values of *column* can arrive faithfully as the DuckDB type *type_name*, each one checked."""
+
+    def open_snapshot(self, folder: Path) -> AbstractContextManager[SnapshotToken]:
+        """Hold one moment of the whole source for other processes; *folder* is there for what must be kept."""
+
+    def attach(self, connection: duckdb.DuckDBPyConnection, snapshot: SnapshotToken | None = None) -> None:
+        """Attach the source, read-only, as ``source``."""
+
+    def begin(self, connection: duckdb.DuckDBPyConnection, snapshot: SnapshotToken | None = None) -> None:
+        """Begin the transaction in which all is read, at *snapshot* when one is held."""
+
+    def select(self, table: SourceTable) -> str:
+        """Return the query whose rows are the table's, in the types of its columns."""
+
+    def count_rows(self, connection: duckdb.DuckDBPyConnection, table: SourceTable) -> int:
+        """Return the table's rows as the source itself counts them, at the moment of the transaction."""
+
+    def explain(self, connection: duckdb.DuckDBPyConnection, table: SourceTable, error: Exception) -> PhasewiseError:
+        """Return what a failed ``select`` means: column, sample row and what to do. The transaction has ended."""
+
+
+SourceFactory = Callable[[str, Path, Settings], Source]
+
+_BUILT_IN = {
+    "sqlite": "phasewise.sources.sqlite:SqliteSource",
+}
+
+
+def open_source(project: Project, settings: Settings) -> Source:
+    """Return the project's source. It is not connected to yet.
+
+    Raises:
+        ProjectError: no source serves the URL's scheme, or the URL is malformed.
+    """
+    url = project.source.url
+    scheme = url.partition(":")[0].lower()
+    return _find_factory(scheme, url)(url, project.root, settings)
+
+
+def list_project_tables(project: Project, source: Source) -> list[str]:
+    """Return the tables of the project, in name order.
+
+    Those of the source that the globs of ``[tables]`` select; a name without wildcards in ``include`` and a table
+    with a section of its own are listed too when the source does not list them: a view is selected so, and a
+    table that is missing fails by its name rather than being forgotten.
+    """
+    selection = project.tables
+    named = {pattern for pattern in selection.include if not set(pattern) & set("*?[")} | set(project.table)
+    wanted = {name for name in source.list_tables() if _matches(name, selection.include)} | named
+    return sorted(name for name in wanted if not _matches(name, selection.exclude))
+
+
+def describe_project_table(project: Project, source: Source, name: str) -> SourceTable:
+    """Return the table with the types and the key that the project's contract gives it.
+
+    Raises:
+        TableMissing: the source has no such table.
+        SchemaDrift: a column of the contract or key is missing, or cannot arrive in the type of the contract;
+            the message names each.
+    """
+    return apply_contract(source, source.describe_table(name), project.find_table(name))
+
+
+def apply_contract(source: Source, table: SourceTable, contract: Table) -> SourceTable:
+    """Return *table* as *contract* wants it, or raise SchemaDrift naming everything that does not fit."""
+    types = {name: normalize_type(text) for name, text in contract.columns.items()}
+    problems = [problem for name, wanted in types.items() if (problem := _find_drift(source, table, name, wanted))]
+    problems += [
+        f'the key column "{name}" is missing'
+        for name in contract.key
+        if name not in types and table.find_column(name) is None
+    ]
+    if problems:
+        raise SchemaDrift(
+            f'Table "{table.name}" does not fit its contract: {"; ".join(problems)}.',
+            hint=f'Change the source, or the section [table."{table.name}"] of phasewise.toml.',
+        )
+    columns = tuple(_carry(column, types.get(column.name, column.type)) for column in table.columns)
+    return dataclasses.replace(table, columns=columns, key=contract.key or table.key)
+
+
+def check_project(project: Project, settings: Settings) -> list[PhasewiseError]:
+    """Return everything that would make an extraction fail and can be known beforehand; empty when all is well.
+
+    The source answers; every table of the project exists with the columns and types of its contract.
+    """
+    try:
+        source = open_source(project, settings)
+        source.check()
+        tables = list_project_tables(project, source)
+    except PhasewiseError as exc:
+        return [exc]
+    if not tables:
+        return [ProjectError("The project selects no table of its source.", hint="Check [tables] in phasewise.toml.")]
+    return [problem for name in tables if (problem := _check_table(project, source, name))]
+
+
+def _check_table(project: Project, source: Source, name: str) -> PhasewiseError | None:
+    try:
+        describe_project_table(project, source, name)
+    except PhasewiseError as exc:
+        return exc
+    return None
+
+
+def _find_drift(source: Source, table: SourceTable, name: str, wanted: str) -> str | None:
+    column = table.find_column(name)
+    if column is None:
+        return f'the column "{name}" is missing'
+    if wanted == column.type or source.can_carry(column, wanted):
+        return None
+    declared = f"{column.source_type or 'no type'} in the source, {column.type} in the lake"
+    return f'the column "{name}" is {declared}, not {wanted}'
+
+
+def _carry(column: Column, wanted: str) -> Column:
+    if wanted == column.type:
+        return column
+    note = f"carried as {wanted} because the contract says so; naturally {column.type}"
+    return dataclasses.replace(column, type=wanted, note=note)
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(name == pattern or fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _find_factory(scheme: str, url: str) -> SourceFactory:
+    if scheme in _BUILT_IN:
+        module, _, name = _BUILT_IN[scheme].partition(":")
+        factory: SourceFactory = getattr(importlib.import_module(module), name)
+        return factory
+    found = metadata.entry_points(group="phasewise.sources", name=scheme)
+    for entry_point in found:
+        loaded: SourceFactory = entry_point.load()
+        return loaded
+    raise ProjectError(
+        f'No source serves the URL "{redact_url(url)}".',
+        hint=f"Known schemes: {', '.join(sorted({*_BUILT_IN, *_list_added()}))}.",
+    )
+
+
+def _list_added() -> list[str]:
+    return [entry_point.name for entry_point in metadata.entry_points(group="phasewise.sources")]
+
+
+__all__ = [
+    "Column",
+    "SnapshotToken",
+    "Source",
+    "SourceFactory",
+    "SourceTable",
+    "apply_contract",
+    "check_project",
+    "describe_project_table",
+    "list_project_tables",
+    "open_source",
+]

@@ -1,0 +1,398 @@
+"""SQLite as a source: ``sqlite:///relative.db``, ``sqlite:////absolute.db``.
+
+SQLite gives a type to each value, a column only prefers one. So a table whose columns are all of the families
+INTEGER, REAL and TEXT is scanned directly: the scanner then refuses a value of another type by itself. Any other
+table (dates, decimals, blobs, untyped and generated columns, views, a contract that asks for another type) is
+read as text with the type of each value before it, and every value is decoded and checked in DuckDB.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from urllib.parse import quote, urlsplit
+
+import duckdb
+
+from phasewise.errors import (
+    PhasewiseError,
+    ProjectError,
+    SourceError,
+    SourceUnavailable,
+    StagingError,
+    TableMissing,
+    UnfaithfulValue,
+)
+from phasewise.lake import quote_identifier, quote_literal
+from phasewise.project import redact_url
+from phasewise.settings import Settings
+from phasewise.sources import Column, SnapshotToken, SourceTable
+
+# Declared types that DuckDB's scanner maps as SQLite's own rules do, and whose values it checks one by one.
+_SCANNED = re.compile(
+    r"(?:(?:TINY|SMALL|MEDIUM|BIG)?INT(?:EGER)?|INT[248])(?:\(\d+\))?"
+    r"|(?:N?(?:VAR)?CHAR|VARYING CHARACTER)(?:\(\d+\))?|TEXT|CLOB"
+    r"|REAL|FLOAT|DOUBLE(?: PRECISION)?"
+)
+_DECIMAL = re.compile(r"(?:DECIMAL|DEC|NUMERIC|NUMBER)\s*\(\s*(\d+)\s*(?:,\s*(\d+)\s*)?\)")
+
+#: DuckDB types that any value of a SQLite column can be checked against.
+_DECODABLE = re.compile(
+    r"VARCHAR|BLOB|BIGINT|DOUBLE|BOOLEAN|DATE|TIME|TIMESTAMP|TIMESTAMP WITH TIME ZONE|UUID|DECIMAL\(\d+,\d+\)"
+)
+_NUMBERS = {"BIGINT", "DOUBLE", "BOOLEAN"}
+_MOMENTS = {"DATE", "TIME", "TIMESTAMP", "TIMESTAMP WITH TIME ZONE"}
+
+
+class SqliteSource:
+    """A SQLite database file."""
+
+    extensions: tuple[str, ...] = ("sqlite_scanner",)
+
+    def __init__(self, url: str, root: Path, settings: Settings) -> None:
+        self._url = url
+        self._path = _find_path(url, root)
+        self._timeout = settings.connect_timeout
+
+    @property
+    def url(self) -> str:
+        return redact_url(self._url)
+
+    def check(self) -> None:
+        with self._open() as connection:
+            connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+
+    def list_tables(self) -> list[str]:
+        # Virtual tables need modules that the scanner's SQLite lacks; shadow tables are their insides.
+        sql = (
+            "SELECT name FROM pragma_table_list WHERE schema = 'main' AND type = 'table' "
+            "AND name NOT LIKE 'sqlite\\_%' ESCAPE '\\'"
+        )
+        with self._open() as connection:
+            return sorted(row[0] for row in connection.execute(sql))
+
+    def describe_table(self, name: str) -> SourceTable:
+        with self._open() as connection:
+            kind = connection.execute(
+                "SELECT name FROM pragma_table_list WHERE schema = 'main' AND name = ?", (name,)
+            ).fetchone()
+            # hidden: 0 a column, 2 and 3 generated; 1 is an inside of a virtual table.
+            columns = connection.execute(
+                'SELECT name, type, "notnull", pk, hidden FROM pragma_table_xinfo(?) WHERE hidden <> 1', (name,)
+            ).fetchall()
+        if kind is None or kind[0] != name:
+            raise TableMissing(name, hint=f"Looked in {self.url}. {self._list_for_hint()}")
+        key = sorted((pk, column) for column, _, _, pk, _ in columns if pk)
+        return SourceTable(
+            name=name,
+            columns=tuple(_describe_column(*column) for column in columns),
+            key=tuple(column for _, column in key),
+        )
+
+    def can_carry(self, column: Column, type_name: str) -> bool:
+        if not _DECODABLE.fullmatch(type_name):
+            return False
+        natural, _ = _find_type(column.source_type)
+        if type_name == "VARCHAR" or _find_note(column.source_type):
+            return True
+        is_number = type_name in _NUMBERS or type_name.startswith("DECIMAL")
+        if natural in _NUMBERS or natural.startswith("DECIMAL"):
+            return is_number
+        if natural == "VARCHAR":
+            return type_name in _MOMENTS or type_name in {"UUID", "BLOB"}
+        # A column declared as a date may hold days, seconds or text: whatever it is, it is checked.
+        return natural in _MOMENTS and (is_number or type_name in _MOMENTS)
+
+    @contextmanager
+    def open_snapshot(self, folder: Path) -> Iterator[SnapshotToken]:
+        """Copy the database as it is now into *folder*; the copy goes when the block ends well.
+
+        A reader cannot enter the moment of another process's transaction in SQLite, and holding writers off for
+        as long as all tables take would block the source. A copy is one moment for all processes, and for a
+        resumed batch too: it stays when the block fails, and is found again.
+        """
+        target = folder / "source.sqlite"
+        if not target.exists():
+            self._copy_to(target)
+        yield {"source": "sqlite", "path": str(target)}
+        target.unlink(missing_ok=True)
+
+    def attach(self, connection: duckdb.DuckDBPyConnection, snapshot: SnapshotToken | None = None) -> None:
+        self.check()  # the scanner's own message for a missing or damaged file says less
+        path = quote_literal(str(snapshot["path"] if snapshot else self._path))
+        # Two scan threads saw two states of the database within one transaction.
+        connection.execute("SET sqlite_disable_multithreaded_scans = true")
+        milliseconds = int(self._timeout * 1000)
+        connection.execute(f"ATTACH {path} AS source (TYPE sqlite, READ_ONLY, BUSY_TIMEOUT {milliseconds})")
+
+    def begin(self, connection: duckdb.DuckDBPyConnection, snapshot: SnapshotToken | None = None) -> None:
+        connection.execute("BEGIN TRANSACTION")
+
+    def select(self, table: SourceTable) -> str:
+        if all(_is_scanned(column) for column in table.columns):
+            names = ", ".join(quote_identifier(column.name) for column in table.columns)
+            return f"SELECT {names} FROM source.{quote_identifier(table.name)}"
+        decoded = ", ".join(
+            f"{_decode_or_fail(column, f'c{index}')} AS {quote_identifier(column.name)}"
+            for index, column in enumerate(table.columns)
+        )
+        return f"SELECT {decoded} FROM {_read_tagged(table)}"
+
+    def count_rows(self, connection: duckdb.DuckDBPyConnection, table: SourceTable) -> int:
+        inner = quote_literal(f"SELECT count(*) FROM {quote_identifier(table.name)}")
+        row = connection.execute(f"SELECT columns(*)::BIGINT FROM sqlite_query('source', {inner})").fetchone()
+        assert row is not None  # an aggregate has a row
+        return int(row[0])
+
+    def explain(self, connection: duckdb.DuckDBPyConnection, table: SourceTable, error: Exception) -> PhasewiseError:
+        if "database is locked" in str(error):
+            return self._unavailable("is locked by another program", "Close it or try again later.")
+        found = self._find_unfaithful(connection, table)
+        return found or SourceError(f'Table "{table.name}" of {self.url} cannot be read: {error}')
+
+    def _find_unfaithful(self, connection: duckdb.DuckDBPyConnection, table: SourceTable) -> UnfaithfulValue | None:
+        rowid = ["rowid"] if not table.key and self._has_rowid(table.name) else []
+        tagged = _read_tagged(table, text_as_hex=True, extra=rowid)
+        bad = [_is_unfaithful(column, f"c{index}") for index, column in enumerate(table.columns)]
+        counts = connection.execute(
+            f"SELECT {', '.join(f'count(*) FILTER (WHERE {test})' for test in bad)} FROM {tagged}"
+        ).fetchone()
+        index = next((index for index, count in enumerate(counts or ()) if count), None)
+        if counts is None or index is None:
+            return None
+        names = [column.name for column in table.columns]
+        keys = [f"c{names.index(name)}" for name in table.key] or [f"c{len(names) + i}" for i in range(len(rowid))]
+        sample = connection.execute(
+            f"SELECT {', '.join([f'c{index}', *keys])} FROM {tagged} WHERE {bad[index]} LIMIT 1"
+        ).fetchone()
+        assert sample is not None  # it was counted above
+        where = [f"{name} = {_show(value)}" for name, value in zip(table.key or rowid, sample[1:], strict=True)]
+        return _explain_unfaithful(table, table.columns[index], counts[index], sample[0], where)
+
+    def _has_rowid(self, name: str) -> bool:
+        with self._open() as connection:
+            row = connection.execute(
+                "SELECT type = 'table' AND NOT wr FROM pragma_table_list WHERE schema = 'main' AND name = ?", (name,)
+            ).fetchone()
+        return bool(row and row[0])
+
+    def _list_for_hint(self) -> str:
+        tables = self.list_tables()
+        return f"It has: {', '.join(tables[:40])}." if tables else "It has no tables."
+
+    def _copy_to(self, target: Path) -> None:
+        fresh = target.with_suffix(f".{os.getpid()}")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _check_space(self._path, target.parent)
+            with self._open() as connection, closing(sqlite3.connect(fresh)) as copy:
+                connection.backup(copy)
+                # Readers of a database in WAL mode write beside it; the copy needs no writer.
+                copy.execute("PRAGMA journal_mode = DELETE")
+            fresh.replace(target)
+        except OSError as exc:
+            raise StagingError(
+                f"The copy of {self.url} cannot be written to {target}: {exc.strerror}.",
+                hint="Free disk space, or make the folder writable.",
+            ) from exc
+        finally:
+            fresh.unlink(missing_ok=True)
+
+    @contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        """Open read-only, for questions about the schema; a missing file is never created."""
+        if not self._path.exists():
+            raise self._unavailable("does not exist", "Check [source] url in phasewise.toml, or create the database.")
+        if not self._path.is_file():
+            raise self._unavailable("is not a file", "Check [source] url in phasewise.toml.")
+        try:
+            uri = f"file:{quote(str(self._path))}?mode=ro"
+            with closing(sqlite3.connect(uri, uri=True, timeout=self._timeout)) as connection:
+                connection.text_factory = lambda value: value.decode("utf-8", "surrogateescape")
+                yield connection
+        except sqlite3.DatabaseError as exc:
+            raise self._translate(exc) from exc
+
+    def _translate(self, exc: sqlite3.DatabaseError) -> SourceUnavailable:
+        text = str(exc)
+        if "locked" in text or "busy" in text:
+            return self._unavailable("is locked by another program", "Close it or try again later.")
+        if "not a database" in text or "malformed" in text:
+            return self._unavailable(f"is not a SQLite database ({text})", "Check [source] url in phasewise.toml.")
+        return self._unavailable(f"cannot be read: {text}", "Check the permissions of the file and its folder.")
+
+    def _unavailable(self, what: str, hint: str) -> SourceUnavailable:
+        return SourceUnavailable(f"The SQLite database {self._path} {what}.", hint=hint)
+
+
+def _find_path(url: str, root: Path) -> Path:
+    # SQLAlchemy's rule: three slashes are relative (here to the project), four are absolute.
+    parts = urlsplit(url.replace("#", "%23"))
+    if parts.netloc or not parts.path.startswith("/") or len(parts.path) < 2:
+        raise ProjectError(
+            f'"{redact_url(url)}" names no SQLite file.',
+            hint="Write sqlite:///relative/to/project.db or sqlite:////absolute.db.",
+        )
+    return (root / parts.path[1:].replace("%23", "#")).absolute()
+
+
+def _describe_column(name: str, declared: str, not_null: int, pk: int, hidden: int) -> Column:
+    type_name, note = _find_type(declared)
+    if hidden and not note:
+        note = "generated by the source"
+    return Column(name=name, source_type=declared, type=type_name, nullable=not (not_null or pk), note=note)
+
+
+def _find_type(declared: str) -> tuple[str, str | None]:
+    """Return the lake's type for a declared type, and a note; SQLite's affinity rules, in their order.
+
+    https://sqlite.org/datatype3.html, section 3.1; its last family, NUMERIC, is told apart further.
+    """
+    upper = " ".join(declared.upper().split())
+    if "INT" in upper:
+        return "BIGINT", None
+    if any(word in upper for word in ("CHAR", "CLOB", "TEXT")):
+        return "VARCHAR", None
+    if "BLOB" in upper:
+        return "BLOB", None
+    if any(word in upper for word in ("REAL", "FLOA", "DOUB")):
+        return "DOUBLE", None
+    return _find_numeric_type(upper), _find_note(declared)
+
+
+def _find_numeric_type(upper: str) -> str:
+    exact = {"DATE": "DATE", "TIME": "TIME", "DATETIME": "TIMESTAMP", "TIMESTAMP": "TIMESTAMP"}
+    if upper in exact:
+        return exact[upper]
+    if upper in {"BOOLEAN", "BOOL"}:
+        return "BOOLEAN"
+    if match := _DECIMAL.fullmatch(upper):
+        precision, scale = int(match[1]), int(match[2] or 0)
+        if 1 <= precision <= 38 and scale <= precision:
+            return f"DECIMAL({precision},{scale})"
+    return "DOUBLE" if upper in {"NUMERIC", "DECIMAL", "DEC", "NUMBER"} else "VARCHAR"
+
+
+def _find_note(declared: str) -> str | None:
+    upper = " ".join(declared.upper().split())
+    families = ("INT", "CHAR", "CLOB", "TEXT", "BLOB", "REAL", "FLOA", "DOUB")
+    if any(word in upper for word in families) or _find_numeric_type(upper) != "VARCHAR":
+        return None
+    if not upper:
+        return "carried as text: the column has no declared type"
+    return f"carried as text: SQLite has no type {declared}"
+
+
+def _is_scanned(column: Column) -> bool:
+    upper = " ".join(column.source_type.upper().split())
+    return column.note is None and bool(_SCANNED.fullmatch(upper))
+
+
+def _read_tagged(table: SourceTable, *, text_as_hex: bool = False, extra: list[str] | None = None) -> str:
+    """Return a relation with the columns c0, c1, …: each value as text after one letter that tells its type.
+
+    ``i`` an integer, ``r`` a real, ``t`` a text, ``x`` a text in hexadecimal, ``b`` a blob in hexadecimal.
+    Hexadecimal texts may hold bytes that are not UTF-8.
+    """
+    names = [column.name for column in table.columns] + (extra or [])
+    as_hex = {column.name for column in table.columns if text_as_hex or column.type == "BLOB"}
+    tagged = ", ".join(
+        f"{_tag(quote_identifier(name), text_as_hex=name in as_hex)} AS c{index}" for index, name in enumerate(names)
+    )
+    inner = f"SELECT {tagged} FROM {quote_identifier(table.name)}"
+    return f"sqlite_query('source', {quote_literal(inner)})"
+
+
+def _tag(name: str, *, text_as_hex: bool) -> str:
+    # 20 digits: SQLite's 17 are not the nearest ones for large exponents (542 of 400,000 random doubles came
+    # back changed, none with 20).
+    text = f"'x' || hex({name})" if text_as_hex else f"'t' || {name}"
+    return (
+        f"CASE typeof({name}) WHEN 'integer' THEN 'i' || {name} WHEN 'real' THEN 'r' || printf('%!.20g', {name}) "
+        f"WHEN 'text' THEN {text} WHEN 'blob' THEN 'b' || hex({name}) END"
+    )
+
+
+def _decode_or_fail(column: Column, tagged: str) -> str:
+    # The value is part of the message only so that DuckDB cannot evaluate error() before it has a row.
+    failure = f"CAST(error('unfaithful value ' || left({tagged}, 1)) AS {column.type})"
+    return f"CASE WHEN {tagged} IS NULL THEN NULL ELSE coalesce({_decode(column.type, tagged)}, {failure}) END"
+
+
+def _is_unfaithful(column: Column, tagged: str) -> str:
+    return f"({tagged} IS NOT NULL AND ({_decode(column.type, tagged)}) IS NULL)"
+
+
+def _decode(type_name: str, tagged: str) -> str:
+    """Return an expression for the value of *tagged* in *type_name*, NULL where it would be another value."""
+    value = f"substr({tagged}, 2)"
+    kind = f"left({tagged}, 1)"
+    text = f"CASE {kind} WHEN 't' THEN {value} WHEN 'x' THEN TRY(decode(unhex({value}))) END"
+    double = f"TRY_CAST({value} AS DOUBLE)"
+    if type_name == "VARCHAR":
+        return f"CASE {kind} WHEN 'i' THEN {value} WHEN 'r' THEN CAST({double} AS VARCHAR) ELSE {text} END"
+    if type_name == "BLOB":
+        return f"CASE WHEN {kind} IN ('b', 'x') THEN unhex({value}) END"
+    if type_name == "BIGINT":
+        return f"CASE WHEN {kind} = 'i' THEN CAST({value} AS BIGINT) END"
+    if type_name == "BOOLEAN":
+        return f"CASE {tagged} WHEN 'i0' THEN false WHEN 'i1' THEN true END"
+    if type_name == "DOUBLE":
+        # A double holds every integer up to 2**53 and then ever fewer.
+        exact = f"TRY_CAST({double} AS HUGEINT) = CAST({value} AS HUGEINT)"
+        return f"CASE {kind} WHEN 'r' THEN {double} WHEN 'i' THEN CASE WHEN {exact} THEN {double} END END"
+    if type_name.startswith("DECIMAL"):
+        decimal = f"TRY_CAST({double} AS {type_name})"
+        same = f"CASE WHEN CAST({decimal} AS DOUBLE) = {double} THEN {decimal} END"
+        return f"CASE {kind} WHEN 'i' THEN TRY_CAST({value} AS {type_name}) WHEN 'r' THEN {same} END"
+    return _decode_text(type_name, f"({text})")
+
+
+def _decode_text(type_name: str, text: str) -> str:
+    cast = f"TRY_CAST({text} AS {type_name})"
+    if type_name in {"DATE", "UUID"}:
+        return f"CASE WHEN CAST({cast} AS VARCHAR) = lower({text}) THEN {cast} END"
+    time = r"([01]\d|2[0-3]):[0-5]\d:[0-5]\d(\.\d{1,6})?"
+    zone = r"(Z|[+-]\d\d(:?\d\d)?)" if type_name == "TIMESTAMP WITH TIME ZONE" else ""
+    pattern = time if type_name == "TIME" else rf"\d{{4}}-\d\d-\d\d[ T]{time}{zone}"
+    return f"CASE WHEN regexp_full_match({text}, {quote_literal(pattern)}) THEN {cast} END"
+
+
+def _explain_unfaithful(
+    table: SourceTable, column: Column, count: int, tagged: str, where: list[str]
+) -> UnfaithfulValue:
+    kind = {"i": "integer", "r": "real", "x": "text", "t": "text", "b": "blob"}[tagged[0]]
+    rows = "1 row holds a value" if count == 1 else f"{count} rows hold values"
+    first = f" ({', '.join(where)})" if where else ""
+    other = "BLOB" if column.type == "VARCHAR" else "VARCHAR"
+    name = column.name if re.fullmatch(r"[A-Za-z0-9_-]+", column.name) else f'"{column.name}"'
+    return UnfaithfulValue(
+        f'Table "{table.name}", column "{column.name}" ({column.source_type or "no declared type"}): {rows} that '
+        f"{column.type} cannot hold unchanged; the first{first} is the {kind} {_show(tagged)}.",
+        hint=f'Mend the source, or carry the column as {other}: [table."{table.name}"] '
+        f'columns = {{ {name} = "{other}" }}.',
+    )
+
+
+def _show(tagged: str | None) -> str:
+    if tagged is None:
+        return "NULL"
+    kind, value = tagged[0], tagged[1:]
+    if kind == "x":
+        value = bytes.fromhex(value).decode("utf-8", "backslashreplace")
+    short = value if len(value) <= 60 else f"{value[:60]}…"
+    return {"i": short, "r": repr(float(value)) if kind == "r" else "", "b": f"x'{short}'"}.get(kind, f"'{short}'")
+
+
+def _check_space(database: Path, folder: Path) -> None:
+    size_bytes, free_bytes = database.stat().st_size, shutil.disk_usage(folder).free
+    if free_bytes < size_bytes:
+        raise StagingError(
+            f"A copy of {database} needs {size_bytes} bytes, and {folder} has {free_bytes} free.",
+            hint="Free disk space, or move the project's state folder.",
+        )

@@ -1,0 +1,522 @@
+"""Staging: what a batch has extracted and not yet published.
+
+    staging/<batch>/batch.json                     the plan: which tables belong to the batch
+    staging/<batch>/<table>/<attempt>.parquet      rows
+    staging/<batch>/<table>/manifest.json          written last; without it the folder counts for nothing
+    staging/<batch>/published.json                 the snapshot that the batch became
+
+Each table is written by one process at a time (a lock of its folder), and read only once its manifest is there,
+so that nothing half-written is ever taken for complete.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import duckdb
+
+from phasewise.errors import NothingStaged, StagingError
+from phasewise.lake import open_session, quote_literal
+from phasewise.project import Project
+from phasewise.settings import Settings
+from phasewise.sources import (
+    Column,
+    SnapshotToken,
+    Source,
+    SourceTable,
+    describe_project_table,
+    open_source,
+)
+
+#: Layout of manifest.json; a manifest of another version is extracted again.
+MANIFEST_VERSION = 1
+
+_MANIFEST = "manifest.json"
+_PLAN = "batch.json"
+_PUBLISHED = "published.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What was extracted of one table."""
+
+    batch: str
+    table: str
+    #: Always None for now: tables are extracted whole.
+    partition: str | None = None
+    rows: int
+    #: Of the files on disk, compressed.
+    size_bytes: int
+    #: What the source itself counted at the moment of the scan.
+    source_rows: int
+    columns: tuple[Column, ...]
+    key: tuple[str, ...]
+    #: Names relative to the manifest's folder.
+    files: tuple[str, ...]
+    started_at: datetime
+    ended_at: datetime
+    #: URL of the source, without its password.
+    source: str
+    #: Whether the batch's tables share one moment of the source; False: each is consistent for itself alone.
+    is_consistent: bool = False
+    version: int = MANIFEST_VERSION
+
+    @property
+    def seconds(self) -> float:
+        return (self.ended_at - self.started_at).total_seconds()
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), default=datetime.isoformat, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        """Raises: ValueError, KeyError or TypeError when *text* is no manifest of this version."""
+        data: dict[str, Any] = json.loads(text)
+        if data["version"] != MANIFEST_VERSION:
+            raise ValueError(f"manifest version {data['version']}")
+        data["columns"] = tuple(Column(**column) for column in data["columns"])
+        data["key"], data["files"] = tuple(data["key"]), tuple(data["files"])
+        data["started_at"] = datetime.fromisoformat(data["started_at"])
+        data["ended_at"] = datetime.fromisoformat(data["ended_at"])
+        return cls(**data)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchPlan:
+    """What a batch is to contain; fixed when it begins, so that a retried batch means the same."""
+
+    batch: str
+    tables: tuple[str, ...]
+    created_at: datetime
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """The state of one batch in staging."""
+
+    id: str
+    created_at: datetime
+    #: Tables with a complete manifest, in name order.
+    tables: tuple[str, ...]
+    #: Planned tables that are not staged yet.
+    missing: tuple[str, ...]
+    #: The snapshot that it became; None while it is unpublished.
+    snapshot: int | None
+
+    @property
+    def is_complete(self) -> bool:
+        return not self.missing
+
+    @property
+    def is_published(self) -> bool:
+        return self.snapshot is not None
+
+
+def new_batch_id() -> str:
+    """Return an id for a batch that no ``main_etl`` run stands for: ``manual-<UTC time>-<4 hex>``."""
+    return f"manual-{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(2)}"
+
+
+def prepare_staging(project: Project, settings: Settings) -> None:
+    """Make sure that staging exists, can be written and has ``min_free_bytes`` free.
+
+    Raises:
+        StagingError: it has not; the message names the folder and the free bytes.
+    """
+    probe = project.staging / f".probe-{uuid.uuid4().hex}"
+    try:
+        project.staging.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"phasewise")
+        probe.unlink()
+    except OSError as exc:
+        raise _explain_os_error(project.staging, exc) from exc
+    free_bytes = shutil.disk_usage(project.staging).free
+    if free_bytes < settings.min_free_bytes:
+        raise StagingError(
+            f"Staging {project.staging} has {free_bytes} bytes free, and a batch needs {settings.min_free_bytes}.",
+            hint="Free disk space, or lower PHASEWISE_MIN_FREE_BYTES.",
+        )
+
+
+def begin_batch(project: Project, batch: str, tables: Sequence[str]) -> BatchPlan:
+    """Write down that *batch* consists of *tables*, once; a batch that began before keeps its first plan.
+
+    Raises:
+        StagingError: staging cannot be written, or the stored plan cannot be read.
+    """
+    folder = _batch_folder(project, batch)
+    plan = BatchPlan(batch=batch, tables=tuple(tables), created_at=datetime.now(UTC))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_once(folder / _PLAN, json.dumps(asdict(plan), default=datetime.isoformat))
+    except OSError as exc:
+        raise _explain_os_error(folder, exc) from exc
+    stored = read_plan(project, batch)
+    assert stored is not None  # it was written just now, or before
+    return stored
+
+
+def read_plan(project: Project, batch: str) -> BatchPlan | None:
+    """Return the plan of *batch*, None when it has not begun.
+
+    Raises:
+        StagingError: it is damaged.
+    """
+    path = _batch_folder(project, batch) / _PLAN
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        return BatchPlan(
+            batch=data["batch"],
+            tables=tuple(data["tables"]),
+            created_at=datetime.fromisoformat(data["created_at"]),
+        )
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as exc:
+        raise StagingError(f"{path} is damaged.", hint=f"Remove {path.parent} and start a new batch.") from exc
+
+
+@contextmanager
+def open_snapshot(project: Project, settings: Settings, batch: str) -> Iterator[SnapshotToken]:
+    """Hold one moment of the source for all processes that extract tables of *batch*.
+
+    Yields a token, small and JSON-able, for ``extract_table``. What is kept for it lies in the batch's folder and
+    goes when the block ends well; when it fails, a source that can keep its moment keeps it for the resume.
+
+    Raises:
+        SourceUnavailable: the source does not answer.
+        StagingError: staging cannot be written.
+    """
+    with open_source(project, settings).open_snapshot(_batch_folder(project, batch) / ".source") as token:
+        yield token
+
+
+def extract_table(
+    project: Project,
+    settings: Settings,
+    *,
+    batch: str,
+    table: str,
+    partition: str | None = None,
+    snapshot: SnapshotToken | None = None,
+) -> Manifest:
+    """Extract one table of the source into staging, as zstd Parquet; memory is bounded by the settings.
+
+    Rows and the source's own count are of one moment: that of *snapshot*, else of a transaction of their own.
+    A table that is already staged for *batch* is not extracted again: its manifest is returned.
+
+    Raises:
+        SourceUnavailable: the source does not answer.
+        TableMissing: the source lacks the table.
+        SchemaDrift: the table does not fit its contract.
+        UnfaithfulValue: a value would change; the message names column, sample row and the option that decides.
+        StagingError: staging cannot be written, or another process is extracting the same table.
+    """
+    if partition is not None:
+        raise StagingError(f'Table "{table}" has no partition "{partition}".', hint="Extract the whole table.")
+    if read_plan(project, batch) is None:
+        begin_batch(project, batch, [table])
+    folder = _batch_folder(project, batch) / _folder_name(table)
+    with _hold_folder(folder, table):
+        staged = _read_complete(folder)
+        if staged is not None:
+            return staged
+        _remove_leftovers(folder)
+        return _extract(project, settings, folder, batch, table, snapshot)
+
+
+def read_manifest(project: Project, batch: str, table: str) -> Manifest:
+    """Return the manifest of a staged table.
+
+    Raises:
+        NothingStaged: the table is not staged, or not completely.
+    """
+    manifest = _read_complete(_batch_folder(project, batch) / _folder_name(table))
+    if manifest is None:
+        raise NothingStaged(f'Table "{table}" is not staged in batch {batch}.', hint="Extract it first.")
+    return manifest
+
+
+def list_manifests(project: Project, batch: str) -> list[Manifest]:
+    """Return the manifests of the tables that are staged completely, in name order."""
+    folder = _batch_folder(project, batch)
+    if not folder.is_dir():
+        return []
+    found = [manifest for entry in folder.iterdir() if (manifest := _read_complete(entry)) is not None]
+    return sorted(found, key=lambda manifest: manifest.table)
+
+
+def list_batches(project: Project) -> list[Batch]:
+    """Return the batches in staging, oldest first; a folder without a readable plan is none."""
+    if not project.staging.is_dir():
+        return []
+    found = [batch for entry in project.staging.iterdir() if (batch := _read_batch(project, entry)) is not None]
+    return sorted(found, key=lambda batch: (batch.created_at, batch.id))
+
+
+def find_publishable_batch(project: Project) -> str | None:
+    """Return the newest batch that is staged completely and not published, None when there is none.
+
+    A batch older than a published one does not count: publishing it would take the warehouse back in time.
+    """
+    for batch in reversed(list_batches(project)):
+        if batch.is_published:
+            return None
+        if batch.is_complete:
+            return batch.id
+    return None
+
+
+def mark_published(project: Project, batch: str, snapshot: int) -> None:
+    """Write down which snapshot *batch* became.
+
+    Raises:
+        StagingError: staging cannot be written.
+    """
+    folder = _batch_folder(project, batch)
+    marker = json.dumps({"snapshot": snapshot, "at": datetime.now(UTC).isoformat()})
+    try:
+        _write_atomically(folder / _PUBLISHED, marker)
+    except OSError as exc:
+        raise _explain_os_error(folder, exc) from exc
+
+
+def staged_files(project: Project, manifest: Manifest) -> list[Path]:
+    """Return the Parquet files of a staged table."""
+    folder = _batch_folder(project, manifest.batch) / _folder_name(manifest.table)
+    return [folder / name for name in manifest.files]
+
+
+def find_batch_folder(project: Project, batch: str) -> Path:
+    """Return the folder of *batch*, which need not exist.
+
+    Raises:
+        StagingError: *batch* cannot be the name of a folder.
+    """
+    return _batch_folder(project, batch)
+
+
+def _extract(
+    project: Project,
+    settings: Settings,
+    folder: Path,
+    batch: str,
+    name: str,
+    snapshot: SnapshotToken | None,
+) -> Manifest:
+    started_at = datetime.now(UTC)
+    source = open_source(project, settings)
+    table = describe_project_table(project, source, name)
+    path = folder / f"{uuid.uuid4().hex}.parquet"
+    with open_session(settings, extensions=source.extensions) as connection:
+        source.attach(connection, snapshot)
+        rows, source_rows = _copy(connection, source, table, path, snapshot)
+    manifest = Manifest(
+        batch=batch,
+        table=name,
+        rows=rows,
+        size_bytes=path.stat().st_size,
+        source_rows=source_rows,
+        columns=table.columns,
+        key=table.key,
+        files=(path.name,),
+        started_at=started_at,
+        ended_at=datetime.now(UTC),
+        source=source.url,
+        is_consistent=snapshot is not None,
+    )
+    try:
+        # The manifest says that the files are there: it may reach the disk only after them.
+        _sync(path)
+        _write_atomically(folder / _MANIFEST, manifest.to_json())
+    except OSError as exc:
+        raise _explain_os_error(folder, exc) from exc
+    return manifest
+
+
+def _copy(
+    connection: duckdb.DuckDBPyConnection,
+    source: Source,
+    table: SourceTable,
+    path: Path,
+    snapshot: SnapshotToken | None,
+) -> tuple[int, int]:
+    """Write the table's rows to *path*; return how many they are, here and as the source counts."""
+    # Row groups end at 64 MB or 122,880 rows, whichever is first: a few of them are what memory must hold.
+    # DuckDB bounds them by size only where it need not keep the order of rows, which a table does not have.
+    connection.execute("SET preserve_insertion_order = false")
+    options = "FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE 122880, ROW_GROUP_SIZE_BYTES '64MB'"
+    try:
+        source.begin(connection, snapshot)
+        copied = connection.execute(
+            f"COPY ({source.select(table)}) TO {quote_literal(str(path))} ({options})"
+        ).fetchone()
+        source_rows = source.count_rows(connection, table)
+        connection.execute("COMMIT")
+    # UnicodeDecodeError: DuckDB quotes bytes of the source in messages, whether they are UTF-8 or not.
+    except (duckdb.Error, UnicodeDecodeError) as exc:
+        _roll_back(connection)
+        path.unlink(missing_ok=True)
+        raise _find_staging_error(path, exc) or source.explain(connection, table, exc) from exc
+    assert copied is not None  # COPY returns the number of rows
+    return int(copied[0]), source_rows
+
+
+def _roll_back(connection: duckdb.DuckDBPyConnection) -> None:
+    try:
+        connection.execute("ROLLBACK")
+    except duckdb.Error:
+        pass  # the failed statement may have ended the transaction itself
+
+
+def _find_staging_error(path: Path, exc: Exception) -> StagingError | None:
+    """Tell a failure to write from a failure to read: DuckDB raises one class for both."""
+    text = str(exc)
+    if not isinstance(exc, duckdb.IOException | duckdb.OutOfMemoryException):
+        return None
+    if isinstance(exc, duckdb.OutOfMemoryException):
+        return StagingError(
+            f"Extracting into {path.parent} needs more memory than allowed: {text}",
+            hint="Raise PHASEWISE_MEMORY_LIMIT, or lower PHASEWISE_THREADS.",
+        )
+    if str(path.parent) not in text and "No space left" not in text:
+        return None
+    return _explain_write(path.parent, text)
+
+
+def _explain_os_error(folder: Path, exc: OSError) -> StagingError:
+    return _explain_write(folder, exc.strerror or str(exc))
+
+
+def _explain_write(folder: Path, text: str) -> StagingError:
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    free_bytes = shutil.disk_usage(existing).free
+    return StagingError(
+        f"Staging {folder} cannot be written ({free_bytes} bytes free): {text.rstrip('.')}.",
+        hint="Free disk space or make the folder writable, then resume: what is staged is kept.",
+    )
+
+
+def _batch_folder(project: Project, batch: str) -> Path:
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}", batch):
+        raise StagingError(f'"{batch}" cannot be the id of a batch.', hint="Use letters, digits, - _ and dots.")
+    return project.staging / batch
+
+
+def _folder_name(table: str) -> str:
+    """Return a folder name that is safe on every file system, different for different tables.
+
+    A name of lower-case letters, digits and underscores is its own. Any other gets a digest, which also keeps
+    apart what differs by case only, where file systems do not. The manifest holds the real name.
+    """
+    if re.fullmatch(r"[a-z0-9_]{1,80}", table):
+        return table
+    readable = re.sub(r"[^a-z0-9_]+", "-", table.lower())[:40].strip("-")
+    return f"{readable}-{hashlib.sha256(table.encode('utf-8', 'surrogateescape')).hexdigest()[:12]}"
+
+
+@contextmanager
+def _hold_folder(folder: Path, table: str) -> Iterator[None]:
+    """Create the folder of *table* and be its one writer; the lock ends with this process, however that ends."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as exc:
+        raise _explain_os_error(folder, exc) from exc
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except OSError as exc:
+        if exc.errno not in (errno.EAGAIN, errno.EACCES):
+            raise
+        raise StagingError(
+            f'Another process is extracting table "{table}" into {folder}.', hint="Wait for it, then try again."
+        ) from exc
+    finally:
+        os.close(descriptor)
+
+
+def _read_complete(folder: Path) -> Manifest | None:
+    """Return the manifest in *folder* when all that it names is there in full; else None."""
+    try:
+        manifest = Manifest.from_json((folder / _MANIFEST).read_text(encoding="utf-8"))
+        size_bytes = sum((folder / name).stat().st_size for name in manifest.files)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return manifest if size_bytes == manifest.size_bytes else None
+
+
+def _remove_leftovers(folder: Path) -> None:
+    for entry in folder.iterdir():
+        if entry.name != ".lock":
+            entry.unlink(missing_ok=True)
+
+
+def _read_batch(project: Project, folder: Path) -> Batch | None:
+    try:
+        plan = read_plan(project, folder.name)
+    except StagingError:
+        return None
+    if plan is None:
+        return None
+    staged = [manifest.table for manifest in list_manifests(project, folder.name)]
+    return Batch(
+        id=plan.batch,
+        created_at=plan.created_at,
+        tables=tuple(staged),
+        missing=tuple(table for table in plan.tables if table not in staged),
+        snapshot=_read_snapshot(folder),
+    )
+
+
+def _read_snapshot(folder: Path) -> int | None:
+    try:
+        return int(json.loads((folder / _PUBLISHED).read_text(encoding="utf-8"))["snapshot"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _write_once(path: Path, text: str) -> None:
+    """Write *path* unless it exists; of several writers at the same time one wins, whole."""
+    fresh = _write_aside(path, text)
+    try:
+        os.link(fresh, path)
+    except FileExistsError:
+        pass
+    finally:
+        fresh.unlink()
+    _sync(path.parent)
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    _write_aside(path, text).replace(path)
+    _sync(path.parent)
+
+
+def _write_aside(path: Path, text: str) -> Path:
+    fresh = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    fresh.write_text(text, encoding="utf-8")
+    _sync(fresh)
+    return fresh
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
