@@ -22,8 +22,16 @@ class StepOutcome:
     state_name: str
     message: str = ""
     deployment: str | None = None
+    #: When it was to start, which is when it began to wait for a worker.
+    expected_at: datetime | None = None
     started_at: datetime | None = None
     ended_at: datetime | None = None
+    #: Time spent running, over all attempts.
+    seconds: float | None = None
+    attempts: int = 1
+    #: Name of the pipeline's step that this run belongs to, and run id of its parent, where they are known.
+    step: str | None = None
+    parent_id: str | None = None
     #: Page of the flow run in the Prefect UI.
     url: str | None = None
     #: What the flow returned when it was a small mapping: rows, bytes, seconds, …
@@ -69,9 +77,9 @@ class RunOutcome:
             KeyError: no phase that was started has such a step.
         """
         for phase in self.phases:
-            for step in phase.steps:
-                if step.name == name:
-                    return step
+            for outcome in phase.steps:
+                if outcome.step == name:
+                    return outcome
         raise KeyError(name)
 
     def to_json(self) -> str:

@@ -1,27 +1,27 @@
 """The project: ``phasewise.toml``, parsed and validated into frozen records.
 
-    [project]
-    name = "baseball"
+[project]
+name = "baseball"
 
-    [source]
-    url = "sqlite:///data/lahman.sqlite"      # ${NAME} is taken from the environment
+[source]
+url = "sqlite:///data/lahman.sqlite"      # ${NAME} is taken from the environment
 
-    [warehouse]
-    path = "warehouse"                        # DuckLake: catalog.sqlite and data/ below it
+[warehouse]
+path = "warehouse"                        # DuckLake: catalog.sqlite and data/ below it
 
-    [tables]                                  # which tables; default: all of the source
-    exclude = ["tmp_*"]
+[tables]                                  # which tables; default: all of the source
+exclude = ["tmp_*"]
 
-    [table.batting]
-    key = ["playerID", "yearID", "stint"]
-    columns = { playerID = "VARCHAR", yearID = "BIGINT" }
-    references = [{ columns = ["playerID"], table = "people", to = ["playerID"] }]
+[table.batting]
+key = ["playerID", "yearID", "stint"]
+columns = { playerID = "VARCHAR", yearID = "BIGINT" }
+references = [{ columns = ["playerID"], table = "people", to = ["playerID"] }]
 
-    [[audit]]
-    name = "no_negative_hits"
-    table = "batting"
-    sql = "select * from batting where H < 0"
-    severity = "blocking"                     # or "warning"
+[[audit]]
+name = "no_negative_hits"
+table = "batting"
+sql = "select * from batting where H < 0"
+severity = "blocking"                     # or "warning"
 """
 
 from __future__ import annotations
@@ -327,7 +327,8 @@ def _load_marts(folder: Path) -> tuple[Mart, ...]:
 
 def _load_mart(path: Path) -> Mart:
     sql = path.read_text(encoding="utf-8")
-    header = dict(match.groups() for line in sql.splitlines() if (match := _MART_HEADER.match(line)))
+    matches = [match for line in sql.splitlines() if (match := _MART_HEADER.match(line))]
+    header = {match[1]: match[2] for match in matches}
     try:
         return Mart.model_validate({"name": path.stem, "sql": sql, "title": path.stem.replace("_", " "), **header})
     except ValidationError as exc:

@@ -1,0 +1,117 @@
+"""Put together what the report of a batch shows, from the records of both planes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Literal
+
+from phasewise.audit import AuditResult
+from phasewise.marts import MartData
+from phasewise.outcomes import StepOutcome
+from phasewise.project import Project, redact_url
+from phasewise.publish import Publication
+from phasewise.report import (
+    AuditReport,
+    BatchReport,
+    MartReport,
+    ReportFiles,
+    RunSpan,
+    TableReport,
+    write_report,
+)
+from phasewise.staging import Manifest
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchData:
+    """What is known of a batch when its report is written."""
+
+    project: Project
+    batch: str
+    manifests: Sequence[Manifest]
+    audits: Sequence[AuditResult]
+    #: The flow runs of the batch, parents before children; empty when it was run without a server.
+    runs: Sequence[StepOutcome] = ()
+    marts: Sequence[MartData] = ()
+    publication: Publication | None = None
+
+
+def write_batch_report(
+    data: BatchData, *, status: Literal["published", "failed", "renewed"], message: str = ""
+) -> ReportFiles:
+    """Write ``<reports>/<batch>.html`` and its data as JSON beside it."""
+    now = datetime.now(UTC)
+    starts = [run.started_at for run in data.runs if run.started_at] + [one.started_at for one in data.manifests]
+    report = BatchReport(
+        project=data.project.name,
+        batch=data.batch,
+        status=status,
+        started_at=min(starts, default=now),
+        ended_at=now,
+        snapshot=data.publication.snapshot if data.publication else None,
+        message=message,
+        source=redact_url(data.project.source.url),
+        warehouse=str(data.project.warehouse),
+        runs=[_describe_run(run) for run in data.runs],
+        tables=_describe_tables(data, status),
+        audits=[_describe_audit(result) for result in data.audits],
+        marts=[_describe_mart(mart) for mart in data.marts],
+        versions={name: version(name) for name in ("phasewise", "prefect", "duckdb")},
+    )
+    return write_report(report, data.project.reports)
+
+
+def _describe_run(run: StepOutcome) -> RunSpan:
+    return RunSpan(
+        name=run.name,
+        flow=run.name.partition("/")[0],
+        run_id=run.run_id,
+        state=run.state_name,
+        parent=run.parent_id,
+        expected_start=run.expected_at,
+        started_at=run.started_at,
+        ended_at=run.ended_at,
+        seconds=run.seconds,
+        attempts=max(run.attempts, 1),
+        url=run.url,
+    )
+
+
+def _describe_tables(data: BatchData, status: str) -> list[TableReport]:
+    by_table: dict[str, list[Manifest]] = {}
+    for manifest in data.manifests:
+        by_table.setdefault(manifest.table, []).append(manifest)
+    return [
+        TableReport(
+            name=table,
+            rows=sum(part.rows for part in parts),
+            size_bytes=sum(part.size_bytes for part in parts),
+            seconds=sum(part.seconds for part in parts),
+            status="staged" if status == "failed" else "published",
+            notes=[f"{column.name}: {column.note}" for column in parts[0].columns if column.note],
+        )
+        for table, parts in by_table.items()
+    ]
+
+
+def _describe_audit(result: AuditResult) -> AuditReport:
+    return AuditReport(
+        name=result.name,
+        table=result.table,
+        severity=result.severity,
+        passed=result.passed,
+        bad_rows=result.bad_rows,
+        columns=list(result.columns),
+        sample=[[row.get(column) for column in result.columns] for row in result.sample],
+        message=result.message,
+        seconds=result.seconds,
+    )
+
+
+def _describe_mart(mart: MartData) -> MartReport:
+    return MartReport(
+        name=mart.name, title=mart.title, columns=mart.columns, rows=mart.rows, chart=mart.chart, x=mart.x, y=mart.y
+    )

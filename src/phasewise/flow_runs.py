@@ -1,0 +1,326 @@
+"""The seam to Prefect's flow runs: submit many, watch them end, cancel them.
+
+``FlowRuns`` is the protocol that the orchestrator works with; ``PrefectFlowRuns`` is its adapter to a Prefect server,
+``phasewise.testing.MemoryFlowRuns`` the one for tests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+from uuid import UUID
+
+import httpx
+from prefect import Task
+from prefect.client.orchestration import PrefectClient, get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId, FlowRunFilterIdempotencyKey
+from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.context import FlowRunContext
+from prefect.events.clients import get_events_subscriber
+from prefect.events.filters import EventFilter, EventNameFilter, EventResourceFilter
+from prefect.exceptions import ObjectNotFound
+from prefect.logging import get_logger
+from prefect.states import AwaitingRetry, Cancelling, Pending
+from prefect.types import KeyValueLabels
+from prefect.utilities.urls import url_for
+
+from phasewise.errors import DeploymentMissing, OrchestrationError
+from phasewise.outcomes import StepOutcome
+
+#: Label prefix under which a flow run keeps its summary on the server.
+SUMMARY_PREFIX = "phasewise."
+
+# The server takes at most 100 a call; half of it lets the first runs start while the rest is being created.
+_BULK_SIZE = 50
+_READ_SIZE = 200
+_FINAL_TYPES = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRequest:
+    """A flow run that should exist."""
+
+    #: ``flow name/deployment name``.
+    deployment: str
+    #: Name of the flow run; None lets the server choose one.
+    name: str | None = None
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    #: Idempotency key: two requests with one key are one flow run.
+    key: str | None = None
+    #: Requests with one group share a node of the parent's task runs; a fan-out is one group.
+    group: str | None = None
+
+
+class FlowRuns(Protocol):
+    """Where flow runs live."""
+
+    async def submit(self, requests: Sequence[RunRequest]) -> list[str]:
+        """Make each request's flow run exist and be on its way; return the run ids in the order of *requests*.
+
+        A run that exists for the key and has completed, or is still on its way, is returned as it is; one that
+        failed, crashed or was cancelled is scheduled again under its own id.
+
+        Raises:
+            DeploymentMissing: a deployment does not exist.
+        """
+        ...
+
+    def watch(self, run_ids: Sequence[str]) -> AsyncIterator[StepOutcome]:
+        """Yield the outcome of each run once, as it becomes final."""
+        ...
+
+    async def cancel(self, run_ids: Collection[str]) -> None:
+        """Ask each run that is not final to end; runs that are final stay as they are."""
+        ...
+
+
+class PrefectFlowRuns:
+    """Flow runs on the Prefect server of the current settings.
+
+    Inside a flow the runs become its children: linked to it, so that the UI nests them.
+    """
+
+    def __init__(self, *, poll_seconds: float = 15.0) -> None:
+        self._poll_seconds = poll_seconds
+        self._logger = get_logger("phasewise.flow_runs")
+        self._deployment_ids: dict[str, UUID] = {}
+
+    async def submit(self, requests: Sequence[RunRequest]) -> list[str]:
+        async with get_client() as client:
+            for deployment in dict.fromkeys(request.deployment for request in requests):
+                await self._find_deployment(client, deployment)
+            known = await _read_by_key(client, [request.key for request in requests if request.key])
+            await asyncio.gather(*(_restart(client, run) for run in known.values() if _must_restart(run)))
+            missing = [request for request in requests if request.key is None or request.key not in known]
+            created = iter(await self._create(client, missing))
+            return [str(known[r.key].id) if r.key and r.key in known else next(created) for r in requests]
+
+    async def _find_deployment(self, client: PrefectClient, name: str) -> UUID:
+        if name not in self._deployment_ids:
+            try:
+                self._deployment_ids[name] = (await client.read_deployment_by_name(name)).id
+            except ObjectNotFound as exc:
+                raise DeploymentMissing(
+                    f'The deployment "{name}" does not exist on {client.api_url}.', hint="Create it: make deploy-flows"
+                ) from exc
+        return self._deployment_ids[name]
+
+    async def _create(self, client: PrefectClient, requests: Sequence[RunRequest]) -> list[str]:
+        """Create the runs in bulk, per deployment, and return their ids in the order of *requests*."""
+        parents = await _link_to_parent(client, requests)
+        run_ids: dict[int, str] = {}
+        for deployment, deployment_id in self._deployment_ids.items():
+            mine = [index for index, request in enumerate(requests) if request.deployment == deployment]
+            for start in range(0, len(mine), _BULK_SIZE):
+                chunk = mine[start : start + _BULK_SIZE]
+                bodies = [_describe(requests[index], parents[index]) for index in chunk]
+                run_ids.update(zip(chunk, await _create_bulk(client, deployment_id, bodies), strict=True))
+        return [run_ids[index] for index in range(len(requests))]
+
+    async def watch(self, run_ids: Sequence[str]) -> AsyncIterator[StepOutcome]:
+        pending = dict.fromkeys(run_ids)
+        if not pending:
+            return
+        # An event says which run to look at; the read says what is true. So a lost, doubled or reordered event can
+        # neither invent a result nor lose one: at worst the next slow read finds it.
+        seen: asyncio.Queue[str | None] = asyncio.Queue()
+        listener = asyncio.create_task(self._listen(list(pending), seen))
+        try:
+            async with get_client() as client:
+                suspects: Collection[str] = list(pending)
+                while pending:
+                    for outcome in await self._read_final(client, suspects):
+                        if outcome.run_id in pending:
+                            del pending[outcome.run_id]
+                            yield outcome
+                    if pending:
+                        suspects = await self._next_suspects(seen, pending)
+        finally:
+            listener.cancel()
+            with suppress(asyncio.CancelledError):
+                await listener
+
+    async def _next_suspects(self, seen: asyncio.Queue[str | None], pending: Collection[str]) -> Collection[str]:
+        """Return the runs that an event named, or all that are pending when the slow clock or a reconnect says so."""
+        try:
+            batch = [await asyncio.wait_for(seen.get(), self._poll_seconds)]
+        except TimeoutError:
+            return list(pending)
+        # Siblings tend to end together: a short pause makes one read of many events.
+        await asyncio.sleep(0.05)
+        while not seen.empty():
+            batch.append(seen.get_nowait())
+        if None in batch:
+            return list(pending)
+        return [run_id for run_id in dict.fromkeys(batch) if run_id in pending]
+
+    async def _read_final(self, client: PrefectClient, run_ids: Collection[str]) -> list[StepOutcome]:
+        """Return outcomes of those runs that are final. A server that does not answer is asked again later."""
+        wanted = list(run_ids)
+        try:
+            runs = await _read_by_id(client, wanted)
+        except httpx.HTTPError as exc:
+            self._logger.warning("Could not read flow runs (%s); reading again.", type(exc).__name__)
+            await asyncio.sleep(1)
+            return []
+        found = {str(run.id): run for run in runs}
+        outcomes = [describe_run(run) for run in runs if run.state is not None and run.state.is_final()]
+        lost = [_lost(run_id) for run_id in wanted if run_id not in found]
+        return outcomes + lost
+
+    async def _listen(self, run_ids: Sequence[str], seen: asyncio.Queue[str | None]) -> None:
+        """Put the id of each run that became final into *seen*, and None after each (re)connect."""
+        delay = 0.1
+        while True:
+            try:
+                async with get_events_subscriber(filter=_final_events(run_ids), reconnection_attempts=0) as subscriber:
+                    seen.put_nowait(None)
+                    delay = 0.1
+                    async for event in subscriber:
+                        seen.put_nowait(event.resource.id.removeprefix("prefect.flow-run."))
+            except Exception as exc:  # noqa: BLE001 - whatever ended the socket, we connect again; the slow read goes on
+                self._logger.debug("Events subscription ended: %s", exc)
+            await asyncio.sleep(delay)
+            delay = min(delay * 2, 5.0)
+
+    async def cancel(self, run_ids: Collection[str]) -> None:
+        async with get_client() as client:
+            runs = [run for run in await _read_by_id(client, list(run_ids)) if run.state and not run.state.is_final()]
+            await asyncio.gather(*(client.set_flow_run_state(run.id, Cancelling()) for run in runs))
+
+
+def report_summary(summary: Mapping[str, Any]) -> None:
+    """Keep small results (numbers, short texts) of the current flow run on the server, for its parent to read.
+
+    They travel as labels of the flow run, so no result storage has to be shared between machines. Outside of a flow
+    run on a server this does nothing.
+    """
+    context = FlowRunContext.get()
+    if context is None or context.flow_run is None:
+        return
+    labels: KeyValueLabels = {
+        f"{SUMMARY_PREFIX}{key}": value for key, value in summary.items() if isinstance(value, (str, int, float, bool))
+    }
+    with get_client(sync_client=True) as client:
+        client.update_flow_run_labels(context.flow_run.id, labels)
+
+
+def current_logger() -> logging.Logger | logging.LoggerAdapter[logging.Logger]:
+    """Return the logger of the current flow run, or the package's own outside of one."""
+    context = FlowRunContext.get()
+    if context is None or context.flow_run is None:
+        return get_logger("phasewise")
+    from prefect.logging.loggers import flow_run_logger
+
+    return flow_run_logger(context.flow_run, context.flow)
+
+
+async def _link_to_parent(client: PrefectClient, requests: Sequence[RunRequest]) -> list[UUID | None]:
+    """Return for each request the task run of the current flow run that stands for it, creating what is missing.
+
+    The server nests a child below the flow run of its parent task run. A fan-out needs only one of them: the graph
+    draws every flow run that points to it. The dynamic key is the group, so a retry finds the one it made before.
+    """
+    context = FlowRunContext.get()
+    if context is None or context.flow_run is None:
+        return [None] * len(requests)
+    flow_run_id = context.flow_run.id
+    groups = [request.group or request.key or f"{request.deployment}:{index}" for index, request in enumerate(requests)]
+    task_runs: dict[str, UUID] = {}
+    for group, request in zip(groups, requests, strict=True):
+        if group not in task_runs:
+            task: Task[..., None] = Task(name=request.deployment, fn=_stand_in)
+            task_run = await client.create_task_run(
+                task, flow_run_id=flow_run_id, dynamic_key=group, name=request.deployment, state=Pending()
+            )
+            task_runs[group] = task_run.id
+    return [task_runs[group] for group in groups]
+
+
+def _stand_in() -> None:
+    """The body of the task run that stands for a child; the child's own states are copied to it by the server."""
+
+
+def _describe(request: RunRequest, parent: UUID | None) -> dict[str, Any]:
+    body: dict[str, Any] = {"parameters": dict(request.parameters), "state": {"type": "SCHEDULED"}}
+    optional = {"name": request.name, "idempotency_key": request.key, "parent_task_run_id": parent and str(parent)}
+    return body | {key: value for key, value in optional.items() if value}
+
+
+async def _create_bulk(client: PrefectClient, deployment_id: UUID, bodies: list[dict[str, Any]]) -> list[str]:
+    # The path is a format string of the client's typed routes; this route is younger than that list.
+    path: Any = f"/deployments/{deployment_id}/create_flow_run/bulk"
+    response = await client.request("POST", path, json=bodies)
+    response.raise_for_status()
+    results = response.json()["results"]
+    for body, result in zip(bodies, results, strict=True):
+        if result["status"] != "CREATED":
+            raise OrchestrationError(f"The server refused the flow run {body.get('name', '')}: {result['error']}")
+    return [result["flow_run_id"] for result in results]
+
+
+async def _read_by_key(client: PrefectClient, keys: Sequence[str]) -> dict[str, FlowRun]:
+    runs: list[FlowRun] = []
+    for start in range(0, len(keys), _READ_SIZE):
+        key_filter = FlowRunFilterIdempotencyKey(any_=list(keys[start : start + _READ_SIZE]))
+        runs += await client.read_flow_runs(flow_run_filter=FlowRunFilter(idempotency_key=key_filter), limit=_READ_SIZE)
+    return {run.idempotency_key: run for run in runs if run.idempotency_key}
+
+
+async def _read_by_id(client: PrefectClient, run_ids: Sequence[str]) -> list[FlowRun]:
+    runs: list[FlowRun] = []
+    for start in range(0, len(run_ids), _READ_SIZE):
+        id_filter = FlowRunFilterId(any_=[UUID(run_id) for run_id in run_ids[start : start + _READ_SIZE]])
+        runs += await client.read_flow_runs(flow_run_filter=FlowRunFilter(id=id_filter), limit=_READ_SIZE)
+    return runs
+
+
+def _must_restart(run: FlowRun) -> bool:
+    return run.state is not None and run.state.is_final() and run.state.type is not StateType.COMPLETED
+
+
+async def _restart(client: PrefectClient, run: FlowRun) -> None:
+    await client.set_flow_run_state(run.id, AwaitingRetry(message="Scheduled again by its parent."), force=True)
+
+
+def _final_events(run_ids: Sequence[str]) -> EventFilter:
+    return EventFilter(
+        event=EventNameFilter(prefix=["prefect.flow-run."]),
+        resource=EventResourceFilter(
+            id=[f"prefect.flow-run.{run_id}" for run_id in run_ids],
+            labels={"prefect.state-type": list(_FINAL_TYPES)},  # type: ignore[arg-type]  # parsed by its validator
+        ),
+    )
+
+
+def describe_run(run: FlowRun, *, parent_id: str | None = None) -> StepOutcome:
+    """Return what the server says about *run*, which need not be final."""
+    state = run.state or Pending()
+    summary = {
+        key.removeprefix(SUMMARY_PREFIX): value for key, value in run.labels.items() if key.startswith(SUMMARY_PREFIX)
+    }
+    return StepOutcome(
+        name=run.name,
+        run_id=str(run.id),
+        state_type=state.type.value,
+        state_name=state.name or state.type.value.title(),
+        message=state.message or "",
+        expected_at=run.expected_start_time,
+        started_at=run.start_time,
+        ended_at=run.end_time,
+        seconds=run.total_run_time.total_seconds() if state.is_final() else None,
+        attempts=run.run_count,
+        parent_id=parent_id,
+        url=url_for(run),
+        summary=summary,
+    )
+
+
+def _lost(run_id: str) -> StepOutcome:
+    return StepOutcome(
+        name=run_id, run_id=run_id, state_type="LOST", state_name="Lost", message="The server does not know this run."
+    )

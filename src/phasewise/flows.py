@@ -1,0 +1,322 @@
+"""The seven flows. The only module that imports both planes: Prefect around, DuckDB inside.
+
+Each flow also runs alone, as a plain call: with ``PREFECT_API_URL`` set it is recorded on that server, without a
+server it just runs in this process.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import Any, ParamSpec, TypeVar, cast
+
+from prefect import Flow, Task, task
+from prefect.client.schemas.objects import TaskRun
+from prefect.context import FlowRunContext
+from prefect.settings import get_current_settings
+from prefect.states import State
+
+from phasewise import audit, cleanup, lake, marts, publish, sources, staging
+from phasewise.batch_report import BatchData, write_batch_report
+from phasewise.errors import AuditFailed, NothingStaged, OrchestrationError, PhasewiseError, ProjectError, SourceError
+from phasewise.flow_runs import FlowRuns, PrefectFlowRuns, current_logger, report_summary
+from phasewise.history import read_batch_runs
+from phasewise.orchestrator import run_phases, start_phase
+from phasewise.pipeline import BATCH, FanOut, Phase, Step, load_phases
+from phasewise.project import Project, find_project, load_project, resolve_table
+from phasewise.settings import Settings
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class _EtlFlow(Flow[P, R]):
+    """A flow that is a plain function call where there is no server to record it."""
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Any:  # type: ignore[override]  # Prefect overloads it
+        if _has_server():
+            return super().__call__(*args, **kwargs)
+        return self.fn(*args, **kwargs)
+
+
+def _etl_flow(name: str, **options: Any) -> Callable[[Callable[P, R]], _EtlFlow[P, R]]:
+    def decorate(function: Callable[P, R]) -> _EtlFlow[P, R]:
+        # Results travel as labels of the run (report_summary); stored ones would have to be shared between machines.
+        return _EtlFlow(function, name=name, persist_result=False, **options)
+
+    return decorate
+
+
+def _has_server() -> bool:
+    return FlowRunContext.get() is not None or get_current_settings().api.url is not None
+
+
+def _run_task(the_task: Task[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """Call a task; outside of a flow run call its function, with the same retries."""
+    if FlowRunContext.get() is not None:
+        return cast(R, the_task(*args, **kwargs))
+    for attempt in range(the_task.retries + 1):
+        try:
+            return the_task.fn(*args, **kwargs)
+        except Exception as exc:
+            if attempt == the_task.retries or not _is_passing(exc):
+                raise
+            current_logger().warning("%s; trying again.", exc)
+            time.sleep(_RETRY_DELAYS[attempt])
+    raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+_RETRY_DELAYS = [1, 5]
+
+
+def _is_passing(exc: BaseException) -> bool:
+    """Return whether trying again could help: a lost connection may come back, a missing table does not."""
+    from phasewise.errors import SourceUnavailable
+
+    return isinstance(exc, SourceUnavailable) or not isinstance(exc, PhasewiseError)
+
+
+def _should_retry(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
+    try:
+        state.result(raise_on_failure=True)
+    except Exception as exc:  # noqa: BLE001 - whatever the task raised is what is looked at
+        return _is_passing(exc)
+    return False
+
+
+def _load() -> tuple[Project, Settings]:
+    settings = Settings()
+    return load_project(find_project(settings)), settings
+
+
+def _own_run_id() -> str | None:
+    context = FlowRunContext.get()
+    return str(context.flow_run.id) if context is not None and context.flow_run is not None else None
+
+
+def _new_batch() -> str:
+    return f"manual-{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(2)}"
+
+
+def _flow_runs(settings: Settings) -> FlowRuns:
+    return PrefectFlowRuns(poll_seconds=settings.poll_seconds)
+
+
+@_etl_flow("main-etl-job")
+async def main_etl() -> dict[str, Any]:
+    """Load, audit and publish all tables of the project: one run is one batch.
+
+    Returns ``{"<step>_run_id": id, ..., "status": "completed"}``.
+
+    Raises:
+        FlowRunsFailed: a step did not complete; it names each, and no later phase was started.
+    """
+    logger = current_logger()
+    logger.info("Starting ETL flow...")
+    project, settings = _load()
+    batch = _own_run_id()
+    if batch is None:
+        raise OrchestrationError(
+            "main_etl runs its phases on a Prefect server, and PREFECT_API_URL is not set.",
+            hint="Run it with: make run-distributed",
+        )
+    phases = load_phases(project.root, project.pipeline.phases)
+    outcome = await run_phases(phases, batch=batch, flow_runs=_flow_runs(settings))
+    logger.info("ETL flow completed successfully.")
+    steps = [step for phase in outcome.phases for step in phase.steps]
+    return {f"{step.step}_run_id": step.run_id for step in steps} | {"status": "completed"}
+
+
+@_etl_flow("pre-etl-job")
+def pre_etl(batch_id: str | None = None) -> dict[str, Any]:
+    """Validate the sources, set up connections and prepare the workspace; report every failure, not the first alone."""
+    del batch_id  # every step is told which batch it belongs to; validation is the same for all of them
+    return _run_task(pre_etl_task)
+
+
+@task(name="pre-etl-task", tags={"pre-processing"})
+def pre_etl_task() -> dict[str, Any]:
+    project, settings = _load()
+    problems = sources.check_project(project, settings)
+    for check in (_check_staging, _check_lake):
+        try:
+            check(project, settings)
+        except PhasewiseError as exc:
+            problems.append(exc)
+    if problems:
+        raise _combine(problems)
+    tables = sources.list_project_tables(project, sources.open_source(project, settings))
+    current_logger().info("%d tables found in %s", len(tables), project.redacted_source)
+    return {"status": "pre_etl_complete", "sources_validated": True, "tables": len(tables)}
+
+
+def _check_staging(project: Project, settings: Settings) -> None:
+    staging.prepare_staging(project, settings)
+
+
+def _check_lake(project: Project, settings: Settings) -> None:
+    lake.prepare_lake(project, settings)
+
+
+def _combine(problems: list[PhasewiseError]) -> PhasewiseError:
+    if len(problems) == 1:
+        return problems[0]
+    lines = "\n".join(f"- {problem}" for problem in problems)
+    return PhasewiseError(f"{len(problems)} checks failed:\n{lines}")
+
+
+@_etl_flow("sub-etl-job")
+async def sub_etl(batch_id: str | None = None) -> dict[str, Any]:
+    """Stage all tables of the project in parallel, then run both cleanups in parallel."""
+    project, settings = _load()
+    batch = batch_id or _own_run_id() or _new_batch()
+    tables = sources.list_project_tables(project, sources.open_source(project, settings))
+    tables = list(staging.begin_batch(project, batch, tables).tables)
+    await _stage_tables(tables, batch, settings)
+    await _clean_up(batch, settings)
+    return {"completed_tables": len(tables)}
+
+
+async def _stage_tables(tables: list[str], batch: str, settings: Settings) -> None:
+    fan_out = FanOut(
+        name="process_table_etl",
+        deployment="process-table-etl/process-table-etl-deployment",
+        parameters={"batch_id": BATCH},
+        over="table",
+        items=tables,
+    )
+    logger = current_logger()
+    logger.info("Triggering %d instances of %s...", len(tables), fan_out.flow_name)
+    started = await start_phase(Phase(name="tables", steps=[fan_out]), batch=batch, flow_runs=_flow_runs(settings))
+    logger.info("Waiting for all %d ETL subflows to complete...", len(tables))
+    await started.wait()
+    logger.info("All %d ETL subflows completed successfully", len(tables))
+
+
+async def _clean_up(batch: str, settings: Settings) -> None:
+    current_logger().info("Starting cleanup subflows...")
+    steps = [_cleanup_step("cleanup_flow1", "cleanup-flow-1"), _cleanup_step("cleanup_flow2", "cleanup-flow-2")]
+    started = await start_phase(Phase(name="cleanup", steps=steps), batch=batch, flow_runs=_flow_runs(settings))
+    await started.wait()
+    current_logger().info("Cleanup completed")
+
+
+def _cleanup_step(name: str, flow_name: str) -> Step:
+    return Step(name=name, deployment=f"{flow_name}/{flow_name}-deployment", parameters={"batch_id": BATCH})
+
+
+@_etl_flow("process-table-etl")
+def process_table_etl(table: str, batch_id: str | None = None) -> dict[str, Any]:
+    """Extract *table* into the staging of the batch (a new batch when none is given) and write its manifest."""
+    manifest = _run_task(sql_query_task, table, batch_id or _new_batch())
+    summary = {
+        "table": manifest.table,
+        "rows": manifest.rows,
+        "size_bytes": manifest.size_bytes,
+        "seconds": round(manifest.seconds, 3),
+    }
+    report_summary(summary)
+    return {"status": "table_complete", "batch_id": manifest.batch, **summary}
+
+
+@task(
+    name="sql-query-task",
+    tags={"database"},
+    retries=2,
+    retry_delay_seconds=_RETRY_DELAYS,
+    retry_condition_fn=_should_retry,
+)
+def sql_query_task(table: str, batch: str) -> staging.Manifest:
+    project, settings = _load()
+    known = sources.list_project_tables(project, sources.open_source(project, settings))
+    table = resolve_table(table, known)
+    manifest = staging.extract_table(project, settings, batch=batch, table=table)
+    current_logger().info(
+        "%s: %d rows, %d bytes staged in %.2f s", table, manifest.rows, manifest.size_bytes, manifest.seconds
+    )
+    return manifest
+
+
+@_etl_flow("cleanup-flow-1")
+def cleanup_flow1(batch_id: str | None = None) -> dict[str, Any]:
+    """Remove the staging of batches that are published or given up; never of *batch_id*, the one that is running."""
+    removed = _run_task(cleanup_task_1, batch_id)
+    summary = {"removed_batches": len(removed.removed), "freed_bytes": removed.freed_bytes}
+    report_summary(summary)
+    return {"status": "cleanup_complete", **summary}
+
+
+@task(name="cleanup-task-1")
+def cleanup_task_1(batch: str | None) -> cleanup.StagingCleanup:
+    project, settings = _load()
+    return cleanup.remove_finished_staging(project, settings, keep={batch} if batch else set())
+
+
+@_etl_flow("cleanup-flow-2")
+def cleanup_flow2(batch_id: str | None = None) -> dict[str, Any]:
+    """Maintain the lake: expire snapshots past their retention, compact, delete files that nothing refers to."""
+    del batch_id  # the lake's maintenance is the same for every batch
+    done = asdict(_run_task(cleanup_task_2))
+    report_summary(done)
+    return {"status": "cleanup_complete", **done}
+
+
+@task(name="cleanup-task-2")
+def cleanup_task_2() -> cleanup.LakeMaintenance:
+    project, settings = _load()
+    return cleanup.maintain_lake(project, settings)
+
+
+@_etl_flow("final-etl-job")
+def final_etl(batch_id: str | None = None) -> dict[str, Any]:
+    """Audit the staged tables, publish all of them at once, build the marts and write the report.
+
+    Without *batch_id* it takes the newest staged batch that is not published; when there is none, it audits the
+    published tables again and renews marts and report.
+
+    Raises:
+        AuditFailed: a blocking audit found bad rows; nothing was published.
+        NothingStaged: there is no staged batch, and nothing was ever published.
+    """
+    result = _run_task(final_etl_task, batch_id)
+    report_summary({key: value for key, value in result.items() if key != "status"})
+    return result
+
+
+@task(name="final-etl-task", tags={"post-processing"})
+def final_etl_task(batch_id: str | None) -> dict[str, Any]:
+    project, settings = _load()
+    batch = batch_id or staging.find_publishable_batch(project)
+    if batch is not None:
+        return _publish(project, settings, batch)
+    if not lake.has_lake(project):
+        raise NothingStaged(
+            f'Nothing is staged for "{project.name}", and its warehouse is empty.',
+            hint="Load it first: make run-distributed (or process_table_etl for single tables).",
+        )
+    return _renew(project, settings)
+
+
+def _publish(project: Project, settings: Settings, batch: str) -> dict[str, Any]:
+    manifests = staging.list_manifests(project, batch)
+    with lake.open_session(settings) as connection:
+        results = audit.audit_batch(connection, project, batch)
+    data = BatchData(project=project, batch=batch, manifests=manifests, audits=results, runs=_batch_runs(batch))
+    _log_audits(results)
+    try:
+        audit.raise_for(results)
+    except AuditFailed as exc:
+        files = write_batch_report(data, status="failed", message=str(exc))
+        current_logger().error("Nothing was published. The report: %s", files.html)
+        raise
+    publication = publish.publish_batch(project, settings, batch)
+    with _reading(project, settings) as connection:
+        mart_data = [marts.read_mart(connection, mart) for mart in project.marts]
+    files = write_batch_report(data, status="published", publication=publication, marts=mart_data)
+    current_logger().info("Published %d tables as snapshot %d", len(publication.tables), publication.snapshot)
+    current_logger().info("Report: %s", files.html)
+    return _final_result(publication, results, str(files.html))

@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from phasewise import BATCH, FanOut, FlowRunsFailed, Phase, Step, run_phases, trigger_subflow, wait_for_flow_runs
+from phasewise.errors import DeploymentMissing
+from phasewise.testing import MemoryFlowRuns
+
+
+class Recorder:
+    """Bodies of flows that note when they ran."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.broken: set[str] = set()
+
+    async def load(self, table: str = "all", batch_id: str = "") -> Mapping[str, Any]:
+        self.log.append(f"start {table}")
+        await asyncio.sleep(0)
+        if table in self.broken:
+            raise ValueError(f"{table} is broken")
+        self.log.append(f"end {table}")
+        return {"rows": len(table), "batch": batch_id}
+
+    async def stuck(self, **_parameters: object) -> None:
+        await asyncio.Event().wait()
+
+
+@pytest.fixture
+def recorder() -> Recorder:
+    return Recorder()
+
+
+@pytest.fixture
+def flow_runs(recorder: Recorder) -> MemoryFlowRuns:
+    return MemoryFlowRuns({"load/d": recorder.load, "stuck/d": recorder.stuck})
+
+
+def tables(*items: str) -> FanOut:
+    return FanOut(name="tables", deployment="load/d", over="table", items=items, parameters={"batch_id": BATCH})
+
+
+def publish(table: str = "publish") -> Step:
+    return Step(name="publish", deployment="load/d", parameters={"table": table})
+
+
+async def test_a_phase_starts_only_after_every_step_of_the_one_before(
+    recorder: Recorder, flow_runs: MemoryFlowRuns
+) -> None:
+    await run_phases([Phase(steps=[tables("a", "b")]), Phase(steps=[publish()])], batch="b1", flow_runs=flow_runs)
+
+    assert recorder.log.index("start publish") > recorder.log.index("end a")
+    assert recorder.log.index("start publish") > recorder.log.index("end b")
+
+
+async def test_steps_of_a_phase_run_at_the_same_time(recorder: Recorder, flow_runs: MemoryFlowRuns) -> None:
+    await run_phases([Phase(steps=[tables("a", "b")])], batch="b1", flow_runs=flow_runs)
+
+    assert recorder.log[:2] == ["start a", "start b"]
+
+
+async def test_a_failed_step_fails_the_pipeline_and_no_later_phase_starts(
+    recorder: Recorder, flow_runs: MemoryFlowRuns
+) -> None:
+    recorder.broken = {"b"}
+
+    with pytest.raises(FlowRunsFailed) as caught:
+        await run_phases(
+            [Phase(steps=[tables("a", "b", "c")]), Phase(steps=[publish()])], batch="b1", flow_runs=flow_runs
+        )
+
+    assert [outcome.name for outcome in caught.value.outcomes] == ["load/b"]
+    assert "load/b Failed" in str(caught.value)
+    assert "b is broken" in str(caught.value)
+    assert "start publish" not in recorder.log
+    assert "end c" in recorder.log
+
+
+async def test_a_retried_batch_runs_only_what_did_not_complete(recorder: Recorder, flow_runs: MemoryFlowRuns) -> None:
+    recorder.broken = {"b"}
+    phases = [Phase(steps=[tables("a", "b")]), Phase(steps=[publish()])]
+    with pytest.raises(FlowRunsFailed):
+        await run_phases(phases, batch="b1", flow_runs=flow_runs)
+    recorder.broken = set()
+
+    outcome = await run_phases(phases, batch="b1", flow_runs=flow_runs)
+
+    assert outcome.is_completed
+    assert recorder.log.count("start a") == 1
+    assert recorder.log.count("start b") == 2
+    assert flow_runs.find("load/b").attempts == 2
+
+
+async def test_another_batch_runs_everything_anew(recorder: Recorder, flow_runs: MemoryFlowRuns) -> None:
+    for batch in ("b1", "b2"):
+        await run_phases([Phase(steps=[tables("a")])], batch=batch, flow_runs=flow_runs)
+
+    assert recorder.log.count("start a") == 2
+
+
+async def test_cancel_on_failure_ends_the_siblings_of_a_failed_step(
+    recorder: Recorder, flow_runs: MemoryFlowRuns
+) -> None:
+    recorder.broken = {"b"}
+    stuck = Step(name="stuck", deployment="stuck/d")
+
+    with pytest.raises(FlowRunsFailed) as caught:
+        await run_phases([Phase(steps=[stuck, tables("b")], on_failure="cancel")], batch="b1", flow_runs=flow_runs)
+
+    assert {outcome.state_type for outcome in caught.value.outcomes} == {"CANCELLED", "FAILED"}
+
+
+async def test_steps_are_cancelled_when_their_parent_is(flow_runs: MemoryFlowRuns) -> None:
+    parent = asyncio.create_task(
+        run_phases([Phase(steps=[Step(name="stuck", deployment="stuck/d")])], batch="b1", flow_runs=flow_runs)
+    )
+    while not flow_runs.runs:
+        await asyncio.sleep(0)
+    await asyncio.sleep(0)
+
+    parent.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await parent
+    await asyncio.sleep(0)
+
+    [run] = flow_runs.runs.values()
+    await run.is_final.wait()
+    assert run.outcome is not None
+    assert run.outcome.state_type == "CANCELLED"
+
+
+async def test_outcomes_come_in_the_order_asked_for_with_their_summaries(flow_runs: MemoryFlowRuns) -> None:
+    first = await trigger_subflow("load/d", {"table": "longer"}, flow_runs=flow_runs)
+    second = await trigger_subflow("load/d", {"table": "x"}, flow_runs=flow_runs)
+
+    outcomes = await wait_for_flow_runs([second, first], flow_runs=flow_runs)
+
+    assert [outcome.summary["rows"] for outcome in outcomes] == [1, 6]
+
+
+async def test_two_triggers_with_one_key_are_one_run(recorder: Recorder, flow_runs: MemoryFlowRuns) -> None:
+    ids = [await trigger_subflow("load/d", {"table": "a"}, key="same", flow_runs=flow_runs) for _ in range(2)]
+    await wait_for_flow_runs(ids, flow_runs=flow_runs)
+
+    assert ids[0] == ids[1]
+    assert recorder.log.count("start a") == 1
+
+
+async def test_a_missing_deployment_is_named(flow_runs: MemoryFlowRuns) -> None:
+    with pytest.raises(DeploymentMissing, match='"nobody/d" does not exist'):
+        await trigger_subflow("nobody/d", flow_runs=flow_runs)
+
+
+async def test_waiting_ends_with_the_timeout_and_leaves_the_runs_alone(flow_runs: MemoryFlowRuns) -> None:
+    run_id = await trigger_subflow("stuck/d", flow_runs=flow_runs)
+
+    with pytest.raises(TimeoutError):
+        await wait_for_flow_runs([run_id], timeout=0.01, flow_runs=flow_runs)
+
+    assert flow_runs.runs[run_id].outcome is None
+    await flow_runs.cancel([run_id])
+
+
+async def test_an_empty_fan_out_completes(flow_runs: MemoryFlowRuns) -> None:
+    outcome = await run_phases([Phase(steps=[tables()])], batch="b1", flow_runs=flow_runs)
+
+    assert outcome.is_completed
