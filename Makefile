@@ -20,7 +20,7 @@ PIP_INSTALL := $(PIP) install --quiet --no-deps --require-hashes --only-binary :
 # ── what you run ──────────────────────────────────────────────────────────────────────────────────
 # `exec` puts the command in the shell's place, so that Ctrl-C and SIGTERM reach it and not a shell before it.
 
-.PHONY: run-distributed up down deploy-flows start-workers test lint format lock benchmark clean help
+.PHONY: run-distributed up down deploy-flows start-workers test lint format lock clean help
 
 run-distributed: .venv/installed ## run the whole ETL on the example database: server, workers, report
 	@exec $(PY) -m phasewise run-distributed
@@ -49,9 +49,6 @@ lint: .venv/installed-dev ## check style, types and import rules
 format: .venv/installed-dev ## format the code and mend what ruff can mend
 	$(PY) -m ruff check --fix-only
 	$(PY) -m ruff format
-
-benchmark: .venv/installed-dev ## measure against other systems (see benchmarks/)
-	@exec $(PY) benchmarks/topology.py
 
 # ── the environment ───────────────────────────────────────────────────────────────────────────────
 

@@ -1,8 +1,13 @@
-"""The import rule that import-linter cannot state, as it sees other packages by their first name only."""
+"""The import rules that import-linter cannot state.
+
+It sees other packages by their first name only, and not that importing a module runs its package first.
+"""
 
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,3 +61,24 @@ def test_only_the_worker_touches_private_names_of_prefect():
 
     assert len(found) > 5
     assert {f: names for f, names in found.items() if names} == {}
+
+
+@pytest.mark.parametrize(
+    ("plane", "stranger"),
+    [
+        ("lake staging audit publish marts cleanup queries sources demo report", "prefect"),
+        ("pipeline outcomes flow_runs orchestrator deployments stack", "duckdb"),
+        ("forkserver", "prefect"),
+    ],
+)
+def test_importing_a_plane_does_not_load_the_library_of_the_other(plane, stranger):
+    imports = "".join(f"import phasewise.{module}\n" for module in plane.split())
+
+    run = subprocess.run(
+        [sys.executable, "-c", f"{imports}import sys; sys.exit({stranger!r} in sys.modules)"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert run.returncode == 0, run.stderr or f"{stranger} was loaded by one of: {plane}"
