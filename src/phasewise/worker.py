@@ -1,0 +1,675 @@
+"""A Prefect worker whose flow runs start in milliseconds: the work-pool type ``warm-process``.
+
+It is Prefect's process worker with two parts replaced. A flow run is forked from a process that has imported
+everything already (``phasewise.forkserver``) instead of starting three Pythons, and new runs are claimed on the event
+of their scheduling instead of at the next poll; the poll stays, as the fallback. What a fork cannot serve exactly as a
+new process would (see ``_why_not_warm``) takes the process worker's own way, and the run's log says why.
+
+Every private name of Prefect that Phasewise touches stands in this module. It is tested with Prefect
+``>=3.8.8,<3.9``; these are the modules to look at when that range moves: ``prefect.runner._*``,
+``prefect._internal.*``, ``prefect.flow_engine._*`` and the underscored methods of ``BaseWorker``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+import tempfile
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+import anyio
+import anyio.abc
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterId,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
+from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.events import Event
+from prefect.events.clients import get_events_subscriber
+from prefect.events.filters import EventAnyResourceFilter, EventFilter, EventNameFilter
+from prefect.runner._cancellation_manager import CancellationManager
+from prefect.runner._control_channel import ControlChannel
+from prefect.runner._event_emitter import EventEmitter
+from prefect.runner._flow_run_executor import FlowRunExecutor
+from prefect.runner._hook_runner import HookRunner
+from prefect.runner._process_manager import (
+    ProcessHandle,
+    ProcessManager,
+    create_isolated_termination_scope,
+)
+from prefect.runner._state_proposer import StateProposer
+from prefect.settings import get_current_settings
+from prefect.utilities.filesystem import relative_path_to_current_platform
+from prefect.workers.base import BaseWorker
+from prefect.workers.process import ProcessJobConfiguration, ProcessWorker, ProcessWorkerResult
+from pydantic import PrivateAttr
+
+from phasewise.forkserver import ForkedProcess, ForkRefused, Forkserver, ForkserverDied
+from phasewise.settings import Settings
+
+if TYPE_CHECKING:
+    from prefect.client.schemas.objects import Flow as APIFlow
+    from prefect.client.schemas.objects import WorkPool
+    from prefect.client.schemas.responses import DeploymentResponse, WorkerFlowRunResponse
+    from prefect.flows import Flow
+
+#: Imported before the first fork. What a flow run imports lazily after the fork, it pays for once a run.
+PRELOAD = (
+    "prefect",
+    "prefect.flow_engine",
+    "prefect.task_engine",
+    "prefect.engine",
+    "prefect.client.orchestration",
+    "prefect.deployments.steps.core",
+    "prefect.events.clients",
+    "prefect.events.worker",
+    "prefect.logging.handlers",
+    "phasewise.worker",
+    "duckdb",
+    "phasewise.flows",
+)
+#: Called once, after the imports and before the first fork.
+SETUP = ("phasewise.lake:preload_extensions",)
+
+_CLAIM_ON = ("Scheduled", "Late", "AwaitingRetry", "AwaitingConcurrencySlot", "Resuming")
+_FREES_A_SLOT = ("Completed", "Failed", "Crashed", "Cancelled", "TimedOut", "Paused", "Suspended")
+_SET_WORKING_DIRECTORY = "prefect.deployments.steps.set_working_directory"
+
+
+class WarmProcessJobConfiguration(ProcessJobConfiguration):
+    """The process worker's job configuration, which also remembers the deployment that it was made for."""
+
+    _deployment: DeploymentResponse | None = PrivateAttr(default=None)
+
+    def prepare_for_flow_run(
+        self,
+        flow_run: FlowRun,
+        deployment: DeploymentResponse | None = None,
+        flow: APIFlow | None = None,
+        work_pool: WorkPool | None = None,
+        worker_name: str | None = None,
+        worker_id: UUID | None = None,
+    ) -> None:
+        self._deployment = deployment
+        super().prepare_for_flow_run(flow_run, deployment, flow, work_pool, worker_name, worker_id)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """What a flow run and its hooks are forked with."""
+
+    entrypoint: str
+    cwd: str
+    env: dict[str, str]
+    stdio: tuple[int, int]
+
+
+class WarmProcessWorker(ProcessWorker):
+    """Execute flow runs as processes forked from one that has imported everything they need."""
+
+    type = "warm-process"
+    job_configuration = WarmProcessJobConfiguration
+    _display_name = "Warm process"
+    _description = (
+        "Execute flow runs as subprocesses forked from a warm one, so that they start in milliseconds. "
+        "Works wherever the Process type works."
+    )
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._warm = AsyncExitStack()
+        self._zygotes = _Zygotes(PRELOAD, SETUP)
+        self._jobs: dict[UUID, _Job] = {}
+        self._executors: _Executors
+        self._claims = asyncio.Event()
+        self._claiming = asyncio.Lock()
+        self._may_have_more = False
+        self._listening: anyio.abc.TaskGroup | None = None
+        self._services: anyio.abc.TaskGroup
+
+    async def __aenter__(self) -> WarmProcessWorker:
+        # Entered before, so left after, the task group of the runs: they need all of it until they end.
+        try:
+            self._devnull = os.open(os.devnull, os.O_WRONLY)
+            self._warm.callback(os.close, self._devnull)
+            await self._warm.enter_async_context(self._zygotes)
+            self._executors = await self._warm.enter_async_context(_Executors(self._zygotes, self._jobs))
+            self._services = await self._warm.enter_async_context(_background())
+            await super().__aenter__()
+        except BaseException:
+            await self._warm.__aexit__(*sys.exc_info())
+            raise
+        return self
+
+    async def __aexit__(self, *exc_info: Any) -> None:
+        try:
+            await super().__aexit__(*exc_info)
+        finally:
+            await self._warm.__aexit__(*exc_info)
+
+    # ── running ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def run(
+        self,
+        flow_run: FlowRun,
+        configuration: ProcessJobConfiguration,
+        task_status: anyio.abc.TaskStatus[int] | None = None,
+    ) -> ProcessWorkerResult:
+        reason = await self._why_not_warm(configuration)
+        if reason is not None:
+            self.get_flow_run_logger(flow_run).info("Starting a new Python for this run: %s", reason)
+            return await super().run(flow_run, configuration, task_status)
+        with _working_directory(configuration) as folder:
+            assert isinstance(configuration, WarmProcessJobConfiguration)
+            self._jobs[flow_run.id] = self._plan(configuration, folder)
+            try:
+                return await self._executors.run(flow_run, task_status or anyio.TASK_STATUS_IGNORED)
+            finally:
+                del self._jobs[flow_run.id]
+                self._slot_freed()
+
+    async def _why_not_warm(self, configuration: ProcessJobConfiguration) -> str | None:
+        """Say why a forked process could not do for this run exactly what a new one would; None when it can."""
+        if configuration._command_configured:
+            return "it has a command of its own."
+        if get_current_settings().runner.auto_install_dependencies:
+            return "PREFECT_RUNNER_AUTO_INSTALL_DEPENDENCIES is on."
+        deployment = getattr(configuration, "_deployment", None)
+        if deployment is None or deployment.entrypoint is None:
+            return "it has no deployment with an entrypoint."
+        if reason := _why_not_workspace(deployment):
+            return reason
+        folder = _pulled_directory(deployment)
+        if folder is not None and folder != Path.cwd() and _has_prefect_settings(folder):
+            return f"{folder} has Prefect settings of its own."
+        if names := _differing(self._zygotes.env, configuration.env):
+            return f"its environment differs in {', '.join(names)}, which is read when Python or Prefect starts."
+        try:
+            await self._zygotes.current()
+        except ForkserverDied as exc:
+            return f"the warm process does not start: {exc}"
+        return None
+
+    def _plan(self, configuration: WarmProcessJobConfiguration, folder: str) -> _Job:
+        deployment = configuration._deployment
+        assert deployment is not None
+        assert deployment.entrypoint is not None
+        entrypoint = deployment.entrypoint
+        if ":" in entrypoint:
+            entrypoint = str(relative_path_to_current_platform(entrypoint))
+        cwd = str(_pulled_directory(deployment) or folder)
+        env = {key: value for key, value in configuration.env.items() if value is not None}
+        path = env.get("PYTHONPATH", "").split(os.pathsep)
+        env["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([cwd, *filter(None, path)]))
+        env["PREFECT__FLOW_ENTRYPOINT"] = entrypoint
+        # The worker runs these hooks, in a process of their own: the flow run's may be gone by then.
+        env["PREFECT__ENABLE_CANCELLATION_AND_CRASHED_HOOKS"] = "false"
+        stdio = (1, 2) if configuration.stream_output else (self._devnull, self._devnull)
+        return _Job(entrypoint=entrypoint, cwd=cwd, env=env, stdio=stdio)
+
+    # ── claiming and cancelling ──────────────────────────────────────────────────────────────────────────────
+
+    async def _setup_cancellation_observer(self) -> None:
+        """Start the worker's one events subscription; called after each sync with the server.
+
+        It stands in for the process worker's observers: one for the worker, and one more for each run.
+        """
+        if self._listening is None and self._work_pool is not None:
+            self._listening = self._services
+            self._services.start_soon(self._listen, self._work_pool.id)
+            self._services.start_soon(self._claim)
+            self._services.start_soon(self._check_for_cancelling)
+
+    async def _listen(self, work_pool_id: UUID) -> None:
+        names = [f"prefect.flow-run.{name}" for name in ("Cancelling", *_CLAIM_ON, *_FREES_A_SLOT)]
+        while True:
+            events = EventFilter(
+                event=EventNameFilter(name=names),
+                any_resource=EventAnyResourceFilter(id=[f"prefect.work-pool.{work_pool_id}"]),
+            )
+            try:
+                async with get_events_subscriber(filter=events) as subscriber:
+                    self._wants_claim()  # for what was scheduled while nobody listened
+                    async for event in subscriber:
+                        self._on_event(event)
+            except Exception as exc:  # noqa: BLE001 - whatever breaks the socket, polling goes on and we reconnect
+                self._logger.warning("Lost the events of the work pool (%s); polling until it is back.", exc)
+            await anyio.sleep(1)
+
+    def _on_event(self, event: Event) -> None:
+        name = event.event.removeprefix("prefect.flow-run.")
+        if name == "Cancelling":
+            self._cancel_soon(UUID(event.resource.id.removeprefix("prefect.flow-run.")))
+        elif name in _CLAIM_ON:
+            self._wants_claim()
+        else:
+            self._slot_freed()
+
+    def _wants_claim(self) -> None:
+        self._may_have_more = True
+        self._claims.set()
+
+    def _slot_freed(self) -> None:
+        # Asking after every run that ends would be a read a run; the last answer tells whether it can help.
+        if self._may_have_more:
+            self._claims.set()
+
+    async def _claim(self) -> None:
+        while True:
+            await self._claims.wait()
+            self._claims.clear()
+            try:
+                await self.get_and_submit_flow_runs()
+            except Exception as exc:  # noqa: BLE001 - the poll, which is the fallback, has the error handling
+                self._logger.warning("Could not ask for new flow runs: %s", exc)
+                await anyio.sleep(1)
+
+    async def get_and_submit_flow_runs(self) -> list[FlowRun]:
+        async with self._claiming:
+            return await super().get_and_submit_flow_runs()
+
+    async def _submit_scheduled_flow_runs(self, flow_run_response: list[WorkerFlowRunResponse]) -> list[FlowRun]:
+        self._may_have_more = bool(flow_run_response)
+        return await super()._submit_scheduled_flow_runs(flow_run_response)
+
+    def _cancel_soon(self, flow_run_id: UUID) -> None:
+        if self._executors.is_running(flow_run_id):
+            self._executors.cancel_soon(flow_run_id)
+        elif flow_run_id in self._submitting_flow_run_ids:
+            self._services.start_soon(self._cancel_run, flow_run_id)
+
+    async def _check_for_cancelling(self) -> None:
+        """Look for cancellations whose event was lost, on a slow clock."""
+        while True:
+            await anyio.sleep(15)
+            ids = [*self._executors.running(), *self._submitting_flow_run_ids]
+            if not ids:
+                continue
+            wanted = FlowRunFilter(
+                id=FlowRunFilterId(any_=ids),
+                state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.CANCELLING])),
+            )
+            try:
+                for flow_run in await self.client.read_flow_runs(flow_run_filter=wanted):
+                    self._cancel_soon(flow_run.id)
+            except Exception as exc:  # noqa: BLE001 - the next look is as good
+                self._logger.warning("Could not look for cancelled flow runs: %s", exc)
+
+
+@contextlib.asynccontextmanager
+async def _background() -> Any:
+    """A task group whose tasks end with the block."""
+    async with anyio.create_task_group() as group:
+        try:
+            yield group
+        finally:
+            group.cancel_scope.cancel()
+
+
+@contextlib.contextmanager
+def _working_directory(configuration: ProcessJobConfiguration) -> Iterator[str]:
+    if configuration.working_dir:
+        yield str(Path(configuration.working_dir).resolve())
+    else:
+        with tempfile.TemporaryDirectory(suffix="prefect") as folder:
+            yield str(Path(folder).resolve())
+
+
+# ── what a fork can serve ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _why_not_workspace(deployment: DeploymentResponse) -> str | None:
+    steps = deployment.pull_steps or []
+    if not steps:
+        if ":" in (deployment.entrypoint or "") or deployment.path or deployment.storage_document_id:
+            return "its code is copied from storage."
+        return None
+    if _pulled_directory(deployment) is None:
+        return "its pull steps do more than name an existing folder."
+    return None
+
+
+def _pulled_directory(deployment: DeploymentResponse) -> Path | None:
+    """Return the folder of a deployment whose only pull step is ``set_working_directory``."""
+    match deployment.pull_steps:
+        case [{**step}] if list(step) == [_SET_WORKING_DIRECTORY]:
+            directory = (step[_SET_WORKING_DIRECTORY] or {}).get("directory")
+            if isinstance(directory, str) and Path(directory).is_absolute() and Path(directory).is_dir():
+                return Path(directory).resolve()
+    return None
+
+
+def _has_prefect_settings(folder: Path) -> bool:
+    """Tell whether a Python started in *folder* would read Prefect settings from its files."""
+    if (folder / "prefect.toml").exists():
+        return True
+    with contextlib.suppress(OSError):
+        if "PREFECT_" in (folder / ".env").read_text(errors="replace"):
+            return True
+    try:
+        project = tomllib.loads((folder / "pyproject.toml").read_text())
+    except (OSError, ValueError):
+        return False
+    return "prefect" in project.get("tool", {})
+
+
+def _differing(warm: Mapping[str, str], wanted: Mapping[str, str | None]) -> list[str]:
+    """Name the variables that are read once, when Python or Prefect starts, and differ."""
+    fixed = {key for key in (*warm, *wanted) if _is_fixed_at_start(key)}
+    return sorted(key for key in fixed if warm.get(key) != wanted.get(key))
+
+
+def _is_fixed_at_start(name: str) -> bool:
+    if name.startswith("PREFECT__"):
+        return False  # not settings: they name the run, and are read when it starts
+    return name.startswith(("PREFECT_", "PYTHON", "LD_"))
+
+
+# ── the warm process ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class _Zygotes:
+    """The forkserver that runs are forked from now, and older ones that still have runs to finish."""
+
+    def __init__(self, preload: tuple[str, ...], setup: tuple[str, ...]) -> None:
+        self._preload = preload
+        self._setup = setup
+        self._starting = asyncio.Lock()
+        self._current: Forkserver | None = None
+        self._retired: list[Forkserver] = []
+        self._first: asyncio.Task[Forkserver] | None = None
+        #: The environment that the forkserver started with.
+        self.env: dict[str, str] = {}
+
+    async def __aenter__(self) -> _Zygotes:
+        settings = get_current_settings().to_environment_variables(exclude_unset=True)
+        self.env = {**os.environ, **settings}
+        # Its imports take a second: let the worker register meanwhile.
+        self._first = asyncio.create_task(self.current())
+        self._first.add_done_callback(lambda task: task.cancelled() or task.exception())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        assert self._first is not None
+        with anyio.CancelScope(shield=True):
+            self._first.cancel()
+            await asyncio.wait([self._first])
+            for server in [self._current, *self._retired]:
+                if server is not None:
+                    await server.aclose()
+
+    async def current(self) -> Forkserver:
+        """Return a forkserver that is alive, starting one if need be.
+
+        Raises:
+            ForkserverDied: it does not start.
+        """
+        async with self._starting:
+            if self._current is None or not self._current.is_alive:
+                self._current = await Forkserver.start(preload=self._preload, setup=self._setup, env=self.env)
+            return self._current
+
+    async def fork(self, target: str, arguments: dict[str, Any], job: _Job, env: dict[str, str]) -> ForkedProcess:
+        """Fork for *job*, replacing the forkserver when the code that it imported has changed.
+
+        Raises:
+            ForkserverDied, ForkRefused: also with a new one.
+        """
+        server = await self.current()
+        stdout, stderr = job.stdio
+        try:
+            return await server.fork(target, arguments, env=env, cwd=job.cwd, stdout=stdout, stderr=stderr)
+        except (ForkRefused, ForkserverDied) as exc:
+            if isinstance(exc, ForkRefused) and not exc.stale:
+                raise
+        await self._retire(server)
+        server = await self.current()
+        return await server.fork(target, arguments, env=env, cwd=job.cwd, stdout=stdout, stderr=stderr)
+
+    async def _retire(self, server: Forkserver) -> None:
+        if self._current is server:
+            self._current = None
+            self._retired.append(server)
+        for old in [old for old in self._retired if old.running == 0]:
+            self._retired.remove(old)
+            await old.aclose()
+
+
+# ── one flow run ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class _Executors:
+    """What Prefect's process worker sets up for each run, once for all runs of a worker.
+
+    One client, one control channel, one process table and one cancellation manager; ``FlowRunExecutor``, the state
+    machine of a single run, is Prefect's own.
+    """
+
+    def __init__(self, zygotes: _Zygotes, jobs: dict[UUID, _Job]) -> None:
+        self._zygotes = zygotes
+        self._jobs = jobs
+        self._channel = ControlChannel()
+        self._processes = _Processes(Settings().cancel_grace_seconds, self._channel)
+        self._hooks = _ForkedHooks(zygotes, jobs)
+        self._cancelling: dict[UUID, asyncio.Task[None]] = {}
+        self._stack = AsyncExitStack()
+        self._proposer: StateProposer
+        self._cancellation: CancellationManager
+
+    async def __aenter__(self) -> _Executors:
+        client = await self._stack.enter_async_context(get_client())
+        await self._stack.enter_async_context(self._processes)
+        emitter = await self._stack.enter_async_context(EventEmitter(runner_name="standalone", client=client))
+        await self._stack.enter_async_context(self._channel)
+        self._proposer = StateProposer(client=client)
+        self._cancellation = CancellationManager(
+            process_manager=self._processes,
+            hook_runner=self._hooks,
+            state_proposer=self._proposer,
+            event_emitter=emitter,
+            client=client,
+            control_channel=self._channel,
+        )
+        return self
+
+    async def __aexit__(self, *exc_info: Any) -> None:
+        await self._stack.__aexit__(*exc_info)
+
+    def running(self) -> set[UUID]:
+        return self._processes.flow_run_ids()
+
+    def is_running(self, flow_run_id: UUID) -> bool:
+        return self._processes.get(flow_run_id) is not None
+
+    async def run(self, flow_run: FlowRun, task_status: anyio.abc.TaskStatus[int]) -> ProcessWorkerResult:
+        executor = FlowRunExecutor(
+            flow_run=flow_run,
+            starter=_ForkStarter(self._zygotes, self._channel, self._jobs[flow_run.id]),
+            process_manager=self._processes,
+            state_proposer=self._proposer,
+            hook_runner=self._hooks,
+            propose_submitting=False,  # the worker has done it
+            get_attempt_conclusion=self._channel.get_conclusion,
+        )
+        execution = await executor.submit(task_status=_ReportsPid(task_status))
+        # Hooks need the run's folder and environment: stay until a cancellation of this run is through.
+        if cancelling := self._cancelling.get(flow_run.id):
+            await asyncio.wait([cancelling])
+        if execution is None or execution.status_code is None:
+            raise RuntimeError("Failed to start flow run process.")
+        return ProcessWorkerResult(status_code=execution.status_code, identifier=str(execution.handle.pid))
+
+    def cancel_soon(self, flow_run_id: UUID) -> None:
+        if flow_run_id not in self._cancelling:
+            task = asyncio.create_task(self._cancellation.cancel_by_id(flow_run_id))
+            self._cancelling[flow_run_id] = task
+            task.add_done_callback(lambda _: self._cancelling.pop(flow_run_id, None))
+
+
+@dataclass(frozen=True)
+class _ReportsPid:
+    """Passes the process id on where Prefect's executor reports the process."""
+
+    task_status: anyio.abc.TaskStatus[int]
+
+    def started(self, value: ProcessHandle | None = None) -> None:
+        assert value is not None
+        assert value.pid is not None
+        self.task_status.started(value.pid)
+
+
+class _ForkStarter:
+    """Starts a flow run by a fork; it has the shape of Prefect's ``ProcessStarter``."""
+
+    def __init__(self, zygotes: _Zygotes, channel: ControlChannel, job: _Job) -> None:
+        self._zygotes = zygotes
+        self._channel = channel
+        self._job = job
+
+    async def start(
+        self,
+        flow_run: FlowRun,
+        task_status: anyio.abc.TaskStatus[ProcessHandle] = anyio.TASK_STATUS_IGNORED,
+    ) -> None:
+        env = dict(self._job.env)
+        with contextlib.suppress(RuntimeError):  # no loopback listener: cancelling falls back to the signal alone
+            port, token = self._channel.register(flow_run.id)
+            env |= {"PREFECT__CONTROL_PORT": str(port), "PREFECT__CONTROL_TOKEN": token}
+        try:
+            arguments = {"entrypoint": self._job.entrypoint}
+            process = await self._zygotes.fork("phasewise.worker:run_flow_run", arguments, self._job, env)
+        except BaseException:
+            self._channel.unregister(flow_run.id)
+            raise
+        scope = create_isolated_termination_scope(process.pid)
+        try:
+            task_status.started(ProcessHandle(process, scope))  # type: ignore[arg-type] # it reads pid and returncode
+            await process.wait()
+        except BaseException:
+            with contextlib.suppress(ProcessLookupError):
+                scope.graceful_kill(process.pid)
+            raise
+
+
+class _Processes(ProcessManager):
+    """Prefect's table of processes, which kills as soon as the process has ended instead of looking every 3 s."""
+
+    def __init__(self, grace_seconds: float, channel: ControlChannel) -> None:
+        async def forget(flow_run_id: UUID) -> None:
+            channel.unregister(flow_run_id)
+
+        super().__init__(on_remove=forget)
+        self._grace_seconds = grace_seconds
+
+    async def kill(self, flow_run_id: UUID, grace_seconds: float = 30, *, force: bool = False) -> None:
+        handle = self.get(flow_run_id)
+        process: object = handle.raw_process if handle is not None else None
+        if handle is None or force or not isinstance(process, ForkedProcess):
+            return await super().kill(flow_run_id, grace_seconds, force=force)
+        with contextlib.suppress(ProcessLookupError):
+            handle.graceful_kill()
+            with anyio.move_on_after(min(grace_seconds, self._grace_seconds)):
+                await process.wait()
+                # What the flow itself started, in the same process group: nobody tells us when it ends.
+                while handle.is_alive():  # noqa: ASYNC110
+                    await anyio.sleep(0.02)
+            if handle.is_alive():
+                handle.hard_kill()
+                await process.wait()
+        return None
+
+
+class _ForkedHooks:
+    """Runs on_cancellation and on_crashed hooks in a fork of their own; it has the shape of ``FlowRunHookRunner``."""
+
+    def __init__(self, zygotes: _Zygotes, jobs: dict[UUID, _Job]) -> None:
+        self._zygotes = zygotes
+        self._jobs = jobs
+
+    async def run_cancellation_hooks(self, flow_run: FlowRun, state: State) -> None:
+        if state.is_cancelling():
+            await self._run(flow_run, state)
+
+    async def run_crashed_hooks(self, flow_run: FlowRun, state: State) -> None:
+        if state.is_crashed():
+            await self._run(flow_run, state)
+
+    async def _run(self, flow_run: FlowRun, state: State) -> None:
+        job = self._jobs[flow_run.id]
+        arguments = {
+            "entrypoint": job.entrypoint,
+            "flow_run": flow_run.model_dump(mode="json"),
+            "state": state.model_dump(mode="json"),
+        }
+        process = await self._zygotes.fork("phasewise.worker:run_hooks", arguments, job, job.env)
+        await process.wait()
+
+
+# ── in the forked process ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def run_flow_run(entrypoint: str) -> int:
+    """Run the flow run that the environment names, as ``python -m prefect.engine`` would."""
+    from prefect.flow_engine import _main
+
+    return _main([entrypoint])
+
+
+def run_hooks(entrypoint: str, flow_run: dict[str, Any], state: dict[str, Any]) -> None:
+    """Run the hooks of the flow at *entrypoint* for *state*: those for a cancellation or those for a crash."""
+    from prefect.flow_engine import _load_flow_from_runtime_entrypoint
+
+    async def resolve(_: FlowRun) -> Flow[Any, Any]:
+        return await asyncio.to_thread(_load_flow_from_runtime_entrypoint, entrypoint)
+
+    hooks = HookRunner(resolve_flow=resolve)
+    run, entered = FlowRun.model_validate(flow_run), State.model_validate(state)
+    if entered.is_crashed():
+        asyncio.run(hooks.run_crashed_hooks(run, entered))
+    else:
+        asyncio.run(hooks.run_cancellation_hooks(run, entered))
+
+
+# ── the command ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m phasewise.worker", description="Started by the stack.")
+    parser.add_argument("--pool", required=True, help="name of the work pool")
+    parser.add_argument("--name", required=True, help="name of this worker")
+    parser.add_argument("--type", default=WarmProcessWorker.type, help="type of the worker and of a new pool")
+    options = parser.parse_args(argv)
+    worker_class = BaseWorker.get_worker_class_from_type(options.type)
+    if worker_class is None:
+        parser.error(f"unknown type {options.type!r}")
+    asyncio.run(_serve(worker_class(work_pool_name=options.pool, name=options.name)))
+    return 0
+
+
+async def _serve(worker: BaseWorker[Any, Any, Any]) -> None:
+    """Run *worker* until SIGTERM or SIGINT."""
+    stop = anyio.Event()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(signum, stop.set)
+    async with anyio.create_task_group() as group:
+
+        async def work() -> None:
+            await worker.start(printer=worker._logger.info)
+            group.cancel_scope.cancel()
+
+        group.start_soon(work)
+        await stop.wait()
+        group.cancel_scope.cancel()
