@@ -29,7 +29,7 @@ from phasewise.errors import (
     StagingError,
 )
 from phasewise.project import find_project, load_project
-from phasewise.settings import Settings, find_home
+from phasewise.settings import Settings, find_checkout, find_home
 
 R = TypeVar("R")
 
@@ -64,9 +64,9 @@ app = App(
 )
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run the command line and exit with a code of the table."""
-    sys.exit(run_command(lambda: app(arguments, exit_on_error=False, print_error=True, result_action="return_value")))
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return an exit code of the table."""
+    return run_command(lambda: app(arguments, exit_on_error=False, print_error=True, result_action="return_value"))
 
 
 def run_command(command: Callable[[], Any]) -> int:
@@ -116,8 +116,8 @@ def start_workers(count: Annotated[int, Parameter(help="Workers to add.")] = 3, 
     """Start workers more on the running stack."""
     from phasewise.stack import start_workers as start
 
-    started = start(find_home(Settings()), count)
-    print(f"Started {len(started)} workers: {', '.join(started)}")
+    stack = start(find_home(Settings()), count)
+    print(f"{len(stack.workers)} workers are online: {', '.join(stack.workers)}")
 
 
 @app.command
@@ -212,10 +212,11 @@ def demo_data() -> None:
 
 def _make_demo_source(root: Path) -> bool:
     """Make the example's source when *root* is the example; return whether it is."""
-    from phasewise.demo import build_demo_source, is_demo_project
-
-    if not is_demo_project(root):
+    checkout = find_checkout()
+    if checkout is None or root != checkout / "examples" / "baseball":
         return False
+    from phasewise.demo import build_demo_source
+
     source = build_demo_source(root / "data" / "lahman.sqlite")
     if source.was_built:
         print(f"Made the example database: {source.tables} tables, {source.rows:,} rows in {source.path}")

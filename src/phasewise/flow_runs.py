@@ -29,7 +29,7 @@ from prefect.types import KeyValueLabels
 from prefect.utilities.urls import url_for
 
 from phasewise.errors import DeploymentMissing, OrchestrationError
-from phasewise.outcomes import StepOutcome
+from phasewise.outcomes import FINAL_TYPES, StepOutcome
 
 #: Label prefix under which a flow run keeps its summary on the server.
 SUMMARY_PREFIX = "phasewise."
@@ -37,7 +37,6 @@ SUMMARY_PREFIX = "phasewise."
 # The server takes at most 100 a call; half of it lets the first runs start while the rest is being created.
 _BULK_SIZE = 50
 _READ_SIZE = 200
-_FINAL_TYPES = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,16 +146,16 @@ class PrefectFlowRuns:
     async def _next_suspects(self, seen: asyncio.Queue[str | None], pending: Collection[str]) -> Collection[str]:
         """Return the runs that an event named, or all that are pending when the slow clock or a reconnect says so."""
         try:
-            batch = [await asyncio.wait_for(seen.get(), self._poll_seconds)]
+            named = [await asyncio.wait_for(seen.get(), self._poll_seconds)]
         except TimeoutError:
             return list(pending)
         # Siblings tend to end together: a short pause makes one read of many events.
         await asyncio.sleep(0.05)
         while not seen.empty():
-            batch.append(seen.get_nowait())
-        if None in batch:
+            named.append(seen.get_nowait())
+        if None in named:
             return list(pending)
-        return [run_id for run_id in dict.fromkeys(batch) if run_id in pending]
+        return [run_id for run_id in pending if run_id in set(named)]
 
     async def _read_final(self, client: PrefectClient, run_ids: Collection[str]) -> list[StepOutcome]:
         """Return outcomes of those runs that are final. A server that does not answer is asked again later."""
@@ -292,7 +291,7 @@ def _final_events(run_ids: Sequence[str]) -> EventFilter:
         event=EventNameFilter(prefix=["prefect.flow-run."]),
         resource=EventResourceFilter(
             id=[f"prefect.flow-run.{run_id}" for run_id in run_ids],
-            labels={"prefect.state-type": list(_FINAL_TYPES)},  # type: ignore[arg-type]  # parsed by its validator
+            labels={"prefect.state-type": list(FINAL_TYPES)},
         ),
     )
 

@@ -6,28 +6,28 @@ server it just runs in this process.
 
 from __future__ import annotations
 
-import secrets
+import logging
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
-from datetime import UTC, datetime
-from typing import Any, ParamSpec, TypeVar, cast
+from dataclasses import asdict, replace
+from typing import Any, Literal, ParamSpec, TypeVar
 
+import duckdb
 from prefect import Flow, Task, task
-from prefect.client.schemas.objects import TaskRun
+from prefect.client.schemas.objects import State, TaskRun
 from prefect.context import FlowRunContext
 from prefect.settings import get_current_settings
-from prefect.states import State
 
 from phasewise import audit, cleanup, lake, marts, publish, sources, staging
 from phasewise.batch_report import BatchData, write_batch_report
-from phasewise.errors import AuditFailed, NothingStaged, OrchestrationError, PhasewiseError, ProjectError, SourceError
+from phasewise.errors import AuditFailed, NothingStaged, OrchestrationError, PhasewiseError, SourceUnavailable
 from phasewise.flow_runs import FlowRuns, PrefectFlowRuns, current_logger, report_summary
 from phasewise.history import read_batch_runs
 from phasewise.orchestrator import run_phases, start_phase
+from phasewise.outcomes import StepOutcome
 from phasewise.pipeline import BATCH, FanOut, Phase, Step, load_phases
-from phasewise.project import Project, find_project, load_project, resolve_table
+from phasewise.project import Project, find_project, load_project, redact_url, resolve_table
 from phasewise.settings import Settings
 
 P = ParamSpec("P")
@@ -58,7 +58,7 @@ def _has_server() -> bool:
 def _run_task(the_task: Task[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     """Call a task; outside of a flow run call its function, with the same retries."""
     if FlowRunContext.get() is not None:
-        return cast(R, the_task(*args, **kwargs))
+        return the_task(*args, **kwargs)
     for attempt in range(the_task.retries + 1):
         try:
             return the_task.fn(*args, **kwargs)
@@ -70,13 +70,12 @@ def _run_task(the_task: Task[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     raise AssertionError("unreachable: the last attempt returns or raises")
 
 
-_RETRY_DELAYS = [1, 5]
+#: Seconds before the second and the third attempt.
+_RETRY_DELAYS: list[float] = [1, 5]
 
 
 def _is_passing(exc: BaseException) -> bool:
     """Return whether trying again could help: a lost connection may come back, a missing table does not."""
-    from phasewise.errors import SourceUnavailable
-
     return isinstance(exc, SourceUnavailable) or not isinstance(exc, PhasewiseError)
 
 
@@ -96,10 +95,6 @@ def _load() -> tuple[Project, Settings]:
 def _own_run_id() -> str | None:
     context = FlowRunContext.get()
     return str(context.flow_run.id) if context is not None and context.flow_run is not None else None
-
-
-def _new_batch() -> str:
-    return f"manual-{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(2)}"
 
 
 def _flow_runs(settings: Settings) -> FlowRuns:
@@ -142,24 +137,16 @@ def pre_etl(batch_id: str | None = None) -> dict[str, Any]:
 def pre_etl_task() -> dict[str, Any]:
     project, settings = _load()
     problems = sources.check_project(project, settings)
-    for check in (_check_staging, _check_lake):
+    for prepare in (staging.prepare_staging, lake.prepare_lake):
         try:
-            check(project, settings)
+            prepare(project, settings)
         except PhasewiseError as exc:
             problems.append(exc)
     if problems:
         raise _combine(problems)
     tables = sources.list_project_tables(project, sources.open_source(project, settings))
-    current_logger().info("%d tables found in %s", len(tables), project.redacted_source)
+    current_logger().info("%d tables found in %s", len(tables), redact_url(project.source.url))
     return {"status": "pre_etl_complete", "sources_validated": True, "tables": len(tables)}
-
-
-def _check_staging(project: Project, settings: Settings) -> None:
-    staging.prepare_staging(project, settings)
-
-
-def _check_lake(project: Project, settings: Settings) -> None:
-    lake.prepare_lake(project, settings)
 
 
 def _combine(problems: list[PhasewiseError]) -> PhasewiseError:
@@ -173,7 +160,7 @@ def _combine(problems: list[PhasewiseError]) -> PhasewiseError:
 async def sub_etl(batch_id: str | None = None) -> dict[str, Any]:
     """Stage all tables of the project in parallel, then run both cleanups in parallel."""
     project, settings = _load()
-    batch = batch_id or _own_run_id() or _new_batch()
+    batch = batch_id or _own_run_id() or staging.new_batch_id()
     tables = sources.list_project_tables(project, sources.open_source(project, settings))
     tables = list(staging.begin_batch(project, batch, tables).tables)
     await _stage_tables(tables, batch, settings)
@@ -212,7 +199,7 @@ def _cleanup_step(name: str, flow_name: str) -> Step:
 @_etl_flow("process-table-etl")
 def process_table_etl(table: str, batch_id: str | None = None) -> dict[str, Any]:
     """Extract *table* into the staging of the batch (a new batch when none is given) and write its manifest."""
-    manifest = _run_task(sql_query_task, table, batch_id or _new_batch())
+    manifest = _run_task(sql_query_task, table, batch_id or staging.new_batch_id())
     summary = {
         "table": manifest.table,
         "rows": manifest.rows,
@@ -302,21 +289,82 @@ def final_etl_task(batch_id: str | None) -> dict[str, Any]:
 
 
 def _publish(project: Project, settings: Settings, batch: str) -> dict[str, Any]:
+    """Audit *batch*, publish it and write its report; when an audit fails write the report alone."""
     manifests = staging.list_manifests(project, batch)
-    with lake.open_session(settings) as connection:
-        results = audit.audit_batch(connection, project, batch)
-    data = BatchData(project=project, batch=batch, manifests=manifests, audits=results, runs=_batch_runs(batch))
+    with _open_warehouse(project, settings) as connection:
+        audit.open_staged(connection, project, manifests)
+        results = audit.audit_batch(connection, project, manifests, staging.read_plan(project, batch))
     _log_audits(results)
+    data = BatchData(project=project, batch=batch, manifests=manifests, audits=results)
     try:
         audit.raise_for(results)
     except AuditFailed as exc:
-        files = write_batch_report(data, status="failed", message=str(exc))
-        current_logger().error("Nothing was published. The report: %s", files.html)
+        _write_report(replace(data, runs=_batch_runs(batch)), status="failed", message=str(exc))
         raise
     publication = publish.publish_batch(project, settings, batch)
-    with _reading(project, settings) as connection:
-        mart_data = [marts.read_mart(connection, mart) for mart in project.marts]
-    files = write_batch_report(data, status="published", publication=publication, marts=mart_data)
     current_logger().info("Published %d tables as snapshot %d", len(publication.tables), publication.snapshot)
+    return _report(project, settings, replace(data, publication=publication), status="published")
+
+
+def _renew(project: Project, settings: Settings) -> dict[str, Any]:
+    """Audit the published tables again, build the marts from them anew and write a report."""
+    with _open_warehouse(project, settings) as connection:
+        results = audit.audit_published(connection, project)
+    _log_audits(results)
+    audit.raise_for(results)
+    publication = publish.renew_marts(project, settings)
+    data = BatchData(project=project, batch=publication.batch, manifests=[], audits=results, publication=publication)
+    return _report(project, settings, data, status="renewed")
+
+
+def _report(
+    project: Project, settings: Settings, data: BatchData, *, status: Literal["published", "renewed"]
+) -> dict[str, Any]:
+    """Write the report and return what the flow returns."""
+    with _open_warehouse(project, settings) as connection:
+        mart_data = [marts.read_mart(connection, mart) for mart in project.marts]
+    html = _write_report(replace(data, marts=mart_data, runs=_batch_runs(data.batch)), status=status)
+    publication = data.publication
+    assert publication is not None  # both callers have published
+    return {
+        "status": "final_etl_complete",
+        "reports_generated": True,
+        "batch_id": data.batch,
+        "snapshot": publication.snapshot,
+        "tables": len(publication.tables),
+        "rows": sum(table.rows for table in publication.tables),
+        "marts": len(publication.marts),
+        "audits": len(data.audits),
+        "warnings": sum(not result.passed for result in data.audits),
+        "report": html,
+    }
+
+
+def _write_report(data: BatchData, *, status: Literal["published", "failed", "renewed"], message: str = "") -> str:
+    files = write_batch_report(data, status=status, message=message)
     current_logger().info("Report: %s", files.html)
-    return _final_result(publication, results, str(files.html))
+    return str(files.html)
+
+
+@contextmanager
+def _open_warehouse(project: Project, settings: Settings) -> Iterator[duckdb.DuckDBPyConnection]:
+    """Yield a session with the lake attached for reading, as ``lake``; without it while nothing was published."""
+    with lake.open_session(settings) as connection:
+        if lake.has_lake(project):
+            lake.attach_lake(connection, project, read_only=True)
+        yield connection
+
+
+def _batch_runs(batch: str) -> list[StepOutcome]:
+    """Return the flow runs of a batch that a ``main_etl`` run stands for; none where no server recorded them."""
+    if not _has_server() or batch.startswith("manual-"):
+        return []
+    return read_batch_runs(batch)
+
+
+def _log_audits(results: Sequence[audit.AuditResult]) -> None:
+    logger = current_logger()
+    for result in results:
+        if not result.passed:
+            logger.log(logging.ERROR if result.severity == "blocking" else logging.WARNING, result.message)
+    logger.info("%d of %d audits passed", sum(result.passed for result in results), len(results))

@@ -91,6 +91,8 @@ def preload_extensions(extensions: tuple[str, ...] = EXTENSIONS) -> None:
     Raises:
         LakeError: an extension is not installed, or does not fit the engine.
     """
+    # Importing duckdb opens a default instance with a thread for each further core. A fork would not have them.
+    duckdb.default_connection().execute("SET threads = 1")
     with closing(duckdb.connect(":memory:", config={"threads": 1, **_OFFLINE})) as connection:
         for name in extensions:
             _load_extension(connection, name)
@@ -163,6 +165,43 @@ def attach_lake(
             f"The warehouse {project.warehouse} cannot be opened: {exc}",
             hint="Check that the folder is writable and that its catalog.sqlite is intact.",
         ) from exc
+
+
+def prepare_lake(project: Project, settings: Settings) -> None:
+    """Make sure that the warehouse can be written by this version and has ``min_free_bytes`` free.
+
+    Raises:
+        WarehouseTooNew: a newer version wrote it.
+        LakeError: its folder cannot be written, or too little is free.
+    """
+    _prepare_folder(project.warehouse)
+    _check_versions(project.warehouse)
+    if not os.access(project.warehouse, os.W_OK) or not os.access(project.warehouse / "data", os.W_OK):
+        raise LakeError(f"The warehouse {project.warehouse} cannot be written.", hint="Check the folder's permissions.")
+    free_bytes = shutil.disk_usage(project.warehouse).free
+    if free_bytes < settings.min_free_bytes:
+        raise LakeError(
+            f"The warehouse {project.warehouse} has {free_bytes} bytes free, a batch needs {settings.min_free_bytes}.",
+            hint="Free disk space, or lower PHASEWISE_MIN_FREE_BYTES.",
+        )
+
+
+def query_lake(project: Project, settings: Settings, sql: str) -> tuple[list[str], list[tuple[object, ...]]]:
+    """Run one query on the published warehouse; return its column names and rows.
+
+    Tables are found by their names, marts as ``marts.<name>``.
+
+    Raises:
+        LakeError: nothing was published yet, or DuckDB refuses the query; its words are in the message.
+    """
+    with open_session(settings) as connection:
+        attach_lake(connection, project, read_only=True)
+        connection.execute("USE lake")
+        try:
+            result = connection.execute(sql)
+            return [column[0] for column in result.description or ()], result.fetchall()
+        except duckdb.Error as exc:
+            raise LakeError(f"The query failed: {exc}") from exc
 
 
 def list_snapshots(connection: duckdb.DuckDBPyConnection, name: str = "lake") -> list[Snapshot]:

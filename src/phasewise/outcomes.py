@@ -8,10 +8,13 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from typing import Any
 
+#: State types after which nothing more happens to a flow run by itself.
+FINAL_TYPES = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED", "LOST")
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepOutcome:
-    """One flow run, once it is final."""
+    """One flow run; final, where it comes from waiting."""
 
     #: Name of the flow run, such as ``process-table-etl/batting``.
     name: str
@@ -40,6 +43,10 @@ class StepOutcome:
     @property
     def is_completed(self) -> bool:
         return self.state_type == "COMPLETED"
+
+    @property
+    def is_final(self) -> bool:
+        return self.state_type in FINAL_TYPES
 
     def describe(self) -> str:
         """Return one line: name, state, run id and the state's own message."""

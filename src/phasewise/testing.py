@@ -7,6 +7,7 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 from phasewise.errors import DeploymentMissing
@@ -97,9 +98,9 @@ class MemoryFlowRuns:
             if run.task is not None and run.outcome is None:
                 run.task.cancel()
                 # A task that never ran a step is cancelled without running its handler.
-                run.task.add_done_callback(lambda _task, run=run: self._settle(run))
+                run.task.add_done_callback(partial(self._settle, run))
 
-    def _settle(self, run: MemoryRun) -> None:
+    def _settle(self, run: MemoryRun, _task: asyncio.Task[None]) -> None:
         if run.outcome is None:
             name = run.request.name or run.run_id
             run.outcome = StepOutcome(
