@@ -1,0 +1,153 @@
+"""What a report is made of: plain records, so that the page knows neither Prefect nor DuckDB.
+
+Times are aware datetimes; a naive one is taken for UTC.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+BatchStatus = Literal["published", "failed", "renewed"]
+Severity = Literal["blocking", "warning"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSpan:
+    """One flow run on the clock."""
+
+    #: Name of the flow run, such as ``process-table-etl/batting``.
+    name: str
+    #: Name of its flow, such as ``process-table-etl``.
+    flow: str
+    run_id: str
+    #: Prefect's state name: Completed, Failed, Crashed, Cancelled, TimedOut, Running, Pending, Scheduled, …
+    state: str
+    #: The run that triggered it, by run id (or by name, where names are unique); None for the first one.
+    parent: str | None = None
+    #: Phase of the pipeline that it is a step of. Without it, phases are read off the clock.
+    phase: str | None = None
+    #: When it was to start, which is when it began to wait for a worker.
+    expected_start: datetime | None = None
+    #: When its first attempt started to run.
+    started_at: datetime | None = None
+    #: When its last attempt ended; None while it runs.
+    ended_at: datetime | None = None
+    #: Seconds in Running over all attempts, where that is less than the time from start to end.
+    seconds: float | None = None
+    attempts: int = 1
+    #: Page of the flow run in the Prefect UI.
+    url: str | None = None
+
+    def __post_init__(self) -> None:
+        _make_aware(self, "expected_start", "started_at", "ended_at")
+
+    @property
+    def kind(self) -> Literal["completed", "failed", "cancelled", "running", "waiting"]:
+        """Return what the state's name comes down to for someone who looks at it."""
+        return _KINDS.get(self.state.replace(" ", "").casefold(), "waiting")
+
+
+_KINDS: dict[str, Literal["completed", "failed", "cancelled", "running", "waiting"]] = {
+    "completed": "completed",
+    "cached": "completed",
+    "rolledback": "failed",
+    "failed": "failed",
+    "crashed": "failed",
+    "timedout": "failed",
+    "lost": "failed",
+    "cancelled": "cancelled",
+    "cancelling": "cancelled",
+    "running": "running",
+    "retrying": "running",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableReport:
+    """One table of the batch."""
+
+    name: str
+    rows: int
+    #: Bytes on disk, compressed.
+    size_bytes: int
+    #: Seconds that its extraction took; the sum over its partitions.
+    seconds: float
+    #: ``published``; ``kept`` when it failed within a budget and readers still see its last good version; ``staged``
+    #: when the batch was not published.
+    status: str = "published"
+    #: What a reader of the table should know, such as a column that is carried as text.
+    notes: Sequence[str] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditReport:
+    """One audit and the first of its bad rows."""
+
+    name: str
+    table: str | None
+    severity: Severity
+    passed: bool
+    #: How many rows broke it; may be more than *sample* has.
+    bad_rows: int = 0
+    columns: Sequence[str] = ()
+    #: The first bad rows; values in the order of *columns*.
+    sample: Sequence[Sequence[Any]] = ()
+    message: str = ""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class MartReport:
+    """One mart: its rows, and which two of its columns its chart shows."""
+
+    name: str
+    title: str
+    columns: Sequence[str]
+    #: Values in the order of *columns*; numbers, text, booleans, dates or None.
+    rows: Sequence[Sequence[Any]]
+    chart: Literal["bar", "line", "scatter"] = "bar"
+    #: Default: the first column.
+    x: str | None = None
+    #: Default: the first column of numbers that is not *x*.
+    y: str | None = None
+    #: Rows of the whole mart, where *rows* has only the first of them.
+    total_rows: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchReport:
+    """Everything that the report of one batch shows."""
+
+    project: str
+    batch: str
+    #: ``renewed``: nothing was staged, so the published snapshot was audited again and its marts built again.
+    status: BatchStatus
+    started_at: datetime
+    #: When the report was written; runs without an end were still running then.
+    ended_at: datetime
+    snapshot: int | None = None
+    #: What went wrong, or what a reader should know; shown at the top.
+    message: str = ""
+    #: URL of the source, without its password.
+    source: str = ""
+    #: Folder or URL of the lake, without its password.
+    warehouse: str = ""
+    runs: Sequence[RunSpan] = ()
+    tables: Sequence[TableReport] = ()
+    audits: Sequence[AuditReport] = ()
+    marts: Sequence[MartReport] = ()
+    #: Versions of phasewise, prefect, duckdb, …
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _make_aware(self, "started_at", "ended_at")
+
+
+def _make_aware(record: object, *names: str) -> None:
+    for name in names:
+        value: datetime | None = getattr(record, name)
+        if value is not None and value.tzinfo is None:
+            object.__setattr__(record, name, value.replace(tzinfo=UTC))
