@@ -1,0 +1,292 @@
+"""Audits: queries that return bad rows. A blocking one that finds any keeps the whole batch from being published."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from time import perf_counter
+from typing import Literal
+
+import duckdb
+
+from phasewise.errors import AuditFailed, PhasewiseError, ProjectError
+from phasewise.lake import normalize_type, quote_identifier, quote_literal
+from phasewise.project import Audit, Project, Reference
+from phasewise.queries import JsonValue, check_select, fetch_int, fetch_rows, first_line
+from phasewise.snapshots import list_columns, list_keys, list_tables
+from phasewise.staging import BatchPlan, Manifest, staged_files
+
+#: Bad rows that a result carries; ``bad_rows`` counts all of them.
+SAMPLE_ROWS = 20
+
+Severity = Literal["blocking", "warning"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditResult:
+    """What one audit found."""
+
+    name: str
+    table: str | None = None
+    severity: Severity = "blocking"
+    bad_rows: int = 0
+    #: The first bad rows, at most ``SAMPLE_ROWS``, fit for JSON.
+    sample: tuple[dict[str, JsonValue], ...] = ()
+    columns: tuple[str, ...] = ()
+    seconds: float = 0.0
+    #: Why the audit could not run, which counts as failed.
+    error: str | None = None
+    #: What was found, where the count and the name do not say it.
+    detail: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return self.error is None and self.bad_rows == 0
+
+    @property
+    def message(self) -> str:
+        """One sentence: the table, the count and what broke."""
+        subject = f'Table "{self.table}"' if self.table else "The batch"
+        if self.passed:
+            return f"{subject} passed its audit: {self.name}."
+        if self.error is not None:
+            return f"{subject} could not be audited: {self.name}: {self.error}"
+        verb = "failed its audit" if self.severity == "blocking" else "has a warning"
+        found = self.detail or f"{self.bad_rows} {'row breaks' if self.bad_rows == 1 else 'rows break'} {self.name}"
+        return f"{subject} {verb}: {found}."
+
+
+def open_staged(connection: duckdb.DuckDBPyConnection, project: Project, manifests: Iterable[Manifest]) -> None:
+    """Give *connection* the warehouse as it will be once *manifests* are published: one view per table.
+
+    A staged table is read from its Parquet files, any other from the lake, when that is attached.
+    """
+    open_published(connection)
+    # A bare name is the view from here on, also where the session looked into the lake first.
+    connection.execute("use memory")
+    for table, parts in group_by_table(manifests).items():
+        files = [file for part in parts for file in staged_files(project, part)]
+        connection.execute(
+            f"create or replace view memory.main.{quote_identifier(table)} as from {read_parquet(files)}"
+        )
+
+
+def open_published(connection: duckdb.DuckDBPyConnection) -> None:
+    """Give *connection* one view per published table of the attached lake; none when no lake is attached."""
+    for table in list_tables(connection, "lake.main"):
+        name = quote_identifier(table)
+        connection.execute(f"create or replace view memory.main.{name} as from lake.main.{name}")
+
+
+def audit_batch(
+    connection: duckdb.DuckDBPyConnection,
+    project: Project,
+    manifests: Iterable[Manifest],
+    plan: BatchPlan | None = None,
+) -> list[AuditResult]:
+    """Audit what is staged, after ``open_staged``: the built-in audits of each table, then those of the project.
+
+    Without *plan* the batch counts as complete.
+    """
+    staged = group_by_table(manifests)
+    results = [_audit_completeness(list(staged), plan)]
+    for table, parts in staged.items():
+        results.append(_timed(partial(_audit_row_count, connection, table, parts)))
+        results.append(_timed(partial(_audit_staged_types, connection, table, parts)))
+        results += _audit_table(connection, project, table, key=parts[0].key)
+    return results + _audit_project(connection, project)
+
+
+def audit_published(connection: duckdb.DuckDBPyConnection, project: Project) -> list[AuditResult]:
+    """Audit the tables of the attached lake again, with the keys that they were published with."""
+    open_published(connection)
+    keys = list_keys(connection)
+    results: list[AuditResult] = []
+    for table in list_tables(connection, "lake.main"):
+        results += _audit_table(connection, project, table, key=keys.get(table, ()))
+    return results + _audit_project(connection, project)
+
+
+def raise_for(results: Iterable[AuditResult]) -> None:
+    """Do nothing when no blocking audit failed.
+
+    Raises:
+        AuditFailed: lists each blocking audit that failed, with its count and its first rows.
+    """
+    failed = tuple(result for result in results if result.severity == "blocking" and not result.passed)
+    if not failed:
+        return
+    lines = [_describe_failure(result) for result in failed]
+    table = next((result.table for result in failed if result.table), None)
+    command = f"phasewise audit {table} --show" if table else "phasewise audit --show"
+    raise AuditFailed("\n".join([*lines, "Nothing was published."]), hint=f"See them: {command}")
+
+
+def group_by_table(manifests: Iterable[Manifest]) -> dict[str, list[Manifest]]:
+    """Return the manifests of each table, tables in name order, its partitions in theirs."""
+    ordered = sorted(manifests, key=lambda manifest: (manifest.table, manifest.partition or ""))
+    return {table: list(parts) for table, parts in groupby(ordered, key=lambda manifest: manifest.table)}
+
+
+def read_parquet(files: Iterable[Path]) -> str:
+    """Return the table function over *files*: their columns and no others, whatever their folders are called."""
+    # Without the option a folder such as ``year=2024`` above the files would add a column.
+    paths = ", ".join(quote_literal(str(file)) for file in files)
+    return f"read_parquet([{paths}], hive_partitioning = false)"
+
+
+def _audit_completeness(staged: Sequence[str], plan: BatchPlan | None) -> AuditResult:
+    """Every planned table is staged, and no two have names that the lake takes for one."""
+    missing = [table for table in (plan.tables if plan else ()) if table not in staged]
+    spelled: dict[str, str] = {}
+    clashes = [table for table in staged if spelled.setdefault(table.casefold(), table) != table]
+    details = [f'table "{table}" is not staged' for table in missing]
+    details += [
+        f'table "{table}" and table "{spelled[table.casefold()]}" differ by case only, which the warehouse does not'
+        for table in clashes
+    ]
+    return AuditResult(
+        name="complete",
+        bad_rows=len(details),
+        columns=("table",),
+        sample=tuple({"table": table} for table in (missing + clashes)[:SAMPLE_ROWS]),
+        detail="; ".join(details),
+    )
+
+
+def _audit_row_count(connection: duckdb.DuckDBPyConnection, table: str, parts: Sequence[Manifest]) -> AuditResult:
+    """The files hold as many rows as their manifests say, and as the source had."""
+    staged = fetch_int(connection, f"select count(*) from {quote_identifier(table)}")
+    written = sum(part.rows for part in parts)
+    in_source = sum(part.source_rows for part in parts)
+    bad = max(abs(staged - in_source), abs(staged - written))
+    detail = f"{staged} rows are staged, {written} were written and the source had {in_source}" if bad else ""
+    return AuditResult(name="row count", table=table, bad_rows=bad, detail=detail)
+
+
+def _audit_staged_types(connection: duckdb.DuckDBPyConnection, table: str, parts: Sequence[Manifest]) -> AuditResult:
+    """The files have the columns and types of the manifest."""
+    expected = {column.name: column.type for column in parts[0].columns}
+    return _compare_types(connection, table, expected, name="columns", promised_by="manifest", is_complete=True)
+
+
+def _audit_table(
+    connection: duckdb.DuckDBPyConnection, project: Project, table: str, *, key: Sequence[str]
+) -> list[AuditResult]:
+    """The audits that follow from what project and source say about *table*."""
+    declared = project.find_table(table)
+    results: list[AuditResult] = []
+    if declared.columns:
+        compare = partial(_compare_types, name="contract", promised_by="contract")
+        results.append(_timed(partial(compare, connection, table, declared.columns)))
+    if columns := tuple(declared.key or key):
+        results += [_run(connection, _not_null(table, columns)), _run(connection, _unique(table, columns))]
+    results += [_run(connection, _references(table, reference)) for reference in declared.references]
+    return results
+
+
+def _audit_project(connection: duckdb.DuckDBPyConnection, project: Project) -> list[AuditResult]:
+    return [_run(connection, audit) for audit in project.audits]
+
+
+def _not_null(table: str, key: Sequence[str]) -> Audit:
+    is_null = " or ".join(f"{quote_identifier(column)} is null" for column in key)
+    return Audit(
+        name=f"not_null({', '.join(key)})",
+        table=table,
+        sql=f"from {quote_identifier(table)} where {is_null}",
+    )
+
+
+def _unique(table: str, key: Sequence[str]) -> Audit:
+    # NULLs are the business of not_null: here they would make rows without a key look like duplicates.
+    columns = ", ".join(quote_identifier(column) for column in key)
+    has_key = " and ".join(f"{quote_identifier(column)} is not null" for column in key)
+    return Audit(
+        name=f"unique({', '.join(key)})",
+        table=table,
+        # One bad row per key that occurs more than once.
+        sql=f"select {columns}, count(*) as {quote_identifier('rows')} from {quote_identifier(table)} "
+        f"where {has_key} group by {columns} having count(*) > 1",
+    )
+
+
+def _references(table: str, reference: Reference) -> Audit:
+    pairs = list(zip(reference.columns, reference.to, strict=False))
+    has_value = " and ".join(f"child.{quote_identifier(column)} is not null" for column, _ in pairs)
+    matches = " and ".join(f"parent.{quote_identifier(to)} = child.{quote_identifier(column)}" for column, to in pairs)
+    return Audit(
+        name=f"references({', '.join(reference.columns)} → {reference.table})",
+        table=table,
+        sql=f"from {quote_identifier(table)} as child where {has_value} and not exists "
+        f"(from {quote_identifier(reference.table)} as parent where {matches})",
+    )
+
+
+def _run(connection: duckdb.DuckDBPyConnection, audit: Audit) -> AuditResult:
+    """Run one query; when it fails, the result says why and counts as a failed blocking audit."""
+    started = perf_counter()
+    result = AuditResult(name=audit.name, table=audit.table, severity=audit.severity)
+    try:
+        check_select(audit.sql, where=f'The audit "{audit.name}"')
+        # One pass: the bad rows are few, and a second run of the query would cost as much as the first.
+        connection.execute(f"create or replace temp table audit_bad_rows as {audit.sql}")
+        count = fetch_int(connection, "select count(*) from audit_bad_rows")
+        rows = fetch_rows(connection, "from audit_bad_rows", limit=SAMPLE_ROWS)
+        connection.execute("drop table audit_bad_rows")
+    except duckdb.Error as exc:
+        # An audit that cannot run has not passed, and a warning that nobody can see is none.
+        return replace(result, severity="blocking", error=first_line(exc), seconds=perf_counter() - started)
+    except PhasewiseError as exc:
+        return replace(result, severity="blocking", error=str(exc), seconds=perf_counter() - started)
+    return replace(
+        result,
+        bad_rows=count,
+        sample=rows.as_records(),
+        columns=rows.columns,
+        seconds=perf_counter() - started,
+    )
+
+
+def _timed(run: Callable[[], AuditResult]) -> AuditResult:
+    started = perf_counter()
+    return replace(run(), seconds=perf_counter() - started)
+
+
+def _compare_types(
+    connection: duckdb.DuckDBPyConnection,
+    table: str,
+    expected: Mapping[str, str],
+    *,
+    name: str,
+    promised_by: str,
+    is_complete: bool = False,
+) -> AuditResult:
+    """Compare the table's columns with *expected*; with *is_complete* there must be no others."""
+    actual = list_columns(connection, quote_identifier(table))
+    problems = [
+        f'column "{column}" is {actual.get(column, "missing")}, its {promised_by} says {type_}'
+        for column, type_ in expected.items()
+        if actual.get(column) != _canonical_type(type_)
+    ]
+    if is_complete:
+        problems += [f'column "{column}" is not in its {promised_by}' for column in actual if column not in expected]
+    return AuditResult(name=name, table=table, bad_rows=len(problems), detail="; ".join(problems))
+
+
+def _canonical_type(type_: str) -> str:
+    """Return *type_* as DuckDB spells it; as it is when DuckDB does not know it, so that it equals no column's."""
+    try:
+        return normalize_type(type_)
+    except ProjectError:
+        return type_
+
+
+def _describe_failure(result: AuditResult) -> str:
+    sample = "".join(f"\n    {json.dumps(row, ensure_ascii=False)}" for row in result.sample[:3])
+    more = "\n    …" if len(result.sample) > 3 else ""
+    return f"{result.message}{sample}{more}"

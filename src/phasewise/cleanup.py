@@ -1,0 +1,204 @@
+"""Cleanup: the staging of batches that are finished or given up, and the lake's old snapshots and files."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from itertools import pairwise
+from pathlib import Path
+
+import duckdb
+
+from phasewise.errors import LakeError, StagingError
+from phasewise.lake import Snapshot, has_lake, list_snapshots
+from phasewise.project import Project
+from phasewise.publish import FILE_PREFIX, open_writer
+from phasewise.queries import first_line
+from phasewise.settings import Settings
+from phasewise.staging import Batch, find_batch_folder, list_batches
+
+#: Files below this size are merged with their neighbours; what a full refresh registers is mostly larger, and is
+#: replaced as a whole by the next batch, so that rewriting it would be for nothing.
+MERGE_BELOW_BYTES = 4 * 1024 * 1024
+
+#: A Parquet file that no snapshot knows may belong to a transaction of somebody else's that is still open.
+ORPHAN_GRACE = timedelta(hours=1)
+
+#: A batch that is removed gets a name that no batch can have, first, so that a half-removed one is none.
+_TRASH = ".removed-"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagingCleanup:
+    #: Ids of the batches whose staging was removed, oldest first.
+    removed: tuple[str, ...]
+    #: Ids of those that stay: running, or still to be resumed.
+    kept: tuple[str, ...]
+    freed_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LakeMaintenance:
+    expired_snapshots: int = 0
+    #: Files that took the place of several smaller ones.
+    merged_files: int = 0
+    deleted_files: int = 0
+    freed_bytes: int = 0
+
+
+def remove_finished_staging(project: Project, settings: Settings, *, keep: Collection[str]) -> StagingCleanup:
+    """Remove the staging of batches that are published, or older than ``batch_retention_days`` and so given up.
+
+    Never touches the batches in *keep* (those that run now), nor one that can still be resumed.
+
+    Raises:
+        StagingError: a folder cannot be removed.
+    """
+    now = datetime.now(UTC)
+    removed: list[str] = []
+    kept: list[str] = []
+    freed_bytes = _empty_trash(project.staging)
+    for batch in list_batches(project):
+        if batch.id in keep or not _is_finished(batch, now, settings):
+            kept.append(batch.id)
+        else:
+            freed_bytes += _remove_batch(find_batch_folder(project, batch.id))
+            removed.append(batch.id)
+    return StagingCleanup(removed=tuple(removed), kept=tuple(kept), freed_bytes=freed_bytes)
+
+
+def maintain_lake(project: Project, settings: Settings, *, orphan_grace: timedelta = ORPHAN_GRACE) -> LakeMaintenance:
+    """Expire snapshots past retention, merge small files, and delete the files that nothing needs any more.
+
+    Whoever began to read within the last ``snapshot_retention_days`` days can read to the end. Files that Phasewise
+    put there and no snapshot knows are of a publish that failed, and go at once; those of others after *orphan_grace*.
+
+    Raises:
+        WarehouseBusy: another process was writing for longer than ``lock_timeout`` seconds.
+        LakeError: the warehouse cannot be written.
+    """
+    if not has_lake(project):
+        return LakeMaintenance()
+    data = project.warehouse / "data"
+    retention = timedelta(days=settings.snapshot_retention_days)
+    try:
+        with open_writer(project, settings) as connection:
+            before = _list_files(data)
+            expired = _expire_snapshots(connection, retention)
+            _delete_unneeded(connection, retention)
+            merged = _merge_small_files(connection)
+            _delete_orphans(connection, before, orphan_grace)
+            deleted = before.keys() - _list_files(data).keys()
+    except duckdb.Error as exc:
+        raise LakeError(
+            f"The warehouse {project.warehouse} could not be maintained: {first_line(exc)}",
+            hint="What readers see is unchanged; the next cleanup goes on where this one stopped.",
+        ) from exc
+    return LakeMaintenance(
+        expired_snapshots=expired,
+        merged_files=merged,
+        deleted_files=len(deleted),
+        freed_bytes=sum(before[file] for file in deleted),
+    )
+
+
+def list_expired(snapshots: Sequence[Snapshot], *, before: datetime) -> list[int]:
+    """Return the ids of *snapshots*, oldest first, that nobody who began to read after *before* can be reading.
+
+    What counts is when a snapshot was replaced, not when it was made: the one that stood for a month has readers
+    until the moment of the next. The newest snapshot of a batch stays, since it says what is published.
+    """
+    newest = max((snapshot.id for snapshot in snapshots if snapshot.batch is not None), default=None)
+    return [
+        snapshot.id for snapshot, following in pairwise(snapshots) if following.at < before and snapshot.id != newest
+    ]
+
+
+def _is_finished(batch: Batch, now: datetime, settings: Settings) -> bool:
+    return batch.is_published or now - batch.created_at > timedelta(days=settings.batch_retention_days)
+
+
+def _remove_batch(folder: Path) -> int:
+    """Remove *folder*; return its bytes."""
+    trash = folder.with_name(f"{_TRASH}{folder.name}")
+    try:
+        folder.rename(trash)
+        return _remove_tree(trash)
+    except OSError as exc:
+        raise StagingError(
+            f"The staging of batch {folder.name} cannot be removed: {exc.strerror}.",
+            hint=f"Remove {exc.filename or folder} by hand.",
+        ) from exc
+
+
+def _empty_trash(staging: Path) -> int:
+    """Finish what an earlier cleanup, killed in the middle, began to remove."""
+    return sum(_remove_tree(folder) for folder in staging.glob(f"{_TRASH}*"))
+
+
+def _remove_tree(folder: Path) -> int:
+    size_bytes = sum(_list_files(folder).values())
+    shutil.rmtree(folder)
+    return size_bytes
+
+
+def _list_files(folder: Path) -> dict[Path, int]:
+    """Return the files below *folder* with their bytes."""
+    found: dict[Path, int] = {}
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            path = Path(parent, name)
+            try:
+                found[path] = path.stat().st_size
+            except FileNotFoundError:
+                pass  # another cleanup was faster
+    return found
+
+
+def _expire_snapshots(connection: duckdb.DuckDBPyConnection, retention: timedelta) -> int:
+    expired = list_expired(list_snapshots(connection), before=datetime.now(UTC) - retention)
+    if expired:
+        connection.execute(f"call ducklake_expire_snapshots('lake', versions => {expired})")
+    return len(expired)
+
+
+def _delete_unneeded(connection: duckdb.DuckDBPyConnection, retention: timedelta) -> None:
+    """Delete the files that expired snapshots left behind.
+
+    They go at once, since their snapshots were replaced longer than *retention* ago. Not so where files were merged
+    lately: the small ones that a merge replaces may be in the hands of readers who began just before it, and
+    DuckLake 1.0 does not tell the two apart but by age.
+    """
+    since = datetime.now(UTC) - retention
+    rows = connection.execute(
+        "select count(*) from lake.snapshots() where snapshot_time >= ? and map_contains(changes, 'merge_adjacent')",
+        [since],
+    ).fetchall()
+    if rows[0][0] == 0:
+        connection.execute("call ducklake_cleanup_old_files('lake', cleanup_all => true)")
+    else:
+        connection.execute("call ducklake_cleanup_old_files('lake', older_than => $since)", {"since": since})
+
+
+def _merge_small_files(connection: duckdb.DuckDBPyConnection) -> int:
+    rows = connection.execute(
+        f"call ducklake_merge_adjacent_files('lake', max_file_size => {MERGE_BELOW_BYTES})"
+    ).fetchall()
+    return sum(int(row[-1]) for row in rows)
+
+
+def _delete_orphans(connection: duckdb.DuckDBPyConnection, files: Iterable[Path], grace: timedelta) -> None:
+    """Delete the Parquet files that no snapshot knows; under the writer's lock nobody is linking new ones."""
+    rows = connection.execute(
+        "call ducklake_delete_orphaned_files('lake', cleanup_all => true, dry_run => true)"
+    ).fetchall()
+    youngest = datetime.now(UTC).timestamp() - grace.total_seconds()
+    known = set(files)
+    for (name,) in rows:
+        path = Path(name)
+        # Only what was there when the lock was taken and the catalog agrees that nobody needs.
+        if path in known and (path.name.startswith(FILE_PREFIX) or path.stat().st_mtime < youngest):
+            path.unlink(missing_ok=True)

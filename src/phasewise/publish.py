@@ -1,0 +1,301 @@
+"""Publish: the one writer. A staged batch becomes one snapshot of the lake, tables and marts together, or nothing.
+
+The staged Parquet files are not rewritten: they are linked into the lake's data folder and registered, so that a
+table of any size is published in milliseconds. They are linked because DuckLake owns what it registers, and
+deletes it once no snapshot needs it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import duckdb
+
+from phasewise.audit import group_by_table, read_parquet
+from phasewise.errors import LakeError, NothingStaged, PublishConflict, StagingError
+from phasewise.lake import attach_lake, lock_lake, open_session, quote_identifier, quote_literal
+from phasewise.marts import MARTS_SCHEMA, build_marts
+from phasewise.project import Project
+from phasewise.queries import fetch_int, first_line
+from phasewise.settings import Settings
+from phasewise.snapshots import Publication as Publication
+from phasewise.snapshots import PublishedTable as PublishedTable
+from phasewise.snapshots import (
+    find_publication,
+    latest_publication,
+    list_tables,
+    require_publication,
+)
+from phasewise.staging import Manifest, list_manifests, mark_published, read_plan, staged_files
+
+#: Files that this module put into the lake begin with it; DuckLake's own begin with ``ducklake-``.
+FILE_PREFIX = "phasewise-"
+
+#: ``link`` fails with these where the lake lies on another file system, or on one that has no links.
+_CANNOT_LINK = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+
+
+def publish_batch(project: Project, settings: Settings, batch: str) -> Publication:
+    """Publish the staged tables of *batch*, and the marts built from them, as one snapshot.
+
+    Does not audit: see ``phasewise.audit``. Publishing a batch that is published already changes nothing. However
+    the process ends, readers see all of the batch or nothing of it.
+
+    Raises:
+        NothingStaged: no table of the batch is staged.
+        PublishConflict: a newer batch is published, or the staged rows are not those of the manifests.
+        WarehouseBusy: another process was writing for longer than ``lock_timeout`` seconds.
+        ProjectError: a mart's SQL fails.
+        LakeError: the warehouse cannot be written. As with all of these, it is unchanged.
+    """
+    with open_writer(project, settings) as connection:
+        publication = _find_published(connection, batch) or _publish(connection, project, batch)
+    if list_manifests(project, batch):
+        mark_published(project, batch, publication.snapshot)
+    return publication
+
+
+def renew_marts(project: Project, settings: Settings) -> Publication:
+    """Build the marts again from the tables that are published, as a snapshot of its own.
+
+    Raises:
+        LakeError: nothing was published yet.
+    """
+    with open_writer(project, settings) as connection:
+        latest = require_publication(connection, project)
+        marts = _mart_names(project)
+        with _transaction(connection, replace(latest, kind="marts", marts=marts), "Build the marts again"):
+            build_marts(connection, project, schema=f"lake.{MARTS_SCHEMA}")
+        return require_publication(connection, project)
+
+
+def rollback_batch(project: Project, settings: Settings, batch: str) -> Publication:
+    """Make all tables and marts what they were when *batch* was published, as a new snapshot.
+
+    Tables that came later are dropped. Nothing is lost: the batches since then stay in their own snapshots until
+    they are older than ``snapshot_retention_days``.
+
+    Raises:
+        PublishConflict: no snapshot carries *batch*.
+    """
+    with open_writer(project, settings) as connection:
+        target = find_publication(connection, batch)
+        attach_lake(connection, project, snapshot=target.snapshot, name="past")
+        with _transaction(connection, replace(target, kind="rollback"), f"Roll back to batch {batch}"):
+            for schema in ("main", MARTS_SCHEMA):
+                _restore_schema(connection, schema)
+        return require_publication(connection, project)
+
+
+@contextmanager
+def open_writer(project: Project, settings: Settings) -> Iterator[duckdb.DuckDBPyConnection]:
+    """Be the one writer of the warehouse, with it attached as ``lake``.
+
+    Raises:
+        WarehouseBusy: another process was writing for longer than ``lock_timeout`` seconds.
+    """
+    with lock_lake(project, timeout=settings.lock_timeout), open_session(settings) as connection:
+        attach_lake(connection, project)
+        yield connection
+
+
+def _mart_names(project: Project) -> tuple[str, ...]:
+    return tuple(mart.name for mart in project.marts)
+
+
+def _find_published(connection: duckdb.DuckDBPyConnection, batch: str) -> Publication | None:
+    try:
+        return replace(find_publication(connection, batch), was_published=True)
+    except PublishConflict:
+        return None
+
+
+def _publish(connection: duckdb.DuckDBPyConnection, project: Project, batch: str) -> Publication:
+    staged = group_by_table(list_manifests(project, batch))
+    if not staged:
+        raise NothingStaged(f'Nothing is staged for the batch "{batch}".', hint="Load it first: make run-distributed.")
+    planned = _plan(project, batch, staged)
+    _refuse_to_go_back(connection, planned)
+    files = _link_files(project, staged)
+    with _transaction(connection, planned, f"Publish batch {batch}"):
+        for table in planned.tables:
+            _publish_table(connection, table.name, files[table.name], rows=table.rows)
+        build_marts(connection, project, schema=f"lake.{MARTS_SCHEMA}")
+    return require_publication(connection, project)
+
+
+def _plan(project: Project, batch: str, staged: Mapping[str, Sequence[Manifest]]) -> Publication:
+    plan = read_plan(project, batch)
+    parts = [part for table in staged.values() for part in table]
+    return Publication(
+        batch=batch,
+        snapshot=-1,
+        at=datetime.now(UTC),
+        staged_at=plan.created_at if plan else min(part.started_at for part in parts),
+        tables=tuple(
+            PublishedTable(
+                name=table,
+                rows=sum(part.rows for part in parts),
+                size_bytes=sum(part.size_bytes for part in parts),
+                key=project.find_table(table).key or parts[0].key,
+            )
+            for table, parts in staged.items()
+        ),
+        marts=_mart_names(project),
+    )
+
+
+def _refuse_to_go_back(connection: duckdb.DuckDBPyConnection, planned: Publication) -> None:
+    """Refuse a batch that began before the one that readers see: its tables would be older than theirs."""
+    latest = latest_publication(connection)
+    if latest is not None and planned.staged_at < latest.staged_at:
+        raise PublishConflict(
+            f'The batch "{planned.batch}" began {planned.staged_at:%Y-%m-%d %H:%M:%S} UTC, before the batch '
+            f'"{latest.batch}" that is published ({latest.staged_at:%Y-%m-%d %H:%M:%S} UTC).',
+            hint="Start a new batch: make run-distributed.",
+        )
+
+
+@contextmanager
+def _transaction(connection: duckdb.DuckDBPyConnection, publication: Publication, message: str) -> Iterator[None]:
+    """Run the block in one transaction of the lake, whose commit carries *message* and *publication*.
+
+    Raises:
+        LakeError: DuckDB refused something; everything is as it was.
+    """
+    try:
+        connection.execute("begin")
+        connection.execute(
+            "call lake.set_commit_message('phasewise', $message, extra_info => $extra_info)",
+            {"message": message, "extra_info": publication.to_extra_info()},
+        )
+        yield
+        connection.execute("commit")
+    except duckdb.Error as exc:
+        _roll_back(connection)
+        raise LakeError(
+            f"{message} failed: {first_line(exc).rstrip('.')}. The warehouse is unchanged.",
+            hint="Check the free space and the permissions of its folder, then try again.",
+        ) from exc
+    except BaseException:
+        _roll_back(connection)
+        raise
+
+
+def _roll_back(connection: duckdb.DuckDBPyConnection) -> None:
+    try:
+        connection.execute("rollback")
+    except duckdb.Error:
+        pass  # a failed commit has ended the transaction itself
+
+
+def _publish_table(connection: duckdb.DuckDBPyConnection, table: str, files: Sequence[Path], *, rows: int) -> None:
+    """Replace *table* by *files*, whatever columns it had before.
+
+    Raises:
+        PublishConflict: the files do not have *rows* rows.
+    """
+    name = f"lake.main.{quote_identifier(table)}"
+    paths = ", ".join(quote_literal(str(file)) for file in files)
+    connection.execute(f"create or replace table {name} as from {read_parquet(files)} limit 0")
+    connection.execute(
+        f"call ducklake_add_data_files('lake', {quote_literal(table)}, [{paths}], "
+        "schema => 'main', hive_partitioning => false)"
+    )
+    found = fetch_int(connection, f"select count(*) from {name}")
+    if found != rows:
+        raise PublishConflict(
+            f'Table "{table}" has {found} rows in its staged files, and its manifest says {rows}.',
+            hint="The staging was changed by hand: start a new batch.",
+        )
+
+
+def _link_files(project: Project, staged: Mapping[str, Sequence[Manifest]]) -> dict[str, list[Path]]:
+    """Return, per table, its staged files as links in the lake's data folder.
+
+    When publishing fails they stay there, and the next cleanup removes them: to remove them here could hit a commit
+    that had succeeded after all, when a signal arrives just behind it.
+
+    Raises:
+        StagingError: a staged file is missing or has another size.
+        LakeError: the lake's folder cannot be written.
+    """
+    data = project.warehouse / "data" / "main"
+    linked: dict[str, list[Path]] = {}
+    try:
+        for table, parts in staged.items():
+            files = [file for part in parts for file in _check_files(project, part)]
+            linked[table] = [_link(file, data / _folder_name(table)) for file in files]
+        _sync_folders({file.parent for files in linked.values() for file in files})
+    except OSError as exc:
+        raise LakeError(
+            f"The warehouse {project.warehouse} cannot be written: {exc.strerror or exc}. It is unchanged.",
+            hint="Free some space, or make the folder writable, then try again.",
+        ) from exc
+    return linked
+
+
+def _check_files(project: Project, manifest: Manifest) -> list[Path]:
+    files = staged_files(project, manifest)
+    missing = [file for file in files if not file.is_file()]
+    size_bytes = sum(file.stat().st_size for file in files if file not in missing)
+    if missing or size_bytes != manifest.size_bytes:
+        raise StagingError(
+            f'The staged files of table "{manifest.table}" are not those of its manifest '
+            f"({size_bytes} bytes, not {manifest.size_bytes}).",
+            hint=f"Remove {files[0].parent} and resume the batch: the table is extracted again.",
+        )
+    return files
+
+
+def _folder_name(table: str) -> str:
+    """Return a folder for *table* that any file system takes; two tables may share one, their files never clash."""
+    return re.sub(r"[^a-z0-9_]+", "-", table.lower())[:60].strip("-") or "table"
+
+
+def _link(file: Path, folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"{FILE_PREFIX}{uuid.uuid4().hex}.parquet"
+    try:
+        os.link(file, target)
+    except OSError as exc:
+        if exc.errno not in _CANNOT_LINK:
+            raise
+        shutil.copyfile(file, target)
+        _sync(target)
+    return target
+
+
+def _sync_folders(folders: Iterable[Path]) -> None:
+    """Make the links durable: the commit that names them must not survive a power cut that they do not."""
+    for folder in folders:
+        _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _restore_schema(connection: duckdb.DuckDBPyConnection, schema: str) -> None:
+    """Make the tables of *schema* those of the attached ``past``."""
+    then = list_tables(connection, f"past.{schema}")
+    for table in list_tables(connection, f"lake.{schema}"):
+        if table not in then:
+            connection.execute(f"drop table lake.{schema}.{quote_identifier(table)}")
+    for table in then:
+        name = quote_identifier(table)
+        # Rewritten, not registered again: a file in two tables would be deleted when the older one expires.
+        connection.execute(f"create or replace table lake.{schema}.{name} as from past.{schema}.{name}")
