@@ -179,7 +179,7 @@ def _make_point(columns: Sequence[str], row: Sequence[object], x: int, y: int, p
 
 def _draw_bars(chart: Chart, width: int) -> tuple[Markup, int]:
     """Draw horizontal bars: each with its name before it and its value behind it, so no axis is needed."""
-    values = [_format_bar(point.y) for point in chart.points]
+    values = _format_bars([point.y for point in chart.points])
     names = [_fit(point.label, width * 0.4) for point in chart.points]
     left = max(text_width(name) for name in names) + 10
     right = max(text_width(value) for value in values) + 8
@@ -352,10 +352,13 @@ def _shorten(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
-def _format_bar(value: float) -> str:
-    if abs(value) >= 1e15:
-        return f"{value:.4g}"
-    return f"{value:,.0f}" if value == int(value) or abs(value) >= 1000 else f"{value:.4g}"
+def _format_bars(values: Sequence[float]) -> list[str]:
+    """Return the labels of bars, all with as many decimals as the one that needs most, up to three."""
+    if any(abs(value) >= 1e15 for value in values):
+        return [f"{value:.4g}" for value in values]
+    rounded = [round(value, 3 if abs(value) < 1000 else 0) for value in values]
+    decimals = next(count for count in range(4) if all(round(value, count) == value for value in rounded))
+    return [f"{value:,.{decimals}f}" for value in rounded]
 
 
 def _anchor(x: float, width: float, limit: float) -> str:

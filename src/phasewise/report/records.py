@@ -10,7 +10,10 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
 
+from phasewise.outcomes import StepOutcome
+
 BatchStatus = Literal["published", "failed", "renewed"]
+RunKind = Literal["completed", "failed", "cancelled", "running", "waiting"]
 Severity = Literal["blocking", "warning"]
 
 
@@ -44,13 +47,30 @@ class RunSpan:
     def __post_init__(self) -> None:
         _make_aware(self, "expected_start", "started_at", "ended_at")
 
+    @classmethod
+    def from_outcome(cls, run: StepOutcome) -> RunSpan:
+        """Return what the server told of *run*; its flow is read off its name, ``<flow>/<item>``."""
+        return cls(
+            name=run.name,
+            flow=run.name.partition("/")[0],
+            run_id=run.run_id,
+            state=run.state_name,
+            parent=run.parent_id,
+            expected_start=run.expected_at,
+            started_at=run.started_at,
+            ended_at=run.ended_at,
+            seconds=run.seconds,
+            attempts=max(run.attempts, 1),
+            url=run.url,
+        )
+
     @property
-    def kind(self) -> Literal["completed", "failed", "cancelled", "running", "waiting"]:
+    def kind(self) -> RunKind:
         """Return what the state's name comes down to for someone who looks at it."""
         return _KINDS.get(self.state.replace(" ", "").casefold(), "waiting")
 
 
-_KINDS: dict[str, Literal["completed", "failed", "cancelled", "running", "waiting"]] = {
+_KINDS: dict[str, RunKind] = {
     "completed": "completed",
     "cached": "completed",
     "rolledback": "failed",

@@ -189,13 +189,13 @@ def _group_by_clock(nodes: Sequence[RunNode], now: datetime) -> list[tuple[str, 
     groups: list[list[RunNode]] = []
     latest: datetime | None = None
     for node in nodes:
-        start = node.run.started_at
+        start = node.run.started_at or node.run.expected_start
         if latest is None or (start is not None and start >= latest):
             groups.append([])
         groups[-1].append(node)
-        if start is not None:
-            end = _end(node.run, now)
-            latest = end if latest is None else max(latest, end)
+        # A run that waits to start has not ended either, so what was triggered beside it is of its phase.
+        end = _end(node.run, now)
+        latest = end if latest is None else max(latest, end)
     return [(f"Phase {number}", group) for number, group in enumerate(groups, start=1)]
 
 
