@@ -66,7 +66,7 @@ def test_only_the_worker_touches_private_names_of_prefect():
 @pytest.mark.parametrize(
     ("plane", "stranger"),
     [
-        ("lake staging audit publish marts cleanup queries sources demo report", "prefect"),
+        ("lake staging audit publish snapshots marts cleanup queries sources demo report", "prefect"),
         ("pipeline outcomes flow_runs orchestrator deployments stack", "duckdb"),
         ("forkserver", "prefect"),
     ],
