@@ -187,9 +187,9 @@ def run_distributed() -> int:
 def _run_distributed(settings: Settings, root: Path) -> int:
     os.environ["PHASEWISE_PROJECT"] = str(root)
     deploy_flows(settings)
-    from phasewise.progress import run_deployment_with_progress
+    from phasewise.progress import run_deployment
 
-    outcome = run_deployment_with_progress("main-etl-job/main-etl-deployment")
+    outcome = run_deployment("main-etl-job/main-etl-deployment", show=lambda runs: print(len(runs)))
     project = load_project(root)
     report = project.reports / f"{outcome.run_id}.html"
     if report.is_file():
@@ -211,13 +211,17 @@ def demo_data() -> None:
 
 
 def _make_demo_source(root: Path) -> bool:
-    """Make the example's source when *root* is the example; return whether it is."""
+    """Make the example's source when the project of *root* reads it; return whether it does."""
     checkout = find_checkout()
-    if checkout is None or root != checkout / "examples" / "baseball":
+    url = load_project(root).source.url
+    if checkout is None or not url.startswith("sqlite:///"):
+        return False
+    target = (root / url.removeprefix("sqlite:///")).resolve()
+    if target != checkout / "examples" / "baseball" / "data" / "lahman.sqlite":
         return False
     from phasewise.demo import build_demo_source
 
-    source = build_demo_source(root / "data" / "lahman.sqlite")
+    source = build_demo_source(target)
     if source.was_built:
         print(f"Made the example database: {source.tables} tables, {source.rows:,} rows in {source.path}")
     return True

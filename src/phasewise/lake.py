@@ -175,7 +175,8 @@ def prepare_lake(project: Project, settings: Settings) -> None:
         LakeError: its folder cannot be written, or too little is free.
     """
     _prepare_folder(project.warehouse)
-    _check_versions(project.warehouse)
+    if has_lake(project):
+        _check_versions(project.warehouse)
     if not os.access(project.warehouse, os.W_OK) or not os.access(project.warehouse / "data", os.W_OK):
         raise LakeError(f"The warehouse {project.warehouse} cannot be written.", hint="Check the folder's permissions.")
     free_bytes = shutil.disk_usage(project.warehouse).free
