@@ -13,9 +13,9 @@ import functools
 import importlib.util
 import json
 import os
+import re
 import shutil
 import socket
-import sqlite3
 import tempfile
 import time
 import uuid
@@ -33,8 +33,6 @@ from phasewise.settings import Settings
 
 #: Layout of the warehouse's folder; a higher number in phasewise.json was written by a newer Phasewise.
 WAREHOUSE_FORMAT = 1
-#: The catalog format of the DuckLake extension that is pinned in pyproject.toml.
-DUCKLAKE_FORMAT = (1, 0)
 #: What a session of the data plane may need; the warm worker preloads them all.
 EXTENSIONS = ("ducklake", "sqlite_scanner", "postgres_scanner", "mysql_scanner", "httpfs")
 
@@ -152,7 +150,7 @@ def attach_lake(
             )
         _prepare_folder(project.warehouse)
     else:
-        _check_versions(project.warehouse)
+        _check_format(project.warehouse)
     data_path = f"{project.warehouse / 'data'}{os.sep}"
     options = [f"DATA_PATH {quote_literal(data_path)}", "OVERRIDE_DATA_PATH true", "META_JOURNAL_MODE 'WAL'"]
     options += ["READ_ONLY"] if is_reader else []
@@ -161,10 +159,7 @@ def attach_lake(
     try:
         connection.execute(f"ATTACH {catalog} AS {quote_identifier(name)} ({', '.join(options)})")
     except duckdb.Error as exc:
-        raise LakeError(
-            f"The warehouse {project.warehouse} cannot be opened: {exc}",
-            hint="Check that the folder is writable and that its catalog.sqlite is intact.",
-        ) from exc
+        raise _explain_attach(project.warehouse, exc) from exc
 
 
 def prepare_lake(project: Project, settings: Settings) -> None:
@@ -176,7 +171,7 @@ def prepare_lake(project: Project, settings: Settings) -> None:
     """
     _prepare_folder(project.warehouse)
     if has_lake(project):
-        _check_versions(project.warehouse)
+        _check_format(project.warehouse)
     if not os.access(project.warehouse, os.W_OK) or not os.access(project.warehouse / "data", os.W_OK):
         raise LakeError(f"The warehouse {project.warehouse} cannot be written.", hint="Check the folder's permissions.")
     free_bytes = shutil.disk_usage(project.warehouse).free
@@ -333,56 +328,47 @@ def _prepare_folder(warehouse: Path) -> None:
         ) from exc
 
 
-def _check_versions(warehouse: Path) -> None:
+def _check_format(warehouse: Path) -> None:
     written = _read_marker(warehouse)
     if written > WAREHOUSE_FORMAT:
         raise WarehouseTooNew(
             f"The warehouse {warehouse} has format {written}; this version knows {WAREHOUSE_FORMAT}.",
             hint="Upgrade phasewise. Nothing was changed.",
         )
-    found = _read_ducklake_format(warehouse / _CATALOG)
-    if found is None or found == DUCKLAKE_FORMAT:
-        return
-    text = ".".join(map(str, found))
-    supported = ".".join(map(str, DUCKLAKE_FORMAT))
-    if found > DUCKLAKE_FORMAT:
-        raise WarehouseTooNew(
-            f"The warehouse {warehouse} has DuckLake format {text}; this version knows {supported}.",
-            hint="Upgrade phasewise. Nothing was changed.",
-        )
-    raise LakeError(
-        f"The warehouse {warehouse} has the old DuckLake format {text}; this version needs {supported}.",
-        hint="Migrate it once with DuckDB: ATTACH 'ducklake:sqlite:…' (AUTOMATIC_MIGRATION true).",
-    )
 
 
 def _read_marker(warehouse: Path) -> int:
     try:
         return int(json.loads((warehouse / _MARKER).read_text(encoding="utf-8"))["format"])
     except FileNotFoundError:
-        return WAREHOUSE_FORMAT  # a plain DuckLake that somebody else created; its own version is checked next
+        return WAREHOUSE_FORMAT  # a plain DuckLake; DuckLake itself checks its version
     except (ValueError, KeyError, TypeError) as exc:
         raise LakeError(f"{warehouse / _MARKER} is damaged.", hint="Remove it if the warehouse is yours.") from exc
 
 
-def _read_ducklake_format(catalog: Path) -> tuple[int, ...] | None:
-    """Return the catalog's format, None when it is still empty. Read without DuckLake, which only says "mismatch"."""
-    try:
-        with closing(sqlite3.connect(f"{catalog.as_uri()}?mode=ro", uri=True, timeout=10)) as connection:
-            row = connection.execute("SELECT value FROM ducklake_metadata WHERE key = 'version'").fetchone()
-    except sqlite3.OperationalError as exc:
-        if "no such table" in str(exc):
-            return None
-        raise LakeError(f"The warehouse's catalog {catalog} cannot be read: {exc}.") from exc
-    except sqlite3.DatabaseError as exc:
-        raise LakeError(
-            f"The warehouse's catalog {catalog} is damaged: {exc}.", hint="Restore it from a backup."
-        ) from exc
-    try:
-        return tuple(int(part) for part in row[0].split(".")) if row else None
-    except ValueError:
-        # Development versions of DuckLake write such as "1.1-dev1".
-        return (*DUCKLAKE_FORMAT, 1)
+def _explain_attach(warehouse: Path, exc: duckdb.Error) -> LakeError:
+    # The version is read from DuckLake's message, not from the catalog: a second SQLite library in this process
+    # that opens and closes the file takes away the POSIX locks that the scanner holds on it.
+    match = re.search(r"catalog version is ([\w.-]+), but the extension requires version ([\w.-]+)", str(exc))
+    if match is None:
+        return LakeError(
+            f"The warehouse {warehouse} cannot be opened: {exc}.",
+            hint="Check that the folder is writable and that its catalog.sqlite is intact.",
+        )
+    found, supported = match.groups()
+    if _parse_version(found) > _parse_version(supported):
+        return WarehouseTooNew(
+            f"The warehouse {warehouse} has DuckLake format {found}; this version knows {supported}.",
+            hint="Upgrade phasewise. Nothing was changed.",
+        )
+    return LakeError(
+        f"The warehouse {warehouse} has the old DuckLake format {found}; this version needs {supported}.",
+        hint="Migrate it once with DuckDB: ATTACH 'ducklake:sqlite:…' (AUTOMATIC_MIGRATION true).",
+    )
+
+
+def _parse_version(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", text))
 
 
 def _find_batch(extra_info: str | None) -> str | None:

@@ -184,7 +184,7 @@ def read_plan(project: Project, batch: str) -> BatchPlan | None:
             tables=tuple(data["tables"]),
             created_at=datetime.fromisoformat(data["created_at"]),
         )
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, TypeError) as exc:
         raise StagingError(f"{path} is damaged.", hint=f"Remove {path.parent} and start a new batch.") from exc
@@ -390,7 +390,7 @@ def _find_staging_error(path: Path, exc: Exception) -> StagingError | None:
         return None
     if isinstance(exc, duckdb.OutOfMemoryException):
         return StagingError(
-            f"Extracting into {path.parent} needs more memory than allowed: {text}",
+            f"Extracting into {path.parent} needs more memory than allowed: {text.splitlines()[0]}.",
             hint="Raise PHASEWISE_MEMORY_LIMIT, or lower PHASEWISE_THREADS.",
         )
     if str(path.parent) not in text and "No space left" not in text:

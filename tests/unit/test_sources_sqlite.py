@@ -1,0 +1,490 @@
+"""SQLite: every value arrives as it was, or the extraction fails and says where."""
+
+from __future__ import annotations
+
+import datetime as dt
+import math
+import sqlite3
+import struct
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from phasewise import lake, staging
+from phasewise.errors import ProjectError, SchemaDrift, SourceError, SourceUnavailable, TableMissing, UnfaithfulValue
+from phasewise.project import Project, load_project
+from phasewise.settings import Settings
+from phasewise.sources import check_project, list_project_tables, open_source
+
+SETTINGS = Settings(threads=2, memory_limit="256MB", connect_timeout=0.2)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _preloaded():
+    lake.preload_extensions(("sqlite_scanner",))
+
+
+def make_project(root: Path, script: str = "", more: str = "", url: str = "sqlite:///source.db") -> Project:
+    (root / "phasewise.toml").write_text(f'[project]\nname = "t"\n[source]\nurl = "{url}"\n{more}')
+    if script:
+        with closing(sqlite3.connect(root / "source.db")) as source, source:
+            source.executescript(script)
+    return load_project(root)
+
+
+def read(project: Project, table: str) -> tuple[list[str], list[tuple]]:
+    """Extract *table* into a batch of its own and return types and rows as staged."""
+    manifest = staging.extract_table(project, SETTINGS, batch=staging.new_batch_id(), table=table)
+    assert manifest.rows == manifest.source_rows
+    with lake.open_session(SETTINGS, extensions=()) as connection:
+        files = [str(path) for path in staging.staged_files(project, manifest)]
+        result = connection.execute("FROM read_parquet(?)", [files])
+        types = [str(column[1]) for column in result.description]
+        assert [column[0] for column in result.description] == [column.name for column in manifest.columns]
+        return types, result.fetchall()
+
+
+def test_a_table_of_plain_columns_arrives_as_it_is(tmp_path: Path):
+    project = make_project(
+        tmp_path,
+        """
+        CREATE TABLE t (i INTEGER, r REAL, x TEXT);
+        INSERT INTO t VALUES (1, 1.5, 'a'), (NULL, NULL, NULL), (-9223372036854775808, -0.0, ''),
+            (9223372036854775807, 5e-324, char(0x1F600)), (0, 9e999, 'a' || char(0) || 'b');
+        """,
+    )
+
+    types, rows = read(project, "t")
+
+    assert types == ["BIGINT", "DOUBLE", "VARCHAR"]
+    assert rows == [
+        (1, 1.5, "a"),
+        (None, None, None),
+        (-(2**63), 0.0, ""),
+        (2**63 - 1, 5e-324, "😀"),
+        (0, math.inf, "a\0b"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("declared", "value", "kind"),
+    [
+        ("INTEGER", "'abc'", "text 'abc'"),
+        ("INTEGER", "''", "text ''"),
+        ("INTEGER", "1.5", "real 1.5"),
+        ("INTEGER", "x'00ff'", "blob x'00FF'"),
+        ("REAL", "'abc'", "text 'abc'"),
+        ("TEXT", "x'00'", "blob x'00'"),
+        ("TEXT", "CAST(x'ff41' AS TEXT)", "text '\\\\xffA'"),
+        ("BLOB", "'abc'", "text 'abc'"),
+        ("BLOB", "5", "integer 5"),
+        ("NUMERIC", "9007199254740993", "integer 9007199254740993"),
+        ("DECIMAL(5,2)", "1.005", "real 1.005"),
+        ("DECIMAL(5,2)", "100000", "integer 100000"),
+        ("DECIMAL(5,2)", "'abc'", "text 'abc'"),
+        ("BOOLEAN", "2", "integer 2"),
+        ("DATE", "'2024-02-31'", "text '2024-02-31'"),
+        ("DATE", "'2024-02-01 10:00:00'", "text"),
+        ("DATE", "2460000", "integer 2460000"),
+        ("TIMESTAMP", "'2024-02-01T10:00:00Z'", "text"),
+        ("TIMESTAMP", "'2024-02-01 10:00:00.1234567'", "text"),
+        ("TIMESTAMP", "1700000000", "integer 1700000000"),
+        ("TIME", "'25:00:00'", "text '25:00:00'"),
+        ("", "x'00'", "blob x'00'"),
+        ("JSON", "x'00'", "blob x'00'"),
+    ],
+)
+def test_a_value_that_would_change_fails_with_its_column_and_row(tmp_path, declared, value, kind):
+    project = make_project(
+        tmp_path,
+        f"""
+        CREATE TABLE t (id INTEGER PRIMARY KEY, "the column" {declared});
+        INSERT INTO t VALUES (1, NULL), (77, {value});
+        """,
+    )
+
+    pattern = f'Table "t", column "the column" .*1 row holds .*first \\(id = 77\\) is the {kind}.*= "(VARCHAR|BLOB)"'
+    with pytest.raises(UnfaithfulValue, match=pattern):
+        read(project, "t")
+
+
+def test_the_sample_row_is_named_by_rowid_where_there_is_no_key(tmp_path: Path):
+    project = make_project(tmp_path, "CREATE TABLE t (i INTEGER); INSERT INTO t VALUES (1), ('x'), ('y');")
+
+    with pytest.raises(UnfaithfulValue, match=r"2 rows hold values .* the first \(rowid = 2\) is the text 'x'"):
+        read(project, "t")
+
+
+def test_the_sample_row_is_named_by_the_key_of_the_project(tmp_path: Path):
+    more = '[table.t]\nkey = ["a", "b"]\n'
+    project = make_project(tmp_path, "CREATE TABLE t (a TEXT, b INT, c INT); INSERT INTO t VALUES ('k', 2, '?')", more)
+
+    with pytest.raises(UnfaithfulValue, match=r"\(a = 'k', b = 2\)"):
+        read(project, "t")
+
+
+def test_a_contract_carries_a_column_as_text_and_the_manifest_says_so(tmp_path: Path):
+    more = '[table.t.columns]\nv = "VARCHAR"\n'
+    script = "CREATE TABLE t (v INTEGER); INSERT INTO t VALUES (1), ('abc'), (1.5), (1e300), (0.1), (NULL), ('')"
+    project = make_project(tmp_path, script, more)
+
+    types, rows = read(project, "t")
+
+    assert types == ["VARCHAR"]
+    assert rows == [("1",), ("abc",), ("1.5",), ("1e+300",), ("0.1",), (None,), ("",)]
+    batch = staging.list_batches(project)[0].id
+    note = staging.read_manifest(project, batch, "t").columns[0].note
+    assert note == "carried as VARCHAR because the contract says so; naturally BIGINT"
+
+
+def test_a_contract_carries_text_that_is_not_utf8_as_bytes(tmp_path: Path):
+    more = '[table.t.columns]\nv = "BLOB"\n'
+    project = make_project(tmp_path, "CREATE TABLE t (v TEXT); INSERT INTO t VALUES (CAST(x'ff41' AS TEXT))", more)
+
+    assert read(project, "t") == (["BLOB"], [(b"\xffA",)])
+
+
+def test_declared_types_of_the_numeric_family_get_the_type_that_they_name(tmp_path: Path):
+    project = make_project(
+        tmp_path,
+        """
+        CREATE TABLE t (
+            d DECIMAL(10,2), n NUMERIC, b BOOLEAN, day DATE, at DATETIME, clock TIME, raw BLOB, big DECIMAL(38,0)
+        );
+        INSERT INTO t VALUES (3.14, 2.5, 1, '2024-02-29', '2024-02-29T23:59:59.5', '23:59:59.25', x'00ff', 12),
+            (100, 9007199254740992, 0, '0001-01-01', '1969-12-31 00:00:00', '00:00:00', x'', -1),
+            (NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL);
+        """,
+    )
+
+    types, rows = read(project, "t")
+
+    names = ["DECIMAL(10,2)", "DOUBLE", "BOOLEAN", "DATE", "TIMESTAMP", "TIME", "BLOB", "DECIMAL(38,0)"]
+    assert types == names
+    first, second, empty = rows
+    assert first == (
+        Decimal("3.14"),
+        2.5,
+        True,
+        dt.date(2024, 2, 29),
+        dt.datetime(2024, 2, 29, 23, 59, 59, 500000),
+        dt.time(23, 59, 59, 250000),
+        b"\x00\xff",
+        Decimal(12),
+    )
+    assert second[:4] == (Decimal(100), 2.0**53, False, dt.date(1, 1, 1))
+    assert second[6:] == (b"", Decimal(-1))
+    assert empty == (None,) * 8
+
+
+def test_columns_without_a_type_that_sqlite_knows_are_carried_as_text(tmp_path: Path):
+    project = make_project(
+        tmp_path, "CREATE TABLE t (a, j JSON); INSERT INTO t VALUES (1, '{}'), ('1', 2), (0.1, NULL)"
+    )
+
+    table = open_source(project, SETTINGS).describe_table("t")
+    types, rows = read(project, "t")
+
+    assert [column.note for column in table.columns] == [
+        "carried as text: the column has no declared type",
+        "carried as text: SQLite has no type JSON",
+    ]
+    assert (types, rows) == (["VARCHAR", "VARCHAR"], [("1", "{}"), ("1", "2"), ("0.1", None)])
+
+
+def test_generated_columns_arrive(tmp_path: Path):
+    project = make_project(
+        tmp_path,
+        """
+        CREATE TABLE t (a INTEGER, v INTEGER AS (a * 2), s TEXT AS (a || '!') STORED, r REAL AS (a / 3.0));
+        INSERT INTO t (a) VALUES (1), (7);
+        """,
+    )
+
+    types, rows = read(project, "t")
+
+    assert types == ["BIGINT", "BIGINT", "VARCHAR", "DOUBLE"]
+    assert rows == [(1, 2, "1!", 1 / 3.0), (7, 14, "7!", 7 / 3.0)]
+
+
+def test_views_are_extracted_only_when_they_are_named(tmp_path: Path):
+    script = "CREATE TABLE t (a INTEGER); INSERT INTO t VALUES (5); CREATE VIEW v AS SELECT a, a + 1 AS b FROM t"
+    project = make_project(tmp_path, script)
+    assert list_project_tables(project, open_source(project, SETTINGS)) == ["t"]
+
+    project = make_project(tmp_path, more='[tables]\ninclude = ["*", "v"]\n')
+
+    assert list_project_tables(project, open_source(project, SETTINGS)) == ["t", "v"]
+    assert read(project, "v")[1] == [(5, "6")]
+
+
+def test_insides_of_sqlite_are_no_tables(tmp_path: Path):
+    project = make_project(
+        tmp_path,
+        """
+        CREATE TABLE sqliteish (id INTEGER PRIMARY KEY AUTOINCREMENT);
+        CREATE VIRTUAL TABLE f USING fts5(body);
+        CREATE TABLE w (a INTEGER PRIMARY KEY) WITHOUT ROWID;
+        CREATE TABLE s (a INTEGER) STRICT;
+        """,
+    )
+
+    assert open_source(project, SETTINGS).list_tables() == ["s", "sqliteish", "w"]
+
+
+def test_hard_column_names_arrive(tmp_path: Path):
+    names = ['a"b', "select", "a b", "😀", "a'b", "rowid", "c0", "$1", "a;b", "-- c", "{x}", "ß"]
+    columns = ", ".join(
+        f"{lake.quote_identifier(name)} {kind}" for name, kind in zip(names, ["TEXT", "DATE"] * 7, strict=False)
+    )
+    project = make_project(tmp_path, f"CREATE TABLE t ({columns})")
+    with closing(sqlite3.connect(tmp_path / "source.db")) as source, source:
+        source.execute(f"INSERT INTO t VALUES ({','.join('?' * len(names))})", ["2024-01-01"] * len(names))
+
+    _, rows = read(project, "t")
+
+    assert [str(value) for value in rows[0]] == ["2024-01-01"] * len(names)
+
+
+@pytest.mark.parametrize("kind", ["INTEGER", "NUMERIC"])
+def test_a_table_may_have_1600_columns(tmp_path: Path, kind: str):
+    columns = ", ".join(f"c{index} {kind}" for index in range(1600))
+    script = f"CREATE TABLE t ({columns}); INSERT INTO t VALUES ({', '.join(map(str, range(1600)))})"
+
+    assert read(make_project(tmp_path, script), "t")[1] == [tuple(range(1600))]
+
+
+any_double = st.binary(min_size=8, max_size=8).map(lambda b: struct.unpack("d", b)[0]).filter(lambda f: f == f)
+any_text = st.text(st.characters(exclude_categories=["Cs"]))
+any_integer = st.integers(-(2**63), 2**63 - 1)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rows=st.lists(
+        st.tuples(
+            st.none() | any_integer,
+            st.none() | any_double | st.floats(allow_nan=False),
+            st.none() | any_text,
+            st.none() | st.binary(),
+            st.none() | st.dates(),
+            st.none() | st.datetimes(),
+            st.none() | st.decimals(-(10**10), 10**10, places=3),
+        ),
+        max_size=20,
+    ),
+    is_plain=st.booleans(),
+)
+def test_any_value_comes_back_as_it_was(tmp_path_factory, rows, is_plain):
+    root = tmp_path_factory.mktemp("any")
+    columns = "i INTEGER, r REAL, x TEXT" + ("" if is_plain else ", b BLOB, d DATE, t TIMESTAMP, n DECIMAL(18,3)")
+    project = make_project(root, f"CREATE TABLE t ({columns})")
+    width = 3 if is_plain else 7
+    sent = [
+        (i, r, x, b, d and d.isoformat(), t and t.isoformat(" "), None if n is None else str(n))
+        for i, r, x, b, d, t, n in rows
+    ]
+    with closing(sqlite3.connect(root / "source.db")) as source, source:
+        source.executemany(f"INSERT INTO t VALUES ({','.join('?' * width)})", [row[:width] for row in sent])
+
+    _, got = read(project, "t")
+
+    assert got == [row[:width] for row in rows]
+
+
+def test_rows_and_count_are_of_one_moment(tmp_path: Path):
+    project = make_project(tmp_path, "PRAGMA journal_mode = WAL; CREATE TABLE t (a INTEGER); INSERT INTO t VALUES (1)")
+    source = open_source(project, SETTINGS)
+    table = source.describe_table("t")
+
+    with lake.open_session(SETTINGS, extensions=source.extensions) as connection:
+        source.attach(connection)
+        source.begin(connection)
+        assert len(connection.execute(source.select(table)).fetchall()) == 1
+        with closing(sqlite3.connect(tmp_path / "source.db")) as writer, writer:
+            writer.execute("INSERT INTO t VALUES (2)")
+
+        assert source.count_rows(connection, table) == 1
+        assert len(connection.execute(source.select(table)).fetchall()) == 1
+
+
+@pytest.mark.parametrize("journal", ["WAL", "DELETE"])
+def test_all_tables_are_of_one_moment_when_a_snapshot_is_held(tmp_path: Path, journal: str):
+    project = make_project(
+        tmp_path,
+        f"""
+        PRAGMA journal_mode = {journal};
+        CREATE TABLE a (n INTEGER); CREATE TABLE b (n DECIMAL(9,0));
+        INSERT INTO a VALUES (60); INSERT INTO b VALUES (40);
+        """,
+    )
+    staging.begin_batch(project, "b1", ["a", "b"])
+
+    with staging.open_snapshot(project, SETTINGS, "b1") as token:
+        first = staging.extract_table(project, SETTINGS, batch="b1", table="a", snapshot=token)
+        with closing(sqlite3.connect(tmp_path / "source.db")) as writer, writer:
+            writer.execute("UPDATE a SET n = n - 10")
+            writer.execute("UPDATE b SET n = n + 10")
+        second = staging.extract_table(project, SETTINGS, batch="b1", table="b", snapshot=token)
+
+    with lake.open_session(SETTINGS, extensions=()) as connection:
+        files = [str(path) for m in (first, second) for path in staging.staged_files(project, m)]
+        assert connection.execute("SELECT sum(n) FROM read_parquet(?)", [files]).fetchone() == (100,)
+    assert first.is_consistent
+    assert sorted(path.name for path in (project.staging / "b1").glob("**/*.sqlite")) == []
+
+
+def test_a_snapshot_is_kept_for_the_resume_when_the_batch_fails(tmp_path: Path):
+    project = make_project(tmp_path, "CREATE TABLE t (a INTEGER); INSERT INTO t VALUES (1)")
+    with pytest.raises(RuntimeError), staging.open_snapshot(project, SETTINGS, "b1"):
+        raise RuntimeError
+    with closing(sqlite3.connect(tmp_path / "source.db")) as writer, writer:
+        writer.execute("INSERT INTO t VALUES (2)")
+
+    with staging.open_snapshot(project, SETTINGS, "b1") as token:
+        manifest = staging.extract_table(project, SETTINGS, batch="b1", table="t", snapshot=token)
+
+    assert manifest.rows == 1
+
+
+def test_a_missing_database_is_named_and_not_created(tmp_path: Path):
+    project = make_project(tmp_path)
+
+    problems = check_project(project, SETTINGS)
+
+    assert [type(problem) for problem in problems] == [SourceUnavailable]
+    assert f"{tmp_path}/source.db does not exist. Check [source] url" in str(problems[0])
+    with pytest.raises(SourceUnavailable):
+        read(project, "t")
+    assert not (tmp_path / "source.db").exists()
+
+
+def test_a_file_that_is_no_database_is_named(tmp_path: Path):
+    project = make_project(tmp_path)
+    (tmp_path / "source.db").write_text("hello " * 1000)
+
+    with pytest.raises(SourceUnavailable, match=r"source\.db is not a SQLite database"):
+        open_source(project, SETTINGS).check()
+
+
+def test_a_folder_in_place_of_the_database_is_named(tmp_path: Path):
+    project = make_project(tmp_path)
+    (tmp_path / "source.db").mkdir()
+
+    with pytest.raises(SourceUnavailable, match="is not a file"):
+        open_source(project, SETTINGS).check()
+
+
+@contextmanager
+def hold_exclusively(path: Path) -> Iterator[None]:
+    """Lock the database from another process: locks of one process do not stop another library in it."""
+    code = (
+        "import sqlite3, sys; c = sqlite3.connect(sys.argv[1], isolation_level=None);"
+        "c.execute('BEGIN EXCLUSIVE'); print('held', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout.readline() == b"held\n"
+        yield
+        process.stdin.close()
+
+
+def test_a_locked_database_is_waited_for_and_then_named(tmp_path: Path):
+    project = make_project(tmp_path, "CREATE TABLE t (a INTEGER)")
+
+    with hold_exclusively(tmp_path / "source.db"):
+        with pytest.raises(SourceUnavailable, match="is locked by another program"):
+            open_source(project, SETTINGS).check()
+        with pytest.raises(SourceUnavailable, match="is locked by another program"):
+            read(project, "t")
+
+
+def test_a_lock_that_comes_between_check_and_scan_is_named_too(tmp_path: Path):
+    project = make_project(tmp_path, "CREATE TABLE t (a INTEGER)")
+    source = open_source(project, SETTINGS)
+    table = source.describe_table("t")
+
+    with lake.open_session(SETTINGS, extensions=source.extensions) as connection:
+        source.attach(connection)
+        with (
+            hold_exclusively(tmp_path / "source.db"),
+            pytest.raises(SourceUnavailable, match="is locked by another program"),
+        ):
+            staging._copy(connection, source, table, tmp_path / "x.parquet", None)
+
+
+def test_a_column_without_a_name_is_refused(tmp_path: Path):
+    project = make_project(tmp_path, 'CREATE TABLE t ("" INTEGER)')
+
+    with pytest.raises(SourceError, match="a column whose name is empty"):
+        read(project, "t")
+
+
+def test_a_table_that_differs_by_case_is_not_the_table(tmp_path: Path):
+    project = make_project(tmp_path, "CREATE TABLE People (a INTEGER)")
+
+    with pytest.raises(TableMissing, match=r'no table "people".*It has: People'):
+        open_source(project, SETTINGS).describe_table("people")
+
+
+def test_paths_follow_the_rule_of_sqlalchemy(tmp_path: Path):
+    make_project(tmp_path, "CREATE TABLE t (a INTEGER)")
+    (tmp_path / "source.db").rename(tmp_path / "odd #%41 ?name.db")
+
+    for url in ["sqlite:///odd #%41 %3Fname.db"]:
+        with pytest.raises(SourceUnavailable):
+            open_source(make_project(tmp_path, url=url), SETTINGS).check()
+    (tmp_path / "odd #%41 ?name.db").rename(tmp_path / "odd #%41.db")
+    for url in ["sqlite:///odd #%41.db", f"sqlite:///{tmp_path}/odd #%41.db"]:
+        assert open_source(make_project(tmp_path, url=url), SETTINGS).list_tables() == ["t"]
+
+
+@pytest.mark.parametrize("url", ["sqlite:", "sqlite://", "sqlite:///", "sqlite://host/path.db"])
+def test_a_url_without_a_file_is_refused(tmp_path: Path, url: str):
+    with pytest.raises(ProjectError, match="names no SQLite file"):
+        open_source(make_project(tmp_path, url=url), SETTINGS)
+
+
+def test_every_problem_of_the_contract_is_reported_at_once(tmp_path: Path):
+    project = make_project(
+        tmp_path,
+        "CREATE TABLE a (n INTEGER, x TEXT); CREATE TABLE b (n INTEGER)",
+        """
+        [table.a]
+        key = ["id"]
+        columns = { n = "BIGINT", x = "BIGINT", y = "VARCHAR" }
+        [table.gone]
+        """,
+    )
+
+    problems = check_project(project, SETTINGS)
+
+    assert [type(problem) for problem in problems] == [SchemaDrift, TableMissing]
+    assert str(problems[0]) == (
+        'Table "a" does not fit its contract: the column "x" is TEXT in the source, VARCHAR in the lake, not BIGINT; '
+        'the column "y" is missing; the key column "id" is missing. '
+        'Change the source, or the section [table."a"] of phasewise.toml.'
+    )
+    assert '"gone"' in str(problems[1])
+
+
+def test_texts_are_checked_when_the_contract_makes_them_moments_or_uuids(tmp_path: Path):
+    more = '[table.t.columns]\nd = "DATE"\nt = "timestamptz"\nu = "UUID"\n'
+    value = uuid.uuid4()
+    row = f"'2024-01-02', '2024-01-02T03:04:05+02', '{value}'"
+    script = f"CREATE TABLE t (d TEXT, t TEXT, u TEXT); INSERT INTO t VALUES ({row})"
+    project = make_project(tmp_path, script, more)
+
+    types, rows = read(project, "t")
+
+    assert types == ["DATE", "TIMESTAMP WITH TIME ZONE", "UUID"]
+    assert rows == [(dt.date(2024, 1, 2), dt.datetime(2024, 1, 2, 1, 4, 5, tzinfo=dt.UTC), value)]
