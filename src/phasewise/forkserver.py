@@ -182,10 +182,12 @@ class Forkserver:
         cwd: str,
         stdout: int = 1,
         stderr: int = 2,
+        descriptor: int | None = None,
     ) -> ForkedProcess:
         """Fork a process that calls *target* (``module:function``) with *arguments* and exits with what it returns.
 
-        ``env`` is the whole environment of the child; ``arguments`` must be JSON.
+        ``env`` is the whole environment of the child; ``arguments`` must be JSON. One more open descriptor can be
+        handed to the child: its number there comes as the argument ``descriptor``.
 
         Raises:
             ForkRefused: the forkserver is stale or no longer single-threaded.
@@ -197,10 +199,11 @@ class Forkserver:
         number = self.forks
         answer: asyncio.Future[ForkedProcess] = asyncio.get_running_loop().create_future()
         self._requests[number] = answer
-        frame = {"id": number, "target": target, "arguments": arguments, "env": env, "cwd": cwd}
+        fds = [stdout, stderr] if descriptor is None else [stdout, stderr, descriptor]
+        frame = {"id": number, "target": target, "arguments": arguments, "env": env, "cwd": cwd, "fds": len(fds)}
         try:
             async with self._writer_lock:
-                await self._send(json.dumps(frame).encode(), [stdout, stderr])
+                await self._send(json.dumps(frame).encode(), fds)
         except OSError as exc:
             raise ForkserverDied("The forkserver has ended.") from exc
         return await answer
@@ -335,19 +338,20 @@ class _Zygote:
 
     def _read(self) -> bool:
         try:
-            data, fds, _, _ = socket.recv_fds(self._channel, 65536, 8)
+            data, received, _, _ = socket.recv_fds(self._channel, 65536, 64)
         except ConnectionError:
             return False
         self._buffer += data
-        self._fds += fds
+        self._fds += received
         for request in _frames(self._buffer):
-            stdio, self._fds = self._fds[:2], self._fds[2:]
-            self._answer(request, stdio)
-            for fd in stdio:
+            count = request["fds"]
+            fds, self._fds = self._fds[:count], self._fds[count:]
+            self._answer(request, fds)
+            for fd in fds:
                 os.close(fd)
         return bool(data)
 
-    def _answer(self, request: dict[str, Any], stdio: list[int]) -> None:
+    def _answer(self, request: dict[str, Any], fds: list[int]) -> None:
         number = request["id"]
         if reason := self._stale():
             self._send({"kind": "refused", "id": number, "stale": True, "reason": reason})
@@ -357,13 +361,13 @@ class _Zygote:
             self._send({"kind": "refused", "id": number, "stale": False, "reason": reason})
         else:
             try:
-                pid = self._fork(request, stdio)
+                pid = self._fork(request, fds)
             except OSError as exc:  # out of processes or memory: the worker decides what to do
                 self._send({"kind": "refused", "id": number, "stale": False, "reason": f"fork failed: {exc}"})
             else:
                 self._send({"kind": "forked", "id": number, "pid": pid})
 
-    def _fork(self, request: dict[str, Any], stdio: list[int]) -> int:
+    def _fork(self, request: dict[str, Any], fds: list[int]) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
         zygote = os.getpid()
@@ -372,7 +376,7 @@ class _Zygote:
         try:
             pid = os.fork()
             if pid == 0:
-                self._become_child(request, stdio, zygote)
+                self._become_child(request, fds, zygote)
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())
         # On both sides of the fork, so that the group exists before the worker can signal it.
@@ -381,7 +385,7 @@ class _Zygote:
         self._children.add(pid)
         return pid
 
-    def _become_child(self, request: dict[str, Any], stdio: list[int], zygote: int) -> NoReturn:
+    def _become_child(self, request: dict[str, Any], fds: list[int], zygote: int) -> NoReturn:
         code = 1
         try:
             die_with_parent(zygote)
@@ -392,9 +396,12 @@ class _Zygote:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             for open_socket in (self._channel, self._wake_reader, self._wake_writer):
                 open_socket.close()
-            for target, fd in enumerate(stdio, start=1):
+            stdout, stderr, *descriptor = fds
+            for target, fd in ((1, stdout), (2, stderr)):
                 os.dup2(fd, target)
                 os.close(fd)
+            if descriptor:
+                request["arguments"]["descriptor"] = descriptor[0]
             signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())
             _enter(request["env"], request["cwd"])
             code = _run(request["target"], request["arguments"])

@@ -15,20 +15,30 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import contextvars
+import functools
 import os
 import signal
+import ssl
 import sys
 import tempfile
+import threading
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import ModuleType, SimpleNamespace
+from typing import TYPE_CHECKING, Any, ClassVar
 from uuid import UUID
 
 import anyio
 import anyio.abc
+import certifi
+import prefect
+from prefect._flow_run_suspension import FlowRunSuspensionRequest, is_suspended_flow_run_state
+from prefect._internal.version_checking import _api_version_check_key, _cache_api_version_check
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import (
     FlowRunFilter,
@@ -40,6 +50,7 @@ from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.events import Event
 from prefect.events.clients import get_events_subscriber
 from prefect.events.filters import EventAnyResourceFilter, EventFilter, EventNameFilter
+from prefect.events.related import RESOURCE_CACHE
 from prefect.runner._cancellation_manager import CancellationManager
 from prefect.runner._control_channel import ControlChannel
 from prefect.runner._event_emitter import EventEmitter
@@ -55,7 +66,7 @@ from prefect.settings import get_current_settings
 from prefect.utilities.filesystem import relative_path_to_current_platform
 from prefect.workers.base import BaseWorker
 from prefect.workers.process import ProcessJobConfiguration, ProcessWorker, ProcessWorkerResult
-from pydantic import PrivateAttr
+from pydantic import BaseModel, PrivateAttr
 
 from phasewise.forkserver import ForkedProcess, ForkRefused, Forkserver, ForkserverDied
 from phasewise.settings import Settings
@@ -64,10 +75,14 @@ if TYPE_CHECKING:
     from prefect.client.schemas.objects import Flow as APIFlow
     from prefect.client.schemas.objects import WorkPool
     from prefect.client.schemas.responses import DeploymentResponse, WorkerFlowRunResponse
+    from prefect.flow_engine import BaseFlowRunEngine
     from prefect.flows import Flow
 
 #: Imported before the first fork. What a flow run imports lazily after the fork, it pays for once a run.
 PRELOAD = (
+    "anyio._backends._asyncio",
+    "encodings.idna",
+    "rich._emoji_codes",
     "prefect",
     "prefect.flow_engine",
     "prefect.task_engine",
@@ -82,7 +97,7 @@ PRELOAD = (
     "phasewise.flows",
 )
 #: Called once, after the imports and before the first fork.
-SETUP = ("phasewise.lake:preload_extensions",)
+SETUP = ("phasewise.worker:warm_up", "phasewise.lake:preload_extensions")
 
 _CLAIM_ON = ("Scheduled", "Late", "AwaitingRetry", "AwaitingConcurrencySlot", "Resuming")
 _FREES_A_SLOT = ("Completed", "Failed", "Crashed", "Cancelled", "TimedOut", "Paused", "Suspended")
@@ -93,6 +108,8 @@ class WarmProcessJobConfiguration(ProcessJobConfiguration):
     """The process worker's job configuration, which also remembers the deployment that it was made for."""
 
     _deployment: DeploymentResponse | None = PrivateAttr(default=None)
+    _flow: APIFlow | None = PrivateAttr(default=None)
+    _work_pool: WorkPool | None = PrivateAttr(default=None)
 
     def prepare_for_flow_run(
         self,
@@ -103,7 +120,7 @@ class WarmProcessJobConfiguration(ProcessJobConfiguration):
         worker_name: str | None = None,
         worker_id: UUID | None = None,
     ) -> None:
-        self._deployment = deployment
+        self._deployment, self._flow, self._work_pool = deployment, flow, work_pool
         super().prepare_for_flow_run(flow_run, deployment, flow, work_pool, worker_name, worker_id)
 
 
@@ -115,6 +132,8 @@ class _Job:
     cwd: str
     env: dict[str, str]
     stdio: tuple[int, int]
+    #: What the run would read from the server although its worker has read it already.
+    known: list[dict[str, Any]]
 
 
 class WarmProcessWorker(ProcessWorker):
@@ -218,7 +237,7 @@ class WarmProcessWorker(ProcessWorker):
         # The worker runs these hooks, in a process of their own: the flow run's may be gone by then.
         env["PREFECT__ENABLE_CANCELLATION_AND_CRASHED_HOOKS"] = "false"
         stdio = (1, 2) if configuration.stream_output else (self._devnull, self._devnull)
-        return _Job(entrypoint=entrypoint, cwd=cwd, env=env, stdio=stdio)
+        return _Job(entrypoint=entrypoint, cwd=cwd, env=env, stdio=stdio, known=_known(configuration))
 
     # ── claiming and cancelling ──────────────────────────────────────────────────────────────────────────────
 
@@ -251,8 +270,11 @@ class WarmProcessWorker(ProcessWorker):
 
     def _on_event(self, event: Event) -> None:
         name = event.event.removeprefix("prefect.flow-run.")
+        flow_run_id = UUID(event.resource.id.removeprefix("prefect.flow-run."))
+        if name == "Suspended":
+            self._executors.suspend(flow_run_id)
         if name == "Cancelling":
-            self._cancel_soon(UUID(event.resource.id.removeprefix("prefect.flow-run.")))
+            self._cancel_soon(flow_run_id)
         elif name in _CLAIM_ON:
             self._wants_claim()
         else:
@@ -307,6 +329,27 @@ class WarmProcessWorker(ProcessWorker):
                     self._cancel_soon(flow_run.id)
             except Exception as exc:  # noqa: BLE001 - the next look is as good
                 self._logger.warning("Could not look for cancelled flow runs: %s", exc)
+
+
+def _known(configuration: WarmProcessJobConfiguration) -> list[dict[str, Any]]:
+    """Return the objects that a flow run relates its events to, as far as its worker knows them.
+
+    ``key`` is what the run looks an object up by: the id, or the name of the work pool.
+    """
+    objects = {
+        "flow": configuration._flow,
+        "deployment": configuration._deployment,
+        "work-pool": configuration._work_pool,
+    }
+    return [
+        {
+            "kind": kind,
+            "key": found.name if kind == "work-pool" else str(found.id),
+            "object": {"id": str(found.id), "name": found.name, "tags": list(getattr(found, "tags", []))},
+        }
+        for kind, found in objects.items()
+        if found is not None
+    ]
 
 
 @contextlib.asynccontextmanager
@@ -422,22 +465,25 @@ class _Zygotes:
                 self._current = await Forkserver.start(preload=self._preload, setup=self._setup, env=self.env)
             return self._current
 
-    async def fork(self, target: str, arguments: dict[str, Any], job: _Job, env: dict[str, str]) -> ForkedProcess:
+    async def fork(
+        self, target: str, arguments: dict[str, Any], job: _Job, env: dict[str, str], pipe: int | None = None
+    ) -> ForkedProcess:
         """Fork for *job*, replacing the forkserver when the code that it imported has changed.
 
         Raises:
             ForkserverDied, ForkRefused: also with a new one.
         """
-        server = await self.current()
         stdout, stderr = job.stdio
+        where: dict[str, Any] = {"env": env, "cwd": job.cwd, "stdout": stdout, "stderr": stderr, "descriptor": pipe}
+        server = await self.current()
         try:
-            return await server.fork(target, arguments, env=env, cwd=job.cwd, stdout=stdout, stderr=stderr)
+            return await server.fork(target, arguments, **where)
         except (ForkRefused, ForkserverDied) as exc:
             if isinstance(exc, ForkRefused) and not exc.stale:
                 raise
         await self._retire(server)
         server = await self.current()
-        return await server.fork(target, arguments, env=env, cwd=job.cwd, stdout=stdout, stderr=stderr)
+        return await server.fork(target, arguments, **where)
 
     async def _retire(self, server: Forkserver) -> None:
         if self._current is server:
@@ -465,6 +511,8 @@ class _Executors:
         self._processes = _Processes(Settings().cancel_grace_seconds, self._channel)
         self._hooks = _ForkedHooks(zygotes, jobs)
         self._cancelling: dict[UUID, asyncio.Task[None]] = {}
+        #: Where a run's process hears of a suspension.
+        self._pipes: dict[UUID, int] = {}
         self._stack = AsyncExitStack()
         self._proposer: StateProposer
         self._cancellation: CancellationManager
@@ -495,9 +543,19 @@ class _Executors:
         return self._processes.get(flow_run_id) is not None
 
     async def run(self, flow_run: FlowRun, task_status: anyio.abc.TaskStatus[int]) -> ProcessWorkerResult:
+        reader, writer = os.pipe()
+        self._pipes[flow_run.id] = writer
+        try:
+            return await self._run(flow_run, task_status, reader)
+        finally:
+            del self._pipes[flow_run.id]
+            os.close(writer)
+            os.close(reader)
+
+    async def _run(self, flow_run: FlowRun, task_status: anyio.abc.TaskStatus[int], pipe: int) -> ProcessWorkerResult:
         executor = FlowRunExecutor(
             flow_run=flow_run,
-            starter=_ForkStarter(self._zygotes, self._channel, self._jobs[flow_run.id]),
+            starter=_ForkStarter(self._zygotes, self._channel, self._jobs[flow_run.id], pipe),
             process_manager=self._processes,
             state_proposer=self._proposer,
             hook_runner=self._hooks,
@@ -511,6 +569,11 @@ class _Executors:
         if execution is None or execution.status_code is None:
             raise RuntimeError("Failed to start flow run process.")
         return ProcessWorkerResult(status_code=execution.status_code, identifier=str(execution.handle.pid))
+
+    def suspend(self, flow_run_id: UUID) -> None:
+        """Tell the process of a flow run, if it is one of ours, that the run was suspended."""
+        if flow_run_id in self._pipes:
+            os.write(self._pipes[flow_run_id], b"s")
 
     def cancel_soon(self, flow_run_id: UUID) -> None:
         if flow_run_id not in self._cancelling:
@@ -534,10 +597,11 @@ class _ReportsPid:
 class _ForkStarter:
     """Starts a flow run by a fork; it has the shape of Prefect's ``ProcessStarter``."""
 
-    def __init__(self, zygotes: _Zygotes, channel: ControlChannel, job: _Job) -> None:
+    def __init__(self, zygotes: _Zygotes, channel: ControlChannel, job: _Job, pipe: int) -> None:
         self._zygotes = zygotes
         self._channel = channel
         self._job = job
+        self._pipe = pipe
 
     async def start(
         self,
@@ -548,9 +612,9 @@ class _ForkStarter:
         with contextlib.suppress(RuntimeError):  # no loopback listener: cancelling falls back to the signal alone
             port, token = self._channel.register(flow_run.id)
             env |= {"PREFECT__CONTROL_PORT": str(port), "PREFECT__CONTROL_TOKEN": token}
+        arguments = {"entrypoint": self._job.entrypoint, "known": self._job.known, "api_url": env["PREFECT_API_URL"]}
         try:
-            arguments = {"entrypoint": self._job.entrypoint}
-            process = await self._zygotes.fork("phasewise.worker:run_flow_run", arguments, self._job, env)
+            process = await self._zygotes.fork("phasewise.worker:run_flow_run", arguments, self._job, env, self._pipe)
         except BaseException:
             self._channel.unregister(flow_run.id)
             raise
@@ -618,14 +682,122 @@ class _ForkedHooks:
         await process.wait()
 
 
+# ── in the forkserver, before it forks ───────────────────────────────────────────────────────────────────────────
+
+
+def warm_up() -> None:
+    """Do once what Prefect would do in every flow run: none of it depends on the run."""
+    import prefect._internal.version_checking as version_checking
+    import prefect._internal.websockets as websockets
+    import prefect.client.orchestration as orchestration
+    from prefect import flow_engine
+
+    # Each client and socket reads the certificate authorities anew: five times a run, 22 ms and 1 MiB each.
+    shared = _SharedContexts("ssl")
+    for module in (version_checking, websockets, orchestration):
+        module.ssl = shared  # type: ignore[attr-defined]
+    shared.create_default_context(cafile=certifi.where())
+    for model in _subclasses(BaseModel):
+        if model.__module__.startswith("prefect.") and not model.__pydantic_complete__:
+            with contextlib.suppress(Exception):  # it stays as it was: pydantic tries again on first use
+                model.model_rebuild()
+    flow_engine._send_heartbeats = _send_heartbeats
+    flow_engine.observe_flow_run_suspension = _observe_suspension  # type: ignore[attr-defined] # its import of it
+
+
+class _SharedContexts(ModuleType):
+    """The module ``ssl``, but a default context is made once for the same arguments."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(ssl, name)
+
+    @functools.cached_property
+    def create_default_context(self) -> Callable[..., ssl.SSLContext]:
+        return functools.cache(ssl.create_default_context)
+
+
+def _subclasses(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
+    for subclass in model.__subclasses__():
+        yield subclass
+        yield from _subclasses(subclass)
+
+
 # ── in the forked process ────────────────────────────────────────────────────────────────────────────────────────
 
 
-def run_flow_run(entrypoint: str) -> int:
-    """Run the flow run that the environment names, as ``python -m prefect.engine`` would."""
+def run_flow_run(entrypoint: str, api_url: str, known: list[dict[str, Any]], descriptor: int) -> int:
+    """Run the flow run that the environment names, as ``python -m prefect.engine`` would.
+
+    ``known`` are objects that the worker has read already and the run would read again (see ``_known``). The worker
+    writes to the pipe ``descriptor`` when the run is suspended.
+    """
     from prefect.flow_engine import _main
 
+    _cache_api_version_check(_api_version_check_key(api_url, prefect.__version__))
+    now = datetime.now(UTC)
+    for item in known:
+        entry = {"kind": item["kind"], "object": SimpleNamespace(**item["object"])}
+        RESOURCE_CACHE[f"{item['kind']}.{item['key']}"] = (entry, now)  # type: ignore[assignment]
+    _Suspension.pipe = descriptor
     return _main([entrypoint])
+
+
+class _Suspension:
+    """Where this process hears that its flow run was suspended."""
+
+    pipe: ClassVar[int]
+
+
+@contextlib.contextmanager
+def _observe_suspension(
+    flow_run_id: UUID, suspension_request: FlowRunSuspensionRequest, polling_interval: float = 10
+) -> Iterator[None]:
+    """Stand in for Prefect's: the worker listens for all its runs, instead of one events subscription a run."""
+
+    def wait() -> None:
+        if not os.read(_Suspension.pipe, 1):
+            return
+        with get_client(sync_client=True) as client:
+            state = client.read_flow_run(flow_run_id).state
+        if state is None or not is_suspended_flow_run_state(state):
+            # It has been resumed already, elsewhere: this process must stop all the same.
+            state = State(type=StateType.PAUSED, name="Suspended")
+        suspension_request.mark_requested(state)
+
+    context = contextvars.copy_context()
+    threading.Thread(target=context.run, args=(wait,), name="suspension", daemon=True).start()
+    yield
+
+
+@contextlib.contextmanager
+def _send_heartbeats(engine: BaseFlowRunEngine[Any, Any], join_on_exit: bool = True) -> Iterator[None]:
+    """Stand in for Prefect's, which looks once a second whether to end, and every run waits for that look."""
+    seconds = engine.heartbeat_seconds
+    if seconds is None:
+        yield
+        return
+    resource, related = engine._build_heartbeat_event_template()
+    ended = threading.Event()
+
+    def beat() -> None:
+        while not (engine.flow_run and engine.flow_run.state and engine.flow_run.state.is_final()):
+            try:
+                engine._emit_flow_run_heartbeat(resource, related)
+            except Exception:
+                engine.logger.debug("Failed to emit heartbeat", exc_info=True)
+            if ended.wait(seconds):
+                return
+
+    # With the settings of the run, which a new thread would not have.
+    context = contextvars.copy_context()
+    thread = threading.Thread(target=context.run, args=(beat,), name="heartbeats", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        if join_on_exit:
+            thread.join(timeout=2)
 
 
 def run_hooks(entrypoint: str, flow_run: dict[str, Any], state: dict[str, Any]) -> None:
