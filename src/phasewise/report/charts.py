@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from decimal import Decimal
 from itertools import pairwise
 from typing import Literal, TypeVar
 
@@ -23,6 +24,7 @@ from phasewise.report.figures import (
     looks_like_years,
     nice_ticks,
     to_moment,
+    widen,
 )
 from phasewise.report.records import MartReport
 
@@ -43,7 +45,7 @@ class Point:
     label: str
     x: float
     y: float
-    #: What is shown when someone points at it: one line per column.
+    #: What is shown when someone points at it: one line per column; empty: nothing.
     tip: str
 
 
@@ -134,6 +136,11 @@ def draw_chart(chart: Chart, width: int) -> Drawing:
     return Drawing(svg=svg, height=height)
 
 
+def strip_tips(chart: Chart) -> Chart:
+    """Return *chart* without tooltips: most of its size, for screens that have no pointer."""
+    return replace(chart, points=tuple(replace(point, tip="") for point in chart.points))
+
+
 def _find_column(mart: MartReport, name: str | None, default: int | None) -> int | None:
     wanted = (name or "").casefold()
     found = (place for place, column in enumerate(mart.columns) if column.casefold() == wanted)
@@ -143,7 +150,8 @@ def _find_column(mart: MartReport, name: str | None, default: int | None) -> int
 def _first_numeric(mart: MartReport, besides: int | None) -> int | None:
     for place in range(len(mart.columns)):
         values = [row[place] for row in mart.rows if place < len(row) and row[place] is not None]
-        if place != besides and values and all(is_number(value) for value in values):
+        has_numbers_only = all(isinstance(value, int | float | Decimal) for value in values)
+        if place != besides and has_numbers_only and any(is_number(value) for value in values):
             return place
     return None
 
@@ -181,7 +189,7 @@ def _draw_bars(chart: Chart, width: int) -> tuple[Markup, int]:
     """Draw horizontal bars: each with its name before it and its value behind it, so no axis is needed."""
     values = _format_bars([point.y for point in chart.points])
     names = [_fit(point.label, width * 0.4) for point in chart.points]
-    left = max(text_width(name) for name in names) + 10
+    left = max(text_width(name) for name in (*names, _fit(chart.x_label, width * 0.4))) + 10
     right = max(text_width(value) for value in values) + 8
     top, pitch, thickness = 26, 24, 16
     height = top + pitch * len(names) + 4
@@ -194,7 +202,7 @@ def _draw_bars(chart: Chart, width: int) -> tuple[Markup, int]:
     )  # fmt: skip
     zero = frame.x(0)
     parts = [
-        _text(0, 12, chart.x_label, "axis-label"),
+        _text(0, 12, _fit(chart.x_label, width * 0.4), "axis-label"),
         _text(zero, 12, chart.y_label, "axis-label"),
     ]
     for place, (point, name, value) in enumerate(zip(chart.points, names, values, strict=True)):
@@ -250,8 +258,8 @@ def _draw_scatter(chart: Chart, width: int) -> tuple[Markup, int]:
     frame, parts = _draw_frame(chart, width, with_zero=False, margin=0.03)
     for point in chart.points:
         parts.append(
-            Markup('<circle class="point" cx="{}" cy="{}" r="4" data-tip="{}"/>').format(
-                frame.x(point.x), frame.y(point.y), point.tip
+            Markup('<circle class="point" cx="{}" cy="{}" r="4"{}/>').format(
+                frame.x(point.x), frame.y(point.y), _tip(point.tip)
             )
         )
     return Markup("").join(parts), int(frame.height)
@@ -265,7 +273,7 @@ def _draw_frame(chart: Chart, width: int, *, with_zero: bool, margin: float) -> 
     height = 300 if width > 400 else 250
     y_ticks = nice_ticks(*_y_range(chart, with_zero), 5)
     y_step = y_ticks[1] - y_ticks[0]
-    y_names = [format_tick(tick, y_step) for tick in y_ticks]
+    y_names = [format_tick(tick, y_step, _largest(y_ticks)) for tick in y_ticks]
     left = max(text_width(name) for name in y_names) + 8
     x_low, x_high = _x_range(chart, margin)
     frame = _Frame(
@@ -295,7 +303,7 @@ def _y_range(chart: Chart, with_zero: bool) -> tuple[float, float]:
 def _x_range(chart: Chart, margin: float) -> tuple[float, float]:
     low, high = min(point.x for point in chart.points), max(point.x for point in chart.points)
     room = margin * (_smallest_gap(chart) if chart.kind == "columns" else high - low)
-    return (low - room, high + room) if high + room > low - room else (low - 0.5, high + 0.5)
+    return widen(low - room, high + room)
 
 
 def _smallest_gap(chart: Chart) -> float:
@@ -317,7 +325,9 @@ def _x_ticks(chart: Chart, frame: _Frame) -> list[tuple[float, str]]:
     step = ticks[1] - ticks[0]
     # A year has no fractions and no thousands separator.
     name: Callable[[float], str] = (
-        (lambda tick: f"{tick:.0f}") if chart.x_is == "year" else (lambda tick: format_tick(tick, step))
+        (lambda tick: f"{tick:.0f}")
+        if chart.x_is == "year"
+        else (lambda tick: format_tick(tick, step, _largest(ticks)))
     )
     inside = [tick for tick in ticks if frame.x_low <= tick <= frame.x_high]
     return [(frame.x(tick), name(tick)) for tick in inside if chart.x_is != "year" or tick == int(tick)]
@@ -328,6 +338,10 @@ def _name_moments(frame: _Frame, count: int) -> list[tuple[float, str]]:
     form = "%Y-%m-%d" if high - low > 86400 * 2 else "%m-%d %H:%M"
     places = [low + (high - low) * number / (count - 1) for number in range(count)]
     return [(frame.x(place), datetime.fromtimestamp(place, UTC).strftime(form)) for place in places]
+
+
+def _largest(ticks: Sequence[float]) -> float:
+    return max(abs(tick) for tick in ticks)
 
 
 def _thin(items: Sequence[_Item], count: int) -> list[_Item]:
@@ -374,6 +388,10 @@ def _line(x1: float, y1: float, x2: float, y2: float, style: str) -> Markup:
 
 
 def _hover(x: float, y: float, width: float, height: float, tip: str) -> Markup:
-    return Markup('<rect class="area" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}" data-tip="{}"/>').format(
-        x, y, max(width, 0), height, tip
+    return Markup('<rect class="area" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}"{}/>').format(
+        x, y, max(width, 0), height, _tip(tip)
     )
+
+
+def _tip(tip: str) -> Markup:
+    return Markup(' data-tip="{}"').format(tip) if tip else Markup("")

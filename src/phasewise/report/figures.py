@@ -58,14 +58,14 @@ def format_value(value: object) -> str:
     return str(value)
 
 
-def format_tick(value: float, step: float) -> str:
-    """Return the label of an axis' tick, with as many decimals as *step* needs."""
-    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        # Below 10,000 the plain number is as short.
-        if abs(value) >= max(limit, 1e4) or (step >= limit and value):
-            scaled = value / limit
-            return f"{scaled:,.{_decimals(step / limit)}f}{unit}"
-    return f"{value + 0.0:,.{_decimals(step)}f}"
+def format_tick(value: float, step: float, largest: float) -> str:
+    """Return the label of a tick of an axis with this *step* and *largest* tick: same unit, same decimals."""
+    if value == 0:
+        return "0"
+    units = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
+    # Below 10,000 the plain number is as short.
+    scale, unit = next((pair for pair in units if largest >= max(pair[0], 1e4)), (1.0, ""))
+    return f"{value / scale:,.{_decimals(step / scale)}f}{unit}"
 
 
 def humanise(name: str) -> str:
@@ -94,8 +94,10 @@ def is_number(value: object) -> bool:
     """Return whether *value* can stand on an axis: a number within 1e300 that is not a truth value."""
     if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
         return False
+    if isinstance(value, Decimal) and value.is_nan():
+        return False
     # Nearer to the largest float the arithmetic of an axis overflows. NaN compares false.
-    return value == value and -1e300 < value < 1e300
+    return bool(-1e300 < value < 1e300)
 
 
 def to_moment(value: object) -> datetime | None:
@@ -118,14 +120,22 @@ def looks_like_years(values: Sequence[float]) -> bool:
 
 def nice_ticks(low: float, high: float, count: int) -> list[float]:
     """Return about *count* round numbers that enclose *low* and *high*; at least two."""
-    if not high > low:
-        low, high = (low - 0.5, high + 0.5) if low else (0.0, 1.0)
+    low, high = widen(low, high)
     rough = (high / count - low / count) or high - low
     magnitude = 10.0 ** math.floor(math.log10(rough)) if rough > 0 else 1.0
     step = next((factor * magnitude for factor in (1, 2, 2.5, 5, 10) if factor * magnitude >= rough), rough)
     first, last = math.floor(low / step), math.ceil(high / step)
     # Beyond the precision of a float a step may vanish beside the bounds.
     return [number * step for number in range(first, last + 1)] if last - first <= 4 * count else [low, high]
+
+
+def widen(low: float, high: float) -> tuple[float, float]:
+    """Return bounds that are far enough apart for an axis between them."""
+    largest = max(abs(low), abs(high))
+    # Nearer to each other than that, floats leave no room for a step between them.
+    if high - low <= 1e-9 * largest:
+        low, high = low - 0.05 * largest, high + 0.05 * largest
+    return (low, high) if high > low else (0.0, 1.0)
 
 
 def time_ticks(seconds: float, count: int) -> list[tuple[float, str]]:

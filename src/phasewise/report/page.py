@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from phasewise.report.charts import Chart, Drawing, draw_chart, plan_chart
+from phasewise.report.charts import Chart, Drawing, draw_chart, plan_chart, strip_tips
 from phasewise.report.figures import (
     format_bytes,
     format_count,
@@ -30,7 +30,7 @@ from phasewise.report.timing import TimeSaved, measure_time_saved, run_seconds, 
 MART_ROWS = 100
 
 #: Widths of a chart in CSS pixels: on a card of a wide page, and on a narrow one.
-CHART_WIDTHS = (520, 320)
+WIDE, NARROW = 520, 320
 
 # A card without its chart, about, in CSS pixels.
 _CARD_HEIGHT = 130
@@ -40,7 +40,7 @@ _CARD_HEIGHT = 130
 class _MartView:
     mart: MartReport
     chart: Chart | None
-    #: The same chart once per width; the page shows the one that fits.
+    #: The same chart, wide and narrow; the page shows the one that fits.
     drawings: tuple[Drawing, ...]
     rows: Sequence[Sequence[Any]]
     total_rows: int
@@ -159,7 +159,7 @@ def _view_mart(mart: MartReport) -> _MartView:
     return _MartView(
         mart=mart,
         chart=chart,
-        drawings=tuple(draw_chart(chart, width) for width in CHART_WIDTHS) if chart else (),
+        drawings=(draw_chart(chart, WIDE), draw_chart(strip_tips(chart), NARROW)) if chart else (),
         rows=mart.rows[:MART_ROWS],
         total_rows=max(mart.total_rows or 0, len(mart.rows)),
     )

@@ -115,18 +115,34 @@ def measure_time_saved(runs: Sequence[RunSpan], now: datetime) -> TimeSaved:
 def find_critical_chain(roots: Sequence[RunNode], now: datetime) -> frozenset[str]:
     """Return the run ids of the chain that ends with the last step, each started after the one before it ended.
 
-    Walked backwards over the steps: before each stands the one that ended last of those that ended before it
-    started, because that is the one which held it up: by a barrier between phases, or by the slot that it gave back.
+    Walked backwards over the steps: before each stands the one that ended last of those that may have held it up,
+    by a barrier between phases or by the slot that it gave back.
     """
-    leaves = [node.run for root in roots for node in root.walk() if not node.children and node.run.started_at]
-    by_end = sorted(leaves, key=lambda run: _end(run, now))
-    chain: list[str] = []
-    start: datetime | None = None
-    for run in reversed(by_end):
-        if start is None or _end(run, now) <= start:
-            chain.append(run.run_id)
-            start = run.started_at
-    return frozenset(chain) if len(chain) > 1 else frozenset()
+    paths = [path for root in roots for path in _walk_paths((root,)) if path[-1].run.started_at]
+    chain: list[tuple[RunNode, ...]] = []
+    for path in sorted(paths, key=lambda path: _end(path[-1].run, now), reverse=True):
+        if not chain or _may_hold_up(path, chain[-1], now):
+            chain.append(path)
+    return frozenset(path[-1].run.run_id for path in chain) if len(chain) > 1 else frozenset()
+
+
+def _walk_paths(path: tuple[RunNode, ...]) -> Iterator[tuple[RunNode, ...]]:
+    """Yield, for each step below the last node of *path*, the runs that lead to it."""
+    children = path[-1].children
+    if not children:
+        yield path
+    for child in children:
+        yield from _walk_paths((*path, child))
+
+
+def _may_hold_up(path: Sequence[RunNode], later: Sequence[RunNode], now: datetime) -> bool:
+    """Return whether all that ran on the one side, where the two paths part, ended before the other side started.
+
+    A run of another branch ended earlier, but its branch went on beside the later one: it held nothing up.
+    """
+    pairs = zip(path, later, strict=False)
+    one, other = next(((one.run, other.run) for one, other in pairs if one is not other), (None, None))
+    return bool(one and other and other.started_at and _end(one, now) <= other.started_at)
 
 
 def count_parallel(runs: Sequence[RunSpan], now: datetime) -> tuple[tuple[datetime, int], ...]:

@@ -75,7 +75,7 @@ def read_report(path: Path) -> BatchReport:
         if data.pop("version") != JSON_VERSION:
             raise ValueError("it has another version")
         return TypeAdapter(BatchReport).validate_python(data)
-    except (OSError, ValueError, AttributeError, LookupError) as exc:
+    except (OSError, ValueError, TypeError, AttributeError, LookupError) as exc:
         raise ReportError(f"{path} cannot be read as a report: {exc}.") from exc
 
 
