@@ -426,11 +426,13 @@ class _Supervisor:
             fds=(fd,),
         )
         self._start(server)
+        # At the same time: while the server imports, the workers do, and their first request waits at its socket.
+        workers = self._start_workers(self._plan.workers)
         self._wait_for(lambda: _answers(self._api_url), "the server")
-        self._add_workers(self._plan.workers)
+        self._introduce(workers)
         self._report(self._info())
 
-    def _add_workers(self, count: int) -> None:
+    def _start_workers(self, count: int) -> list[str]:
         names = []
         for _ in range(count):
             name = f"worker-{len(self._children)}"
@@ -440,7 +442,11 @@ class _Supervisor:
             command += ["--name", name, "--type", self._plan.worker_type]
             self._start(_Child(name=name, command=command, env=self._env))
             names.append(name)
-        self._wait_for(lambda: set(names) <= self._online(), "the workers")
+        return names
+
+    def _introduce(self, workers: list[str]) -> None:
+        """Wait until *workers* have reported to the server, then let other commands see them."""
+        self._wait_for(lambda: set(workers) <= self._online(), "the workers")
         _write_atomically(_state_file(self._home), json.dumps({**self._info(), "started": _start_time(os.getpid())}))
 
     def _online(self) -> set[str]:
@@ -512,7 +518,7 @@ class _Supervisor:
                 self._restart(child)
         if signal.SIGUSR1 in received:
             wanted = int((self._home / "workers.wanted").read_text())
-            self._add_workers(wanted - (len(self._children) - 1))
+            self._introduce(self._start_workers(wanted - (len(self._children) - 1)))
 
     def _reap(self) -> list[_Child]:
         """Collect what has ended, adopted processes included; returns the children among it."""
