@@ -13,7 +13,7 @@ from typing import Literal
 
 import duckdb
 
-from phasewise.errors import AuditFailed, PhasewiseError, ProjectError
+from phasewise.errors import AuditFailed, PhasewiseError, ProjectError, StagingError
 from phasewise.lake import normalize_type, quote_identifier, quote_literal
 from phasewise.project import Audit, Project, Reference
 from phasewise.queries import JsonValue, check_select, fetch_int, fetch_rows, first_line
@@ -64,15 +64,23 @@ def open_staged(connection: duckdb.DuckDBPyConnection, project: Project, manifes
     """Give *connection* the warehouse as it will be once *manifests* are published: one view per table.
 
     A staged table is read from its Parquet files, any other from the lake, when that is attached.
+
+    Raises:
+        StagingError: the staged files of a table are missing or damaged.
     """
     open_published(connection)
     # A bare name is the view from here on, also where the session looked into the lake first.
     connection.execute("use memory")
     for table, parts in group_by_table(manifests).items():
         files = [file for part in parts for file in staged_files(project, part)]
-        connection.execute(
-            f"create or replace view memory.main.{quote_identifier(table)} as from {read_parquet(files)}"
-        )
+        view = f"memory.main.{quote_identifier(table)}"
+        try:
+            connection.execute(f"create or replace view {view} as from {read_parquet(files)}")
+        except duckdb.Error as exc:
+            raise StagingError(
+                f'The staged files of table "{table}" cannot be read: {first_line(exc)}',
+                hint=f"Remove {files[0].parent} and resume the batch: the table is extracted again.",
+            ) from exc
 
 
 def open_published(connection: duckdb.DuckDBPyConnection) -> None:
@@ -95,8 +103,8 @@ def audit_batch(
     staged = group_by_table(manifests)
     results = [_audit_completeness(list(staged), plan)]
     for table, parts in staged.items():
-        results.append(_timed(partial(_audit_row_count, connection, table, parts)))
-        results.append(_timed(partial(_audit_staged_types, connection, table, parts)))
+        results.append(_guard("row count", table, partial(_audit_row_count, connection, table, parts)))
+        results.append(_guard("columns", table, partial(_audit_staged_types, connection, table, parts)))
         results += _audit_table(connection, project, table, key=parts[0].key)
     return results + _audit_project(connection, project)
 
@@ -181,8 +189,8 @@ def _audit_table(
     declared = project.find_table(table)
     results: list[AuditResult] = []
     if declared.columns:
-        compare = partial(_compare_types, name="contract", promised_by="contract")
-        results.append(_timed(partial(compare, connection, table, declared.columns)))
+        compare = partial(_compare_types, connection, table, declared.columns, name="contract", promised_by="contract")
+        results.append(_guard("contract", table, compare))
     if columns := tuple(declared.key or key):
         results += [_run(connection, _not_null(table, columns)), _run(connection, _unique(table, columns))]
     results += [_run(connection, _references(table, reference)) for reference in declared.references]
@@ -252,9 +260,14 @@ def _run(connection: duckdb.DuckDBPyConnection, audit: Audit) -> AuditResult:
     )
 
 
-def _timed(run: Callable[[], AuditResult]) -> AuditResult:
+def _guard(name: str, table: str, run: Callable[[], AuditResult]) -> AuditResult:
+    """Time *run*; when it cannot read the table, say so in the result."""
     started = perf_counter()
-    return replace(run(), seconds=perf_counter() - started)
+    try:
+        result = run()
+    except duckdb.Error as exc:
+        result = AuditResult(name=name, table=table, error=first_line(exc))
+    return replace(result, seconds=perf_counter() - started)
 
 
 def _compare_types(

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -44,21 +44,22 @@ FILE_PREFIX = "phasewise-"
 _CANNOT_LINK = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
-def publish_batch(project: Project, settings: Settings, batch: str) -> Publication:
+def publish_batch(project: Project, settings: Settings, batch: str, *, without: Collection[str] = ()) -> Publication:
     """Publish the staged tables of *batch*, and the marts built from them, as one snapshot.
 
-    Does not audit: see ``phasewise.audit``. Publishing a batch that is published already changes nothing. However
-    the process ends, readers see all of the batch or nothing of it.
+    Does not audit: see ``phasewise.audit``. The tables *without* may be missing; readers keep their last version.
+    Publishing a batch that is published already changes nothing. However the process ends, readers see all of the
+    batch or nothing of it.
 
     Raises:
         NothingStaged: no table of the batch is staged.
-        PublishConflict: a newer batch is published, or the staged rows are not those of the manifests.
+        PublishConflict: a table of the batch is not staged, or a newer batch is published.
         WarehouseBusy: another process was writing for longer than ``lock_timeout`` seconds.
         ProjectError: a mart's SQL fails.
         LakeError: the warehouse cannot be written. As with all of these, it is unchanged.
     """
     with open_writer(project, settings) as connection:
-        publication = _find_published(connection, batch) or _publish(connection, project, batch)
+        publication = _find_published(connection, batch) or _publish(connection, project, batch, without)
     if list_manifests(project, batch):
         mark_published(project, batch, publication.snapshot)
     return publication
@@ -119,10 +120,13 @@ def _find_published(connection: duckdb.DuckDBPyConnection, batch: str) -> Public
         return None
 
 
-def _publish(connection: duckdb.DuckDBPyConnection, project: Project, batch: str) -> Publication:
+def _publish(
+    connection: duckdb.DuckDBPyConnection, project: Project, batch: str, without: Collection[str]
+) -> Publication:
     staged = group_by_table(list_manifests(project, batch))
     if not staged:
         raise NothingStaged(f'Nothing is staged for the batch "{batch}".', hint="Load it first: make run-distributed.")
+    _refuse_incomplete(project, batch, {*staged, *without})
     planned = _plan(project, batch, staged)
     _refuse_to_go_back(connection, planned)
     files = _link_files(project, staged)
@@ -131,6 +135,17 @@ def _publish(connection: duckdb.DuckDBPyConnection, project: Project, batch: str
             _publish_table(connection, table.name, files[table.name], rows=table.rows)
         build_marts(connection, project, schema=f"lake.{MARTS_SCHEMA}")
     return require_publication(connection, project)
+
+
+def _refuse_incomplete(project: Project, batch: str, present: Collection[str]) -> None:
+    plan = read_plan(project, batch)
+    missing = [f'table "{table}"' for table in (plan.tables if plan else ()) if table not in present]
+    if missing:
+        verb = "is" if len(missing) == 1 else "are"
+        raise PublishConflict(
+            f"Batch {batch} is not complete: {', '.join(missing)} {verb} not staged. Nothing was published.",
+            hint="Resume it: what is staged is kept.",
+        )
 
 
 def _plan(project: Project, batch: str, staged: Mapping[str, Sequence[Manifest]]) -> Publication:
@@ -202,16 +217,24 @@ def _publish_table(connection: duckdb.DuckDBPyConnection, table: str, files: Seq
     """Replace *table* by *files*, whatever columns it had before.
 
     Raises:
-        PublishConflict: the files do not have *rows* rows.
+        LakeError: DuckLake does not take them, such as for a type that it lacks.
+        PublishConflict: they do not have *rows* rows.
     """
     name = f"lake.main.{quote_identifier(table)}"
     paths = ", ".join(quote_literal(str(file)) for file in files)
-    connection.execute(f"create or replace table {name} as from {read_parquet(files)} limit 0")
-    connection.execute(
-        f"call ducklake_add_data_files('lake', {quote_literal(table)}, [{paths}], "
-        "schema => 'main', hive_partitioning => false)"
-    )
-    found = fetch_int(connection, f"select count(*) from {name}")
+    try:
+        connection.execute(f"create or replace table {name} as from {read_parquet(files)} limit 0")
+        connection.execute(
+            f"call ducklake_add_data_files('lake', {quote_literal(table)}, [{paths}], "
+            "schema => 'main', hive_partitioning => false)"
+        )
+        found = fetch_int(connection, f"select count(*) from {name}")
+    except duckdb.Error as exc:
+        raise LakeError(
+            # All of its lines: the second says which type it did not take.
+            f'Table "{table}" cannot be published: {" ".join(str(exc).split())}. The warehouse is unchanged.',
+            hint="Read it through a view that casts the column, or exclude the table.",
+        ) from exc
     if found != rows:
         raise PublishConflict(
             f'Table "{table}" has {found} rows in its staged files, and its manifest says {rows}.',

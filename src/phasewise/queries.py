@@ -60,11 +60,14 @@ def check_select(sql: str, *, where: str) -> None:
 
 
 def strip_select(sql: str) -> str:
-    """Return *sql* without what follows its last token, so that it can stand in parentheses."""
-    offset, _ = duckdb.tokenize(sql)[-1]
+    """Return *sql* without its last semicolon and what follows, so that it can stand in parentheses."""
     # Offsets of the tokenizer count bytes of UTF-8.
     text = sql.encode()
-    return text[:offset].decode() if text[offset:].decode().lstrip().startswith(";") else sql
+    for offset, _ in reversed(duckdb.tokenize(sql)):
+        if text[offset : offset + 1] != b";":
+            break
+        text = text[:offset]
+    return text.decode()
 
 
 def list_tables_read(connection: duckdb.DuckDBPyConnection, sql: str) -> frozenset[TableName]:

@@ -1,0 +1,170 @@
+"""A publisher that is killed at any instant leaves all of the old batch or all of the new; readers never see a mix."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from phasewise import lake
+from phasewise.cleanup import maintain_lake
+from phasewise.project import Project
+from phasewise.publish import publish_batch
+from phasewise.samples import SAMPLE_SETTINGS, change_source, stage_batch, write_project
+from phasewise.snapshots import list_publications, open_reader
+
+SETTINGS = SAMPLE_SETTINGS
+TABLES = [f"t{number}" for number in range(3)]
+KILLS = 32
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _preloaded():
+    lake.preload_extensions(("sqlite_scanner", "ducklake"))
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    source = "".join(f"create table {table} (id integer primary key, generation integer);" for table in TABLES)
+    rows = "".join(
+        f"insert into {table} with recursive n(i) as (select 1 union all select i + 1 from n where i < 500) "
+        "select i, 0 from n;"
+        for table in TABLES
+    )
+    union = " union all ".join(f"select generation from {table}" for table in TABLES)
+    marts = {
+        "generations": f"select distinct generation from ({union})",
+        "total": f"select count(*) as n from ({union})",
+    }
+    return write_project(tmp_path, source=source + rows, marts=marts)
+
+
+def stage_generation(project: Project, generation: int) -> str:
+    change_source(project.root, "".join(f"update {table} set generation = {generation};" for table in TABLES))
+    return stage_batch(project)
+
+
+def fork(run: Callable[[], object]) -> int:
+    """Run *run* in a forked process and return its pid; the caller waits for it."""
+    with warnings.catch_warnings():
+        # Other tests of the session may have left idle threads; the child uses none of theirs.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            run()
+            code = 0
+        finally:
+            os._exit(code)
+    return pid
+
+
+def look(project: Project) -> tuple[set[int], set[int], int, list[str]]:
+    """Return the generations of the tables, those of the mart, the rows, and the published batches; one snapshot."""
+    with open_reader(project, SETTINGS) as connection:
+        union = " union all ".join(f"from {table}" for table in TABLES)
+        tables = {row[0] for row in connection.execute(f"select generation from ({union})").fetchall()}
+        mart = {row[0] for row in connection.execute("from generations").fetchall()}
+        rows = connection.execute(f"select count(*) from ({union})").fetchone()
+        return tables, mart, rows[0], [publication.batch for publication in list_publications(connection)]
+
+
+@pytest.mark.timeout(180)
+def test_a_publisher_killed_at_any_instant_leaves_all_old_or_all_new(project: Project):
+    publish_batch(project, SETTINGS, stage_generation(project, 0))
+    started = time.monotonic()
+    publish_batch(project, SETTINGS, stage_generation(project, 1))
+    seconds = time.monotonic() - started
+    generation, random_source, seen = 1, random.Random(20261123), []
+
+    for attempt in range(KILLS):
+        batch = stage_generation(project, attempt + 2)
+        pid = fork(lambda batch=batch: publish_batch(project, SETTINGS, batch))
+        # The sleep is the test's input: the instant of the kill.
+        time.sleep(random_source.uniform(0, seconds))
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+        tables, mart, rows, batches = look(project)
+        was_published = batch in batches
+        generation = attempt + 2 if was_published else generation
+        assert (tables, mart, rows) == ({generation}, {generation}, 500 * len(TABLES)), f"after kill {attempt}"
+        assert batches.count(batch) == was_published
+        seen.append(was_published)
+
+    last = publish_batch(project, SETTINGS, batch)
+    assert look(project)[0] == {KILLS + 1}
+    assert last.was_published == seen[-1]
+    assert {True, False} == set(seen), f"the instants hit one side of the commit only: {seen}"
+
+
+def test_orphans_of_a_killed_publisher_go_within_one_cleanup(project: Project, monkeypatch: pytest.MonkeyPatch):
+    publish_batch(project, SETTINGS, stage_generation(project, 0))
+    batch = stage_generation(project, 1)
+    known = set((project.warehouse / "data").rglob("*.parquet"))
+    monkeypatch.setattr("phasewise.publish.build_marts", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+    pid = fork(lambda: publish_batch(project, SETTINGS, batch))
+    assert os.waitpid(pid, 0)[1] == signal.SIGKILL
+    monkeypatch.undo()
+    orphans = set((project.warehouse / "data").rglob("*.parquet")) - known
+    assert len(orphans) == len(TABLES)
+
+    done = maintain_lake(project, SETTINGS)
+
+    assert done.deleted_files == len(TABLES)
+    assert set((project.warehouse / "data").rglob("*.parquet")) == known
+    assert look(project)[0] == {0}
+    publish_batch(project, SETTINGS, batch)
+    assert look(project)[0] == {1}
+
+
+@pytest.mark.timeout(120)
+def test_readers_never_see_a_mix_nor_fail_while_others_publish_and_clean(project: Project):
+    publish_batch(project, SETTINGS, stage_generation(project, 0))
+    batches = [stage_generation(project, generation) for generation in range(1, 7)]
+
+    def write() -> None:
+        for batch in batches:
+            publish_batch(project, SETTINGS, batch)
+            maintain_lake(project, SETTINGS, orphan_grace=timedelta(0))
+
+    pid = fork(write)
+    passes, seen = 0, set()
+    with lake.open_session(SETTINGS) as connection:
+        lake.attach_lake(connection, project, read_only=True)
+        while os.waitpid(pid, os.WNOHANG)[0] == 0:
+            # A reader that holds a transaction, as a BI tool would.
+            connection.execute("begin")
+            found = {
+                connection.execute(f"select distinct generation from lake.main.{table}").fetchone()[0]
+                for table in TABLES
+            }
+            found |= {row[0] for row in connection.execute("from lake.marts.generations").fetchall()}
+            connection.execute("commit")
+            assert len(found) == 1, f"a mix: {found}"
+            seen |= found
+            passes += 1
+
+    assert look(project)[0] == {6}
+    assert passes > 10
+    assert len(seen) > 1
+
+
+def test_a_reader_within_retention_is_never_broken_by_cleanup(project: Project):
+    publish_batch(project, SETTINGS, stage_generation(project, 0))
+
+    with open_reader(project, SETTINGS) as connection:
+        for generation in range(1, 4):
+            publish_batch(project, SETTINGS, stage_generation(project, generation))
+            maintain_lake(project, SETTINGS, orphan_grace=timedelta(0))
+
+        for table in TABLES:
+            assert connection.execute(f"select distinct generation from {table}").fetchall() == [(0,)]
