@@ -29,7 +29,7 @@ from typing import Any
 
 import duckdb
 
-from phasewise.errors import NothingStaged, StagingError
+from phasewise.errors import NothingStaged, PhasewiseError, StagingError
 from phasewise.lake import open_session, quote_literal
 from phasewise.project import Project
 from phasewise.settings import Settings
@@ -71,8 +71,9 @@ class Manifest:
     ended_at: datetime
     #: URL of the source, without its password.
     source: str
-    #: Whether the batch's tables share one moment of the source; False: each is consistent for itself alone.
-    is_consistent: bool = False
+    #: The moment of the source, where it was held for several tables: those with the same are consistent with one
+    #: another. None: the table is consistent for itself alone.
+    snapshot: str | None = None
     version: int = MANIFEST_VERSION
 
     @property
@@ -337,7 +338,7 @@ def _extract(
         started_at=started_at,
         ended_at=datetime.now(UTC),
         source=source.url,
-        is_consistent=snapshot is not None,
+        snapshot=snapshot["id"] if snapshot else None,
     )
     try:
         # The manifest says that the files are there: it may reach the disk only after them.
@@ -367,16 +368,19 @@ def _copy(
         ).fetchone()
         source_rows = source.count_rows(connection, table)
         connection.execute("COMMIT")
+    except PhasewiseError:
+        _abandon(connection, path)
+        raise
     # UnicodeDecodeError: DuckDB quotes bytes of the source in messages, whether they are UTF-8 or not.
     except (duckdb.Error, UnicodeDecodeError) as exc:
-        _roll_back(connection)
-        path.unlink(missing_ok=True)
+        _abandon(connection, path)
         raise _find_staging_error(path, exc) or source.explain(connection, table, exc) from exc
     assert copied is not None  # COPY returns the number of rows
     return int(copied[0]), source_rows
 
 
-def _roll_back(connection: duckdb.DuckDBPyConnection) -> None:
+def _abandon(connection: duckdb.DuckDBPyConnection, path: Path) -> None:
+    path.unlink(missing_ok=True)
     try:
         connection.execute("ROLLBACK")
     except duckdb.Error:

@@ -23,12 +23,13 @@ from typing import Any, Protocol
 
 import duckdb
 
-from phasewise.errors import PhasewiseError, ProjectError, SchemaDrift
+from phasewise.errors import PhasewiseError, ProjectError, SchemaDrift, SourceError
 from phasewise.lake import normalize_type
 from phasewise.project import Project, Table, redact_url
 from phasewise.settings import Settings
 
-#: What ``open_snapshot`` hands to the processes that read: small, JSON-able, without secrets.
+#: What ``open_snapshot`` hands to the processes that read: small, JSON-able, without secrets. Its ``id`` is equal
+#: for those tables, and only those, that were read at the same moment.
 SnapshotToken = Mapping[str, Any]
 
 
@@ -105,7 +106,11 @@ class Source(Protocol):
         """Return the query whose rows are the table's, in the types of its columns."""
 
     def count_rows(self, connection: duckdb.DuckDBPyConnection, table: SourceTable) -> int:
-        """Return the table's rows as the source itself counts them, at the moment of the transaction."""
+        """Return the table's rows as the source itself counts them, at the moment of the transaction.
+
+        Raises:
+            UnfaithfulValue: the source knows of values that the rows read before do not show.
+        """
 
     def explain(self, connection: duckdb.DuckDBPyConnection, table: SourceTable, error: Exception) -> PhasewiseError:
         """Return what a failed ``select`` means: column, sample row and what to do. The transaction has ended."""
@@ -114,6 +119,8 @@ class Source(Protocol):
 SourceFactory = Callable[[str, Path, Settings], Source]
 
 _BUILT_IN = {
+    "postgres": "phasewise.sources.postgres:PostgresSource",
+    "postgresql": "phasewise.sources.postgres:PostgresSource",
     "sqlite": "phasewise.sources.sqlite:SqliteSource",
 }
 
@@ -155,6 +162,7 @@ def describe_project_table(project: Project, source: Source, name: str) -> Sourc
 
 def apply_contract(source: Source, table: SourceTable, contract: Table) -> SourceTable:
     """Return *table* as *contract* wants it, or raise SchemaDrift naming everything that does not fit."""
+    _check_columns(source, table)
     types = {name: normalize_type(text) for name, text in contract.columns.items()}
     problems = [problem for name, wanted in types.items() if (problem := _find_drift(source, table, name, wanted))]
     problems += [
@@ -185,6 +193,24 @@ def check_project(project: Project, settings: Settings) -> list[PhasewiseError]:
     if not tables:
         return [ProjectError("The project selects no table of its source.", hint="Check [tables] in phasewise.toml.")]
     return [problem for name in tables if (problem := _check_table(project, source, name))]
+
+
+def _check_columns(source: Source, table: SourceTable) -> None:
+    """Raise SourceError for a table that no table of the lake can be like."""
+    names = [column.name for column in table.columns]
+    twice = [name for name in names if [other.casefold() for other in names].count(name.casefold()) > 1]
+    problem = None
+    if not names:
+        problem = "has no columns"
+    elif "" in names:
+        problem = "has a column whose name is empty, which DuckDB cannot hold"
+    elif twice:
+        problem = f"has columns that differ by case only ({', '.join(twice)}), which DuckDB cannot tell apart"
+    if problem:
+        raise SourceError(
+            f'Table "{table.name}" of {source.url} {problem}.',
+            hint="Rename the column, or leave the table out: [tables] exclude.",
+        )
 
 
 def _check_table(project: Project, source: Source, name: str) -> PhasewiseError | None:

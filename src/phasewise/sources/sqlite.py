@@ -92,11 +92,6 @@ class SqliteSource:
             ).fetchall()
         if kind is None or kind[0] != name:
             raise TableMissing(name, hint=f"Looked in {self.url}. {self._list_for_hint()}")
-        if any(not column for column, *_ in columns):
-            raise SourceError(
-                f'Table "{name}" of {self.url} has a column whose name is empty, which DuckDB cannot hold.',
-                hint="Rename the column, or exclude the table: [tables] exclude.",
-            )
         key = sorted((pk, column) for column, _, _, pk, _ in columns if pk)
         return SourceTable(
             name=name,
@@ -129,7 +124,7 @@ class SqliteSource:
         target = folder / "source.sqlite"
         if not target.exists():
             self._copy_to(target)
-        yield {"source": "sqlite", "path": str(target)}
+        yield {"id": f"copy-{target.stat().st_mtime_ns}", "path": str(target)}
         target.unlink(missing_ok=True)
 
     def attach(self, connection: duckdb.DuckDBPyConnection, snapshot: SnapshotToken | None = None) -> None:

@@ -1,0 +1,337 @@
+"""PostgreSQL as a source: ``postgresql://user:password@host:5432/database?schema=sales``.
+
+The parameters are libpq's, and ``schema`` (default ``public``), which is ours. Tables of plain columns are scanned
+in parallel, by ranges of pages. Any other table (see ``_PLAIN``), a partitioned one and a view are read through one
+query, in which the server prints what has no faithful type. Values that the binary scan would change without a word
+(a numeric NaN arrives as 0, a timestamp after 294246 wraps) are counted by the server at the same snapshot.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit, urlunsplit
+
+import duckdb
+
+from phasewise.errors import PhasewiseError, ProjectError, SourceError, SourceUnavailable, TableMissing, UnfaithfulValue
+from phasewise.lake import open_session, quote_identifier, quote_literal
+from phasewise.project import redact_url
+from phasewise.settings import Settings
+from phasewise.sources import Column, SnapshotToken, SourceTable
+
+#: PostgreSQL's internal type name → the lake's type, where the binary scan keeps every value.
+_PLAIN = {
+    "int2": "SMALLINT",
+    "int4": "INTEGER",
+    "int8": "BIGINT",
+    "float4": "FLOAT",
+    "float8": "DOUBLE",
+    "bool": "BOOLEAN",
+    "text": "VARCHAR",
+    "varchar": "VARCHAR",
+    "bpchar": "VARCHAR",
+    "name": "VARCHAR",
+    "uuid": "UUID",
+    "bytea": "BLOB",
+    "date": "DATE",
+    "time": "TIME",
+    "timestamp": "TIMESTAMP",
+    "timestamptz": "TIMESTAMP WITH TIME ZONE",
+}
+#: Types that are text by nature: printed by the server, and nothing to remark.
+_TEXTS = {"json", "jsonb", "xml", "citext"}
+_DECIMAL = re.compile(r"(?:numeric|DECIMAL)\((\d+),(-?\d+)\)")
+
+# Everything is printed as text, so that no catalogue type meets the scanner's own mapping.
+_CATALOGUE = """
+SELECT c.relname::text AS relation, c.relkind::text AS kind, c.relispartition AS is_partition,
+       c.relhassubclass AS has_children, c.reltuples::bigint AS estimate, a.attname::text AS name,
+       format_type(coalesce(nullif(t.typbasetype, 0), a.atttypid),
+                   CASE WHEN t.typbasetype <> 0 THEN t.typtypmod ELSE a.atttypmod END) AS base,
+       format_type(a.atttypid, a.atttypmod) AS declared, coalesce(b.typname, t.typname)::text AS type_name,
+       coalesce(b.typtype, t.typtype)::text AS type_kind, t.typtype = 'b' AS is_base, a.attnotnull AS is_required,
+       coalesce(array_position(i.indkey::int2[], a.attnum), -1)::int AS key_position
+FROM pg_class c
+JOIN pg_namespace n ON n.oid = c.relnamespace AND n.nspname = {schema}
+LEFT JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
+LEFT JOIN pg_type t ON t.oid = a.atttypid
+LEFT JOIN pg_type b ON b.oid = t.typbasetype AND t.typbasetype <> 0
+LEFT JOIN pg_index i ON i.indrelid = c.oid AND i.indisprimary
+WHERE c.relkind IN ('r', 'p', 'v', 'm', 'f')
+ORDER BY c.relname, a.attnum
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Relation:
+    table: SourceTable
+    #: r a table, p a partitioned one, v and m views, f a foreign table.
+    kind: str
+    is_partition: bool
+    has_children: bool
+    #: Whether the scanner keeps every value of every column, but for those that ``count_rows`` looks for.
+    is_plain: bool
+
+
+class PostgresSource:
+    """One schema of a PostgreSQL database."""
+
+    extensions: tuple[str, ...] = ("postgres_scanner",)
+
+    def __init__(self, url: str, root: Path, settings: Settings) -> None:
+        self._url = url
+        self._settings = settings
+        self._schema, self._dsn, self._password = _split_url(url, settings.connect_timeout)
+        self._relations: dict[str, _Relation] | None = None
+
+    @property
+    def url(self) -> str:
+        return redact_url(self._url)
+
+    def check(self) -> None:
+        with self._open():
+            pass
+
+    def list_tables(self) -> list[str]:
+        return sorted(
+            name
+            for name, relation in self._read_catalogue().items()
+            if relation.kind in "rp" and not relation.is_partition
+        )
+
+    def describe_table(self, name: str) -> SourceTable:
+        relation = self._read_catalogue().get(name)
+        if relation is None:
+            tables = self.list_tables()
+            raise TableMissing(
+                name, hint=f'Looked in schema "{self._schema}" of {self.url}. It has: {", ".join(tables[:40])}.'
+            )
+        return relation.table
+
+    def can_carry(self, column: Column, type_name: str) -> bool:
+        if type_name == "VARCHAR":
+            return True
+        return column.source_type.startswith("numeric") and type_name.startswith("DECIMAL")
+
+    @contextmanager
+    def open_snapshot(self, folder: Path) -> Iterator[SnapshotToken]:
+        """Hold a transaction open whose snapshot the other processes enter."""
+        with self._open() as connection:
+            self._begin(connection)
+            row = connection.execute(_query("SELECT pg_export_snapshot() AS id")).fetchone()
+            assert row is not None  # a function call has a row
+            yield {"id": row[0]}
+
+    def attach(self, connection: duckdb.DuckDBPyConnection, snapshot: SnapshotToken | None = None) -> None:
+        # The scanner quotes the whole DSN in its messages, also later when a scan thread connects. libpq takes
+        # the password from the environment, where no message finds it.
+        if self._password is not None:
+            os.environ["PGPASSWORD"] = self._password
+        schema = quote_literal(self._schema)
+        try:
+            connection.execute(
+                f"ATTACH {quote_literal(self._dsn)} AS source (TYPE postgres, READ_ONLY, SCHEMA {schema})"
+            )
+        except duckdb.Error as exc:
+            reason = str(exc).rpartition('": ')[2].strip().splitlines()[0]
+            raise SourceUnavailable(
+                f"The PostgreSQL database {self.url} does not answer: {reason}.",
+                hint="Check [source] url in phasewise.toml, the password and that the server runs.",
+            ) from exc
+
+    def begin(self, connection: duckdb.DuckDBPyConnection, snapshot: SnapshotToken | None = None) -> None:
+        try:
+            self._begin(connection, snapshot["id"] if snapshot else None)
+        except duckdb.Error as exc:
+            raise SourceUnavailable(
+                f"The snapshot of {self.url} that the batch holds cannot be entered: {exc}",
+                hint="The process that held it has ended. Start the batch again.",
+            ) from exc
+
+    def select(self, table: SourceTable) -> str:
+        if self._is_scanned(table):
+            names = ", ".join(quote_identifier(column.name) for column in table.columns)
+            return f"SELECT {names} FROM source.{self._qualify(table)}"
+        printed = ", ".join(f"{_print_column(column)} AS {quote_identifier(column.name)}" for column in table.columns)
+        return _query(f"SELECT {printed} FROM {self._qualify(table)}")
+
+    def count_rows(self, connection: duckdb.DuckDBPyConnection, table: SourceTable) -> int:
+        tests = [(column, test) for column in table.columns if (test := _find_unfaithful(column))]
+        counts = ["count(*) AS c0"]
+        counts += [f"count(*) FILTER (WHERE {test}) AS c{index}" for index, (_, test) in enumerate(tests, start=1)]
+        query = f"SELECT {', '.join(counts)} FROM {self._qualify(table)}"
+        row = connection.execute(_query(query)).fetchone()
+        assert row is not None  # an aggregate has a row
+        for (column, test), count in zip(tests, row[1:], strict=True):
+            if count:
+                raise self._explain_unfaithful(connection, table, column, test, count)
+        return int(row[0])
+
+    def explain(self, connection: duckdb.DuckDBPyConnection, table: SourceTable, error: Exception) -> PhasewiseError:
+        try:
+            self.count_rows(connection, table)
+        except UnfaithfulValue as found:
+            return found
+        except duckdb.Error:
+            return SourceUnavailable(
+                f"The PostgreSQL database {self.url} stopped answering: {error}", hint="Try again when it does."
+            )
+        return SourceError(f'Table "{table.name}" of {self.url} cannot be read: {error}')
+
+    def _begin(self, connection: duckdb.DuckDBPyConnection, snapshot: str | None = None) -> None:
+        connection.execute("BEGIN TRANSACTION")
+        if snapshot is not None:
+            _execute(connection, f"SET TRANSACTION SNAPSHOT {quote_literal(snapshot)}")
+        # What the server prints must not depend on its configuration.
+        _execute(
+            connection,
+            "SET LOCAL datestyle = 'ISO, YMD'; SET LOCAL intervalstyle = 'postgres'; SET LOCAL timezone = 'UTC'; "
+            "SET LOCAL extra_float_digits = 1; SET LOCAL bytea_output = 'hex'; SET LOCAL lc_monetary = 'C'; "
+            "SET LOCAL idle_in_transaction_session_timeout = 0",
+        )
+
+    @contextmanager
+    def _open(self) -> Iterator[duckdb.DuckDBPyConnection]:
+        with open_session(self._settings, extensions=self.extensions) as connection:
+            self.attach(connection)
+            yield connection
+
+    def _read_catalogue(self) -> dict[str, _Relation]:
+        if self._relations is None:
+            with self._open() as connection:
+                query = _CATALOGUE.format(schema=quote_literal(self._schema))
+                with closing(connection.execute(_query(query))) as result:
+                    names = [column[0] for column in result.description or ()]
+                    rows = [dict(zip(names, row, strict=True)) for row in result.fetchall()]
+            grouped: dict[str, list[dict[str, object]]] = {}
+            for row in rows:
+                grouped.setdefault(str(row["relation"]), []).append(row)
+            self._relations = {name: _describe_relation(name, group) for name, group in grouped.items()}
+        return self._relations
+
+    def _is_scanned(self, table: SourceTable) -> bool:
+        # The scanner divides a table by its pages; a parent's rows lie in the pages of its children.
+        relation = self._read_catalogue()[table.name]
+        is_natural = table.columns == relation.table.columns
+        return is_natural and relation.is_plain and relation.kind == "r" and not relation.has_children
+
+    def _qualify(self, table: SourceTable) -> str:
+        return f"{quote_identifier(self._schema)}.{quote_identifier(table.name)}"
+
+    def _explain_unfaithful(
+        self, connection: duckdb.DuckDBPyConnection, table: SourceTable, column: Column, test: str, count: int
+    ) -> UnfaithfulValue:
+        names = table.key or ("ctid",)
+        shown = ", ".join(
+            f"{quote_identifier(name)}::text AS c{index}" for index, name in enumerate([column.name, *names])
+        )
+        query = f"SELECT {shown} FROM {self._qualify(table)} WHERE {test} LIMIT 1"
+        sample = connection.execute(_query(query)).fetchone() or (None,) * (len(names) + 1)
+        where = ", ".join(f"{name} = {value}" for name, value in zip(names, sample[1:], strict=True))
+        rows = "1 row holds a value" if count == 1 else f"{count} rows hold values"
+        return UnfaithfulValue(
+            f'Table "{table.name}", column "{column.name}" ({column.source_type}): {rows} that {column.type} cannot '
+            f"hold unchanged; the first ({where}) is {sample[0]}.",
+            hint=f'Mend the source, or carry the column as text: [table."{table.name}"] '
+            f'columns = {{ {quote_identifier(column.name)} = "VARCHAR" }}.',
+        )
+
+
+def _split_url(url: str, timeout: float) -> tuple[str, str, str | None]:
+    """Return schema, DSN without password, and password."""
+    parts = urlsplit(url)
+    query = dict(parse_qsl(parts.query))
+    if not parts.path.strip("/"):
+        raise ProjectError(
+            f'"{redact_url(url)}" names no database.', hint="Write postgresql://user@host:5432/database."
+        )
+    schema = query.pop("schema", "public")
+    password = query.pop("password", None) or (unquote(parts.password) if parts.password else None)
+    query.setdefault("connect_timeout", str(max(2, round(timeout))))  # libpq takes no less than 2
+    query.setdefault("application_name", "phasewise")
+    userinfo, at, host = parts.netloc.rpartition("@")
+    netloc = f"{userinfo.partition(':')[0]}{at}{host}"
+    dsn = urlunsplit(("postgresql", netloc, parts.path, urlencode(query, quote_via=quote), ""))
+    return schema, dsn, password
+
+
+def _query(sql: str) -> str:
+    return f"SELECT * FROM postgres_query('source', {quote_literal(sql)})"
+
+
+def _execute(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
+    connection.execute(f"CALL postgres_execute('source', {quote_literal(sql)})")
+
+
+def _describe_relation(name: str, rows: list[dict[str, object]]) -> _Relation:
+    columns = [row for row in rows if row["name"] is not None]
+    key = sorted((int(str(row["key_position"])), str(row["name"])) for row in columns if row["key_position"] != -1)
+    estimate = int(str(rows[0]["estimate"]))
+    table = SourceTable(
+        name=name,
+        columns=tuple(_describe_column(row) for row in columns),
+        key=tuple(column for _, column in key),
+        row_estimate=estimate if estimate >= 0 else None,  # -1: never analysed
+    )
+    return _Relation(
+        table=table,
+        kind=str(rows[0]["kind"]),
+        is_partition=bool(rows[0]["is_partition"]),
+        has_children=bool(rows[0]["has_children"]),
+        is_plain=all(
+            row["is_base"] and (row["type_name"] in _PLAIN or column.type != "VARCHAR")
+            for row, column in zip(columns, table.columns, strict=True)
+        ),
+    )
+
+
+def _describe_column(row: dict[str, object]) -> Column:
+    declared, type_name = str(row["declared"]), str(row["type_name"])
+    lake_type, note = _find_type(type_name, str(row["base"]), declared, is_enum=row["type_kind"] == "e")
+    is_nullable = not row["is_required"]
+    return Column(name=str(row["name"]), source_type=declared, type=lake_type, nullable=is_nullable, note=note)
+
+
+def _find_type(type_name: str, base: str, declared: str, *, is_enum: bool = False) -> tuple[str, str | None]:
+    """Return the lake's type for a type of PostgreSQL, and a note where the column is printed as text."""
+    if type_name in _PLAIN:
+        return _PLAIN[type_name], None
+    if type_name in _TEXTS:
+        return "VARCHAR", None
+    if type_name == "numeric":
+        if match := _DECIMAL.fullmatch(base):
+            precision, scale = int(match[1]), int(match[2])
+            if precision <= 38 and 0 <= scale <= precision:
+                return f"DECIMAL({precision},{scale})", None
+        return "VARCHAR", f"carried as text: no decimal type of the lake holds every {declared}"
+    if is_enum:
+        return "VARCHAR", f"carried as text: the lake has no enum ({declared})"
+    return "VARCHAR", f"carried as text: the lake has no type {declared}"
+
+
+def _print_column(column: Column) -> str:
+    name = quote_identifier(column.name)
+    if column.type == "VARCHAR":
+        return f"{name}::text"
+    if match := _DECIMAL.fullmatch(column.type):
+        return f"{name}::numeric({match[1]},{match[2]})"
+    return name
+
+
+def _find_unfaithful(column: Column) -> str | None:
+    """Return a condition, for the server, that holds where the lake would show another value; None: nowhere."""
+    name = quote_identifier(column.name)
+    if match := _DECIMAL.fullmatch(column.type):
+        if column.note is None:
+            return f"{name} = 'NaN'"  # a numeric with a precision has no infinity
+        digits = int(match[1]) - int(match[2])
+        is_special = f"{name}::text IN ('NaN', 'Infinity', '-Infinity')"
+        return f"{is_special} OR {name} <> round({name}, {match[2]}) OR abs({name}) >= 1e{digits}"
+    if column.type.startswith("TIMESTAMP"):
+        return f"{name} >= '294247-01-01' AND {name} <> 'infinity'"
+    return None

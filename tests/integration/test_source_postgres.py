@@ -1,0 +1,335 @@
+"""PostgreSQL: every value arrives as it was, in one moment for all processes, or the extraction says where not."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import math
+import os
+import subprocess
+import sys
+import textwrap
+import uuid
+from collections.abc import Callable, Iterator
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+
+from phasewise import lake, staging
+from phasewise.errors import ProjectError, SchemaDrift, SourceError, SourceUnavailable, TableMissing, UnfaithfulValue
+from phasewise.project import Project, load_project
+from phasewise.settings import Settings
+from phasewise.sources import check_project, list_project_tables, open_source
+
+SETTINGS = Settings(threads=2, memory_limit="512MB", connect_timeout=2)
+HOST = os.environ.get("PGHOST", "127.0.0.1")
+
+
+def psql(sql: str, schema: str = "public") -> str:
+    command = ["psql", "-h", HOST, "-U", "postgres", "-d", "test", "-v", "ON_ERROR_STOP=1", "-qAt"]
+    environment = {**os.environ, "PGOPTIONS": f"-c search_path={schema} -c client_min_messages=error"}
+    return subprocess.run(command, input=sql, text=True, capture_output=True, check=True, env=environment).stdout
+
+
+def is_reachable() -> bool:
+    try:
+        return psql("SELECT 1").strip() == "1"
+    except (OSError, subprocess.CalledProcessError):
+        return False
+
+
+pytestmark = pytest.mark.skipif(not is_reachable(), reason=f"no PostgreSQL with a database `test` on {HOST}:5432")
+
+Make = Callable[..., Project]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _preloaded():
+    lake.preload_extensions(("postgres_scanner",))
+
+
+@pytest.fixture
+def schema() -> Iterator[str]:
+    name = f"pw_{uuid.uuid4().hex[:10]}"
+    psql(f"CREATE SCHEMA {name}")
+    yield name
+    psql(f"DROP SCHEMA {name} CASCADE")
+
+
+@pytest.fixture
+def make(tmp_path: Path, schema: str) -> Make:
+    def make_project(script: str = "", more: str = "") -> Project:
+        if script:
+            psql(script, schema)
+        url = f"postgresql://postgres:a%20secret@{HOST}:5432/test?schema={schema}"
+        (tmp_path / "phasewise.toml").write_text(f'[project]\nname = "t"\n[source]\nurl = "{url}"\n{more}')
+        return load_project(tmp_path)
+
+    return make_project
+
+
+def read(project: Project, table: str) -> tuple[list[str], list[tuple]]:
+    manifest = staging.extract_table(project, SETTINGS, batch=staging.new_batch_id(), table=table)
+    assert manifest.rows == manifest.source_rows
+    with lake.open_session(SETTINGS, extensions=()) as connection:
+        files = [str(path) for path in staging.staged_files(project, manifest)]
+        result = connection.execute("FROM read_parquet(?) ORDER BY 1", [files])
+        assert [str(column[1]) for column in result.description] == [column.type for column in manifest.columns]
+        return [column.type for column in manifest.columns], result.fetchall()
+
+
+def test_plain_types_arrive_as_they_are(make: Make):
+    project = make("""
+        CREATE TABLE t (id int2 PRIMARY KEY, a int4, b int8, c float4, d float8, e bool, f text, g varchar(9),
+            h char(5), u uuid, y bytea, n numeric(38, 5), day date, at timestamp, tz timestamptz, clock time);
+        INSERT INTO t VALUES
+            (1, 2147483647, -9223372036854775808, 'NaN', '-Infinity', true, '', 'a', 'x',
+             'a0eebc99-9c0b-4ef8-bb6d-6bb9bd380a11', '\\x00ff', '-123456789012345678901234567890123.45678',
+             '2024-02-29', '1999-12-31 23:59:59.999999', '2024-01-01 00:00:00+02', '24:00:00'),
+            (2, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL);
+    """)
+
+    _, rows = read(project, "t")
+
+    assert math.isnan(rows[0][3])
+    assert rows[0][:3] == (1, 2147483647, -(2**63))
+    assert rows[0][4:11] == (
+        -math.inf, True, "", "a", "x", uuid.UUID("a0eebc99-9c0b-4ef8-bb6d-6bb9bd380a11"), b"\x00\xff"
+    )  # fmt: skip
+    assert rows[0][11:15] == (
+        Decimal("-123456789012345678901234567890123.45678"),
+        dt.date(2024, 2, 29),
+        dt.datetime(1999, 12, 31, 23, 59, 59, 999999),
+        dt.datetime(2023, 12, 31, 22, tzinfo=dt.UTC),
+    )
+    assert str(rows[0][15]) == "24:00:00"
+    assert rows[1] == (2, *[None] * 15)
+
+
+def test_dates_before_christ_and_infinity_arrive(make: Make):
+    project = make("""
+        CREATE TABLE t (id int, d date, ts timestamp, tz timestamptz);
+        INSERT INTO t VALUES (1, 'infinity', '-infinity', 'infinity'),
+            (2, '0044-03-15 BC', '4713-01-01 00:00:00 BC', '294246-12-31 23:59:59+00');
+    """)
+    manifest = staging.extract_table(project, SETTINGS, batch="b", table="t")
+
+    with lake.open_session(SETTINGS, extensions=()) as connection:
+        file = str(staging.staged_files(project, manifest)[0])
+        rows = connection.execute(
+            "SELECT d::VARCHAR, ts::VARCHAR, tz::VARCHAR FROM read_parquet(?) ORDER BY id", [file]
+        ).fetchall()
+
+    assert rows == [
+        ("infinity", "-infinity", "infinity"),
+        ("0044-03-15 (BC)", "4713-01-01 (BC) 00:00:00", "294246-12-31 23:59:59+00"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("declared", "value"),
+    [("numeric(10, 2)", "NaN"), ("timestamp", "294276-12-31 23:59:59"), ("timestamptz", "294270-01-01 00:00:00+00")],
+)
+def test_a_value_that_the_scan_would_change_fails_with_its_row(make: Make, declared: str, value: str):
+    project = make(f"""
+        CREATE TABLE t (id int PRIMARY KEY, "the column" {declared});
+        INSERT INTO t VALUES (1, NULL), (77, '{value}');
+    """)
+
+    with pytest.raises(UnfaithfulValue, match=rf'"the column" .*1 row.*\(id = 77\) is {value[:8]}.*"VARCHAR"'):
+        read(project, "t")
+    assert not list(project.staging.glob("**/*.parquet"))
+
+
+def test_types_without_a_faithful_counterpart_are_carried_as_text_and_say_so(make: Make):
+    values = {
+        "numeric": ["NaN", "Infinity", "1e-30", "12345678901234567890123456789012345678901234567890.5"],
+        "numeric(50, 10)": ["1.1"],
+        "numeric(5, -2)": ["12300"],
+        "interval": ["-1 days", "178000000 years"],
+        "timetz": ["10:00:00+05"],
+        "int[]": ["{{1,2},{3,4}}", "{1,NULL}", "{}"],
+        "mood": ["sad"],
+        "money": ["-$1,234.50"],
+        "bit(3)": ["101"],
+        "inet": ["10.0.0.0/8"],
+        "int4range": ["[1,5)"],
+        "pair": ['(1,"a b")'],
+        "point": ["(1,2)"],
+        "tsvector": ["'a' 'b'"],
+        "oid": ["4294967295"],
+        '"char"': ["c"],
+    }
+    columns = ", ".join(f"c{index} {kind}" for index, kind in enumerate(values))
+    height = max(map(len, values.values()))
+    rows = [[texts[row] if row < len(texts) else None for texts in values.values()] for row in range(height)]
+    literals = ", ".join(
+        "(" + ", ".join([str(n), *("NULL" if v is None else lake.quote_literal(v) for v in row)]) + ")"
+        for n, row in enumerate(rows)
+    )
+    project = make(f"""
+        CREATE TYPE mood AS ENUM ('happy', 'sad'); CREATE TYPE pair AS (a int, b text);
+        CREATE TABLE t (id int, {columns}); INSERT INTO t VALUES {literals};
+    """)
+
+    types, got = read(project, "t")
+
+    assert types == ["INTEGER"] + ["VARCHAR"] * len(values)
+    expected = [[v and {"1e-30": "0." + "0" * 29 + "1", "1.1": "1.1000000000"}.get(v, v) for v in row] for row in rows]
+    assert [list(row[1:]) for row in got] == expected
+    notes = [column.note for column in open_source(project, SETTINGS).describe_table("t").columns]
+    assert notes[0] is None
+    assert all(note.startswith("carried as text") for note in notes[1:])
+
+
+def test_json_and_domains_arrive(make: Make):
+    project = make("""
+        CREATE DOMAIN small AS int CHECK (value < 10); CREATE DOMAIN price AS numeric(9, 2);
+        CREATE TABLE t (id int, s small, p price, j json, b jsonb);
+        INSERT INTO t VALUES (1, 3, 1.25, '{"a":  1}', '{"a":  1}');
+    """)
+
+    types, rows = read(project, "t")
+
+    assert types == ["INTEGER", "INTEGER", "DECIMAL(9,2)", "VARCHAR", "VARCHAR"]
+    assert rows == [(1, 3, Decimal("1.25"), '{"a":  1}', '{"a": 1}')]
+
+
+def test_a_contract_gives_a_free_numeric_a_checked_decimal(make: Make):
+    more = '[table.t.columns]\nn = "DECIMAL(6,2)"\n'
+    project = make("CREATE TABLE t (id int PRIMARY KEY, n numeric); INSERT INTO t VALUES (1, 1.5), (2, NULL)", more)
+    assert read(project, "t") == (["INTEGER", "DECIMAL(6,2)"], [(1, Decimal("1.50")), (2, None)])
+
+    for value in ("'NaN'", "1.005", "10000"):
+        make(f"UPDATE t SET n = {value} WHERE id = 2", more)
+        with pytest.raises(UnfaithfulValue, match=r"id = 2"):
+            read(project, "t")
+
+
+def test_only_real_tables_are_listed_and_views_when_named(make: Make):
+    project = make(
+        """
+        CREATE TABLE t (id int); CREATE VIEW v AS SELECT 1 AS one; CREATE MATERIALIZED VIEW m AS SELECT 2 AS two;
+        CREATE TABLE p (id int, x text) PARTITION BY RANGE (id);
+        CREATE TABLE p1 PARTITION OF p FOR VALUES FROM (0) TO (5);
+        CREATE TABLE p2 PARTITION OF p FOR VALUES FROM (5) TO (9); INSERT INTO p VALUES (1, 'a'), (7, 'b');
+        CREATE TABLE child () INHERITS (t); INSERT INTO t VALUES (1); INSERT INTO child VALUES (2);
+        """,
+        '[tables]\ninclude = ["*", "m"]\n[table.v]\n',
+    )
+
+    assert list_project_tables(project, open_source(project, SETTINGS)) == ["child", "m", "p", "t", "v"]
+    assert read(project, "p")[1] == [(1, "a"), (7, "b")]
+    assert read(project, "t")[1] == [(1,), (2,)]
+    assert read(project, "v")[1] == [(1,)]
+    assert read(project, "m")[1] == [(2,)]
+
+
+def test_hard_names_and_many_columns_arrive(make: Make):
+    names = ['a"b', "select", "a b", "😀", "a'b", "ctid2", "$1", "ß", "UPPER"]
+    columns = ", ".join(
+        f"{lake.quote_identifier(name)} {kind}" for name, kind in zip(names, ["text", "money"] * 5, strict=False)
+    )
+    many = ", ".join(f"c{index} int DEFAULT {index}" for index in range(1600))
+    project = make(f"""
+        CREATE TABLE "o'dd ""t" ({columns}); INSERT INTO "o'dd ""t" ("a b") VALUES ('x');
+        CREATE TABLE many ({many}); INSERT INTO many DEFAULT VALUES;
+    """)
+
+    assert read(project, "o'dd \"t")[1] == [(None, None, "x", *[None] * 6)]
+    assert read(project, "many")[1] == [tuple(range(1600))]
+
+
+def test_what_the_lake_cannot_hold_is_refused_by_name(make: Make):
+    project = make('CREATE TABLE z (); CREATE TABLE c ("A" int, a int); CREATE TABLE e (id int)')
+
+    assert [str(problem).partition(" of ")[0] for problem in check_project(project, SETTINGS)] == [
+        'Table "c"',
+        'Table "z"',
+    ]
+    with pytest.raises(SourceError, match="has no columns"):
+        read(project, "z")
+    with pytest.raises(SourceError, match=r"differ by case only \(A, a\)"):
+        read(project, "c")
+    assert read(project, "e")[1] == []
+
+
+def test_drift_and_missing_tables_are_found(make: Make):
+    project = make("CREATE TABLE t (id int)", '[table.t.columns]\nid = "BIGINT"\n[table.gone]\n')
+
+    problems = check_project(project, SETTINGS)
+
+    assert [type(problem) for problem in problems] == [TableMissing, SchemaDrift]
+
+
+def test_all_processes_read_at_the_snapshot_that_is_held(make: Make, schema: str):
+    project = make("""
+        CREATE TABLE a (n bigint); INSERT INTO a SELECT 1 FROM generate_series(1, 300000);
+        CREATE TABLE b (n numeric); INSERT INTO b VALUES (0);
+    """)
+    code = textwrap.dedent("""
+        import json, sys
+        from pathlib import Path
+        from phasewise import staging
+        from phasewise.project import load_project
+        from phasewise.settings import Settings
+        staging.extract_table(load_project(Path(sys.argv[1])), Settings(), batch="b1", table=sys.argv[2],
+            snapshot=json.loads(sys.argv[3]))
+    """)
+    with staging.open_snapshot(project, SETTINGS, "b1") as token:
+        psql(
+            "BEGIN; DELETE FROM a WHERE ctid IN (SELECT ctid FROM a LIMIT 100000); UPDATE b SET n = n + 100000; COMMIT",
+            schema,
+        )
+        for table in ("a", "b"):
+            command = [sys.executable, "-c", code, str(project.root), table, json.dumps(dict(token))]
+            subprocess.run(command, check=True, timeout=50)
+
+    first, second = (staging.read_manifest(project, "b1", table) for table in ("a", "b"))
+    assert first.rows == first.source_rows == 300000
+    assert first.snapshot == second.snapshot is not None
+    with lake.open_session(SETTINGS, extensions=()) as connection:
+        file = str(staging.staged_files(project, second)[0])
+        assert connection.execute("FROM read_parquet(?)", [file]).fetchall() == [("0",)]
+
+
+def test_a_snapshot_whose_holder_has_gone_is_an_error(make: Make):
+    project = make("CREATE TABLE t (id int)")
+    with staging.open_snapshot(project, SETTINGS, "b1") as token:
+        pass
+
+    with pytest.raises(SourceUnavailable, match="cannot be entered"):
+        staging.extract_table(project, SETTINGS, batch="b1", table="t", snapshot=token)
+
+
+@pytest.mark.parametrize("change", ["port", "user", "database", "host"])
+def test_a_server_that_does_not_answer_is_named_without_its_password(tmp_path: Path, change: str):
+    user, host, port, database = "postgres", HOST, "5432", "test"
+    if change == "port":
+        port = "1"
+    elif change == "user":
+        user = "nobody_here"
+    elif change == "database":
+        database = "no_such"
+    else:
+        host = "no-such-host.invalid"
+    url = f"postgresql://{user}:topsecret@{host}:{port}/{database}"
+    (tmp_path / "phasewise.toml").write_text(f'[project]\nname = "t"\n[source]\nurl = "{url}"\n')
+    project = load_project(tmp_path)
+
+    with pytest.raises(SourceUnavailable, match=r"does not answer: ") as caught:
+        open_source(project, SETTINGS).check()
+
+    error: BaseException | None = caught.value
+    while error is not None:
+        assert "topsecret" not in str(error)
+        error = error.__cause__
+    assert "topsecret" not in repr(project)
+
+
+def test_a_url_without_a_database_is_refused(tmp_path: Path):
+    (tmp_path / "phasewise.toml").write_text('[project]\nname = "t"\n[source]\nurl = "postgresql://u:p@h"\n')
+
+    with pytest.raises(ProjectError, match=r'"postgresql://u:\*\*\*@h" names no database'):
+        open_source(load_project(tmp_path), SETTINGS)
