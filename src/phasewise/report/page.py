@@ -22,7 +22,7 @@ from phasewise.report.figures import (
     format_value,
     is_number,
 )
-from phasewise.report.records import AuditReport, BatchReport, MartReport, TableReport
+from phasewise.report.records import AuditReport, BatchReport, MartReport, RunSpan, TableReport
 from phasewise.report.timeline import lay_out_timeline
 from phasewise.report.timing import TimeSaved, measure_time_saved, run_seconds, seconds_between
 
@@ -49,7 +49,7 @@ class _MartView:
 @dataclass(frozen=True, kw_only=True)
 class _TableView:
     table: TableReport
-    #: Shares of the largest, in percent.
+    #: Shares of the largest, from 0 to 1.
     rows_share: float
     size_share: float
     seconds_share: float
@@ -81,7 +81,7 @@ def render_html(report: BatchReport, *, json_name: str) -> str:
             saved=saved,
             step_segments=_measure_steps(report, saved),
             phase_segments=_measure_phases(saved),
-            failed_runs=[run for run in report.runs if run.kind in ("failed", "cancelled")],
+            failed_runs=_find_first_failures(report.runs),
             tables=_view_tables(report.tables),
             failed_audits=_sort_failed(report.audits),
             passed_audits=[audit for audit in report.audits if audit.passed],
@@ -134,6 +134,13 @@ def _measure_phases(saved: TimeSaved) -> list[_Segment]:
     ]
 
 
+def _find_first_failures(runs: Sequence[RunSpan]) -> list[RunSpan]:
+    """Return the runs that failed or were cancelled, without those that only followed one below them."""
+    failed = [run for run in runs if run.kind in ("failed", "cancelled")]
+    parents = {run.parent for run in failed}
+    return [run for run in failed if run.run_id not in parents and run.name not in parents]
+
+
 def _view_tables(tables: Sequence[TableReport]) -> list[_TableView]:
     rows = max((table.rows for table in tables), default=0) or 1
     size = max((table.size_bytes for table in tables), default=0) or 1
@@ -141,9 +148,9 @@ def _view_tables(tables: Sequence[TableReport]) -> list[_TableView]:
     return [
         _TableView(
             table=table,
-            rows_share=100 * table.rows / rows,
-            size_share=100 * table.size_bytes / size,
-            seconds_share=100 * table.seconds / seconds,
+            rows_share=table.rows / rows,
+            size_share=table.size_bytes / size,
+            seconds_share=table.seconds / seconds,
         )
         for table in tables
     ]
