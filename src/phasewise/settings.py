@@ -57,6 +57,12 @@ class Settings(BaseSettings):
     poll_seconds: float = Field(
         default=15.0, gt=0, description="Seconds between the batched reads that check what events reported."
     )
+    drain_seconds: float = Field(
+        default=5.0,
+        ge=0,
+        description="Seconds that a worker which is stopped lets its flow runs finish. "
+        "Then it stops and reschedules them.",
+    )
     cancel_grace_seconds: float = Field(
         default=10.0, ge=0, description="Seconds that a cancelled flow run gets to end before it is killed."
     )

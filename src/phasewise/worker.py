@@ -39,7 +39,7 @@ import certifi
 import prefect
 from prefect._flow_run_suspension import FlowRunSuspensionRequest, is_suspended_flow_run_state
 from prefect._internal.version_checking import _api_version_check_key, _cache_api_version_check
-from prefect.client.orchestration import get_client
+from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.filters import (
     FlowRunFilter,
     FlowRunFilterId,
@@ -51,8 +51,9 @@ from prefect.events import Event
 from prefect.events.clients import get_events_subscriber
 from prefect.events.filters import EventAnyResourceFilter, EventFilter, EventNameFilter
 from prefect.events.related import RESOURCE_CACHE
+from prefect.exceptions import Abort, Pause
 from prefect.runner._cancellation_manager import CancellationManager
-from prefect.runner._control_channel import ControlChannel
+from prefect.runner._control_channel import ControlChannel, ControlSignalStatus
 from prefect.runner._event_emitter import EventEmitter
 from prefect.runner._flow_run_executor import FlowRunExecutor
 from prefect.runner._hook_runner import HookRunner
@@ -63,6 +64,8 @@ from prefect.runner._process_manager import (
 )
 from prefect.runner._state_proposer import StateProposer
 from prefect.settings import get_current_settings
+from prefect.states import AwaitingRetry
+from prefect.utilities.engine import propose_state
 from prefect.utilities.filesystem import relative_path_to_current_platform
 from prefect.workers.base import BaseWorker
 from prefect.workers.process import ProcessJobConfiguration, ProcessWorker, ProcessWorkerResult
@@ -101,6 +104,8 @@ SETUP = ("phasewise.worker:warm_up", "phasewise.lake:preload_extensions")
 
 _CLAIM_ON = ("Scheduled", "Late", "AwaitingRetry", "AwaitingConcurrencySlot", "Resuming")
 _FREES_A_SLOT = ("Completed", "Failed", "Crashed", "Cancelled", "TimedOut", "Paused", "Suspended")
+#: Seconds that a flow run has to report its state when its worker ends without a drain.
+_END_SECONDS = 5.0
 _SET_WORKING_DIRECTORY = "prefect.deployments.steps.set_working_directory"
 
 
@@ -156,6 +161,7 @@ class WarmProcessWorker(ProcessWorker):
         self._claims = asyncio.Event()
         self._claiming = asyncio.Lock()
         self._may_have_more = False
+        self._draining = False
         self._listening: anyio.abc.TaskGroup | None = None
         self._services: anyio.abc.TaskGroup
 
@@ -239,6 +245,16 @@ class WarmProcessWorker(ProcessWorker):
         stdio = (1, 2) if configuration.stream_output else (self._devnull, self._devnull)
         return _Job(entrypoint=entrypoint, cwd=cwd, env=env, stdio=stdio, known=_known(configuration))
 
+    async def drain(self, seconds: float) -> None:
+        """Claim nothing more, let running flow runs finish for *seconds*, then stop and reschedule the others."""
+        self._draining = True
+        with anyio.move_on_after(seconds):
+            while self._jobs or self._submitting_flow_run_ids:  # noqa: ASYNC110 - two sets that empty by themselves
+                await anyio.sleep(0.05)
+        async with anyio.create_task_group() as group:
+            for flow_run_id in self._executors.running():
+                group.start_soon(self._executors.reschedule, flow_run_id)
+
     # ── claiming and cancelling ──────────────────────────────────────────────────────────────────────────────
 
     async def _setup_cancellation_observer(self) -> None:
@@ -301,7 +317,7 @@ class WarmProcessWorker(ProcessWorker):
 
     async def get_and_submit_flow_runs(self) -> list[FlowRun]:
         async with self._claiming:
-            return await super().get_and_submit_flow_runs()
+            return [] if self._draining else await super().get_and_submit_flow_runs()
 
     async def _submit_scheduled_flow_runs(self, flow_run_response: list[WorkerFlowRunResponse]) -> list[FlowRun]:
         self._may_have_more = bool(flow_run_response)
@@ -514,15 +530,16 @@ class _Executors:
         #: Where a run's process hears of a suspension.
         self._pipes: dict[UUID, int] = {}
         self._stack = AsyncExitStack()
-        self._proposer: StateProposer
+        self._proposer: _Proposer
         self._cancellation: CancellationManager
+        self._client: PrefectClient
 
     async def __aenter__(self) -> _Executors:
-        client = await self._stack.enter_async_context(get_client())
+        client = self._client = await self._stack.enter_async_context(get_client())
         await self._stack.enter_async_context(self._processes)
         emitter = await self._stack.enter_async_context(EventEmitter(runner_name="standalone", client=client))
         await self._stack.enter_async_context(self._channel)
-        self._proposer = StateProposer(client=client)
+        self._proposer = _Proposer(client=client)
         self._cancellation = CancellationManager(
             process_manager=self._processes,
             hook_runner=self._hooks,
@@ -568,7 +585,22 @@ class _Executors:
             await asyncio.wait([cancelling])
         if execution is None or execution.status_code is None:
             raise RuntimeError("Failed to start flow run process.")
-        return ProcessWorkerResult(status_code=execution.status_code, identifier=str(execution.handle.pid))
+        code = 0 if flow_run.id in self._proposer.released else execution.status_code
+        self._proposer.released.discard(flow_run.id)
+        return ProcessWorkerResult(status_code=code, identifier=str(execution.handle.pid))
+
+    async def reschedule(self, flow_run_id: UUID) -> None:
+        """Stop a flow run and schedule it again, for whichever worker is there then."""
+        status = await self._channel.signal(flow_run_id, "reschedule")
+        if status is ControlSignalStatus.ALREADY_CONCLUDED:
+            return
+        self._proposer.released.add(flow_run_id)
+        # An engine that did not hear what this is about would report a crash: it gets no chance to.
+        await self._processes.kill(flow_run_id, force=status is not ControlSignalStatus.ACKNOWLEDGED)
+        state = (await self._client.read_flow_run(flow_run_id)).state
+        if state is None or not state.is_final():
+            with contextlib.suppress(Abort, Pause):
+                await propose_state(self._client, AwaitingRetry(), flow_run_id=flow_run_id)
 
     def suspend(self, flow_run_id: UUID) -> None:
         """Tell the process of a flow run, if it is one of ours, that the run was suspended."""
@@ -622,10 +654,22 @@ class _ForkStarter:
         try:
             task_status.started(ProcessHandle(process, scope))  # type: ignore[arg-type] # it reads pid and returncode
             await process.wait()
-        except BaseException:
-            with contextlib.suppress(ProcessLookupError):
+        except BaseException:  # the worker is ending
+            with contextlib.suppress(ProcessLookupError), anyio.move_on_after(_END_SECONDS, shield=True):
                 scope.graceful_kill(process.pid)
+                await process.wait()
             raise
+
+
+class _Proposer(StateProposer):
+    """Prefect's, which reports no crash of a run that the worker itself has stopped and released."""
+
+    def __init__(self, *, client: PrefectClient) -> None:
+        super().__init__(client=client)
+        self.released: set[UUID] = set()
+
+    async def propose_crashed(self, flow_run: FlowRun, message: str) -> State[Any] | None:
+        return None if flow_run.id in self.released else await super().propose_crashed(flow_run, message)
 
 
 class _Processes(ProcessManager):
@@ -844,4 +888,6 @@ async def _serve(worker: BaseWorker[Any, Any, Any]) -> None:
 
         group.start_soon(work)
         await stop.wait()
+        if isinstance(worker, WarmProcessWorker):
+            await worker.drain(Settings().drain_seconds)
         group.cancel_scope.cancel()
