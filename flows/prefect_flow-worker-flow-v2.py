@@ -2,9 +2,9 @@
 
 import sys
 
-from phasewise.cli import choose_server, deploy_flows, run_command, run_main
+from phasewise.cli import deploy, run, run_command
 
-COMMANDS = {"deploy": deploy_flows, "run": run_main}
+COMMANDS = {"deploy": deploy, "run": run}
 
 USAGE = f"""usage: python {sys.argv[0]} deploy|run
 
@@ -17,7 +17,7 @@ def main(arguments: list[str]) -> int:
     if len(arguments) != 1 or arguments[0] not in COMMANDS:
         print(USAGE, file=sys.stderr)
         return 2
-    return run_command(lambda: COMMANDS[arguments[0]](choose_server()))
+    return run_command(COMMANDS[arguments[0]])
 
 
 if __name__ == "__main__":

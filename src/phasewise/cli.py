@@ -123,11 +123,13 @@ def start_workers(count: Annotated[int, Parameter(help="Workers to add.")] = 3, 
 @app.command
 def deploy() -> None:
     """Deploy the flows of the project: the seven, and those that its own steps bring."""
-    deploy_flows(choose_server())
+    url = deploy_flows(choose_server())
+    print(f"Next: make start-workers (unless workers run), then run main-etl-job from {url.removesuffix('/api')},")
+    print("or: python flows/prefect_flow-worker-flow-v2.py run")
 
 
-def deploy_flows(settings: Settings) -> None:
-    """Deploy and print one line per deployment."""
+def deploy_flows(settings: Settings) -> str:
+    """Deploy, print one line per deployment, and return the server's API URL."""
     project = load_project(find_project(settings))
     url = check_server_answers()
     from phasewise.deployments import deploy as deploy_all
@@ -141,8 +143,7 @@ def deploy_flows(settings: Settings) -> None:
     for deployed in done:
         print(f"✅ Deployed: {deployed.deployment.flow_name}")
     print(f"🎉 All {len(done)} deployments created successfully!")
-    print(f"Next: make start-workers (unless workers run), then run main-etl-job from {url.removesuffix('/api')},")
-    print("or: python flows/prefect_flow-worker-flow-v2.py run")
+    return url
 
 
 @app.command
@@ -187,9 +188,11 @@ def run_distributed() -> int:
 def _run_distributed(settings: Settings, root: Path) -> int:
     os.environ["PHASEWISE_PROJECT"] = str(root)
     deploy_flows(settings)
+    from phasewise.console import show_progress
     from phasewise.progress import run_deployment
 
-    outcome = run_deployment("main-etl-job/main-etl-deployment", show=lambda runs: print(len(runs)))
+    with show_progress() as progress:
+        outcome = run_deployment("main-etl-job/main-etl-deployment", show=progress.update)
     project = load_project(root)
     report = project.reports / f"{outcome.run_id}.html"
     if report.is_file():
