@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from phasewise.errors import ReportError
@@ -48,6 +48,8 @@ from phasewise.report.timing import (
 )
 
 SAMPLE = Path(__file__).parents[1] / "data" / "report.json"
+#: A busy machine is no reason to fail.
+PATIENTLY = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 START = datetime(2026, 1, 3, 2, 0, tzinfo=UTC)
 
 
@@ -204,6 +206,7 @@ def test_a_parent_is_found_by_id_or_by_name() -> None:
 
 
 @given(st.lists(st.integers(min_value=-1, max_value=7), max_size=8))
+@PATIENTLY
 def test_whatever_the_parents_each_run_is_in_the_tree_once(parents: list[int]) -> None:
     runs = [make_run(str(number), 0, 1, parent=str(parent)) for number, parent in enumerate(parents)]
 
@@ -338,7 +341,7 @@ VALUES = st.one_of(
     chart=st.sampled_from(["bar", "line", "scatter"]),
     names=st.tuples(st.text(max_size=20), st.text(max_size=20)),
 )
-@settings(max_examples=300, deadline=None)
+@settings(PATIENTLY, max_examples=300)
 def test_no_data_breaks_a_chart_or_leaves_it_with_a_place_that_is_not_a_number(
     rows: list[list[Any]], chart: Any, names: tuple[str, str]
 ) -> None:
@@ -390,6 +393,7 @@ def test_a_tick_has_the_decimals_that_its_step_needs() -> None:
 
 
 @given(st.floats(-1e299, 1e299), st.floats(-1e299, 1e299), st.integers(2, 10))
+@PATIENTLY
 def test_ticks_enclose_what_they_measure(one: float, other: float, count: int) -> None:
     low, high = sorted((one, other))
 
