@@ -102,7 +102,7 @@ class Chromium:
             self.events.append(self._read())
 
     def evaluate(self, expression: str) -> Any:
-        answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
+        answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
@@ -221,6 +221,19 @@ def test_every_text_stands_out_from_its_background(browser: Chromium, page: Path
     assert found["faint"] == []
 
 
+def test_the_page_prints_dark_on_white_whatever_the_theme(browser: Chromium, page: Path) -> None:
+    browser.open(page, theme="dark")
+    browser.evaluate("document.documentElement.dataset.theme = 'dark'")
+
+    browser.call("Emulation.setEmulatedMedia", media="print")
+    found = browser.evaluate(FIND_FAINT_TEXT)
+    background = browser.evaluate("getComputedStyle(document.body).backgroundColor")
+    browser.call("Emulation.setEmulatedMedia", media="")
+
+    assert background == "rgb(255, 255, 255)"
+    assert found["faint"] == []
+
+
 def test_the_drawing_that_fits_the_width_is_shown(browser: Chromium, page: Path) -> None:
     shown = "[...document.querySelectorAll('.chart svg')].filter(e => e.checkVisibility()).map(e => e.clientWidth)"
 
@@ -252,10 +265,12 @@ def test_a_click_sorts_the_tables_and_another_turns_them(browser: Chromium, page
 def test_pointing_at_a_bar_tells_what_it_is(browser: Chromium, page: Path) -> None:
     browser.open(page)
     box = browser.evaluate("""
-        (() => {
+        (async () => {
           const bars = [...document.querySelectorAll(".timeline a.bar")];
           const bar = bars.find((bar) => bar.dataset.tip.startsWith("process-table-etl/batting\\n"));
           bar.scrollIntoView({ block: "center" });
+          // Scrolling hides the tip, and is told with the next frame.
+          for (const _ of [1, 2]) await new Promise(requestAnimationFrame);
           const { x, y, width, height } = bar.getBoundingClientRect();
           return { x: x + width / 2, y: y + height / 2 };
         })()

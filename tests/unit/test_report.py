@@ -628,6 +628,16 @@ def test_a_batch_without_runs_has_no_timeline() -> None:
     assert "audited again" in page.text
 
 
+def test_a_run_of_several_attempts_is_drawn_as_one() -> None:
+    runs = [make_run("t/1", 0, 90, attempts=2, seconds=3), make_run("t/2", 0, 2)]
+
+    page = Page(render_report(make_report(runs=runs)))
+
+    assert len(page.find("span", **{"class": "bar completed retried"})) == 1
+    assert "2 attempts" in page.text
+    assert "1 run had more than one attempt" in page.text
+
+
 def test_a_large_fan_out_starts_folded_and_a_small_one_open() -> None:
     def count_open(tables: int) -> int:
         runs = [make_run(f"t/{number}", number, number + 2) for number in range(tables)]

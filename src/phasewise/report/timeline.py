@@ -134,7 +134,7 @@ class _Clock:
         return Row(
             label=run.name.removeprefix(prefix) or run.name,
             name=run.name,
-            kind=("parent " if node.children else "") + run.kind,
+            kind=_classify(node),
             state=run.state,
             duration=format_seconds(run_seconds(run, self.now)) if run.started_at else "–",
             detail=self.describe(run),
@@ -190,3 +190,9 @@ class _Clock:
         if run.run_id in self.critical:
             lines.append("on the critical chain")
         return "\n".join(lines)
+
+
+def _classify(node: RunNode) -> str:
+    """Return the style of a run's bar; that of a retried one says that pauses are in it."""
+    words = ["parent" if node.children else "", node.run.kind, "retried" if node.run.attempts > 1 else ""]
+    return " ".join(filter(None, words))
