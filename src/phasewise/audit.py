@@ -224,7 +224,7 @@ def _unique(table: str, key: Sequence[str]) -> Audit:
 
 
 def _references(table: str, reference: Reference) -> Audit:
-    pairs = list(zip(reference.columns, reference.to, strict=False))
+    pairs = list(zip(reference.columns, reference.to, strict=True))
     has_value = " and ".join(f"child.{quote_identifier(column)} is not null" for column, _ in pairs)
     matches = " and ".join(f"parent.{quote_identifier(to)} = child.{quote_identifier(column)}" for column, to in pairs)
     return Audit(

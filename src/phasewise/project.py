@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit, urlunsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from phasewise.errors import ProjectError, ProjectNotFound, UnknownTable
 from phasewise.settings import Settings, find_checkout
@@ -53,6 +53,12 @@ class Reference(_Record):
     columns: tuple[str, ...] = Field(min_length=1)
     table: str
     to: tuple[str, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _sides_match(self) -> Reference:
+        if len(self.columns) != len(self.to):
+            raise ValueError(f"{len(self.columns)} columns cannot refer to {len(self.to)}")
+        return self
 
 
 class Table(_Record):
@@ -108,6 +114,12 @@ class TableSelection(_Record):
 class PipelineConfig(_Record):
     #: ``file.py:NAME`` (or ``module:NAME``) of a list of phases that replaces the built-in two.
     phases: str | None = None
+    #: Seconds that a whole batch may take; steps that are still running then are cancelled. None: no limit.
+    timeout: float | None = Field(default=None, gt=0)
+    #: What a second batch of the project does while one is running: ``refuse`` to start, or ``wait`` for its end.
+    on_overlap: Literal["refuse", "wait"] = "refuse"
+    #: Tables that may fail without failing the batch: a number, or a share such as "10%". They keep their last version.
+    allow_failed: int | str = 0
 
 
 class _ProjectSection(_Record):

@@ -32,6 +32,7 @@ from phasewise.snapshots import PublishedTable as PublishedTable
 from phasewise.snapshots import (
     find_publication,
     latest_publication,
+    list_columns,
     list_tables,
     require_publication,
 )
@@ -91,9 +92,10 @@ def rollback_batch(project: Project, settings: Settings, batch: str) -> Publicat
     with open_writer(project, settings) as connection:
         target = find_publication(connection, batch)
         attach_lake(connection, project, snapshot=target.snapshot, name="past")
+        files = _link_past_files(connection, project, target.snapshot)
         with _transaction(connection, replace(target, kind="rollback"), f"Roll back to batch {batch}"):
             for schema in ("main", MARTS_SCHEMA):
-                _restore_schema(connection, schema)
+                _restore_schema(connection, schema, files if schema == "main" else {})
         return require_publication(connection, project)
 
 
@@ -260,11 +262,15 @@ def _link_files(project: Project, staged: Mapping[str, Sequence[Manifest]]) -> d
             linked[table] = [_link(file, data / _folder_name(table)) for file in files]
         _sync_folders({file.parent for files in linked.values() for file in files})
     except OSError as exc:
-        raise LakeError(
-            f"The warehouse {project.warehouse} cannot be written: {exc.strerror or exc}. It is unchanged.",
-            hint="Free some space, or make the folder writable, then try again.",
-        ) from exc
+        raise _cannot_write(project, exc) from exc
     return linked
+
+
+def _cannot_write(project: Project, exc: OSError) -> LakeError:
+    return LakeError(
+        f"The warehouse {project.warehouse} cannot be written: {exc.strerror or exc}. It is unchanged.",
+        hint="Free some space, or make the folder writable, then try again.",
+    )
 
 
 def _check_files(project: Project, manifest: Manifest) -> list[Path]:
@@ -312,13 +318,47 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _restore_schema(connection: duckdb.DuckDBPyConnection, schema: str) -> None:
-    """Make the tables of *schema* those of the attached ``past``."""
+def _link_past_files(connection: duckdb.DuckDBPyConnection, project: Project, snapshot: int) -> dict[str, list[Path]]:
+    """Return new links to the files of each table of ``past`` that was published and not changed by others since."""
+    try:
+        linked = {
+            table: [_link(file, file.parent) for file in files]
+            for table in list_tables(connection, "past.main")
+            if (files := _find_published_files(connection, table, snapshot))
+        }
+        _sync_folders({file.parent for files in linked.values() for file in files})
+    except OSError as exc:
+        raise _cannot_write(project, exc) from exc
+    return linked
+
+
+def _find_published_files(connection: duckdb.DuckDBPyConnection, table: str, snapshot: int) -> list[Path]:
+    """Return the files that make up *table* of ``past``; none when it has rows, or lacks some, that they do not say."""
+    past = f"past.main.{quote_identifier(table)}"
+    rows = connection.execute(
+        f"select data_file, delete_file from ducklake_list_files('lake', {quote_literal(table)}, "
+        f"schema => 'main', snapshot_version => {snapshot})"
+    ).fetchall()
+    files = [Path(data) for data, _ in rows]
+    if not files or any(deleted or not Path(data).name.startswith(FILE_PREFIX) for data, deleted in rows):
+        return []
+    published = read_parquet(files)
+    is_same = list_columns(connection, past) == list_columns(connection, published) and fetch_int(
+        connection, f"select count(*) from {past}"
+    ) == fetch_int(connection, f"select count(*) from {published}")
+    return files if is_same else []
+
+
+def _restore_schema(connection: duckdb.DuckDBPyConnection, schema: str, files: Mapping[str, Sequence[Path]]) -> None:
+    """Make the tables of *schema* those of the attached ``past``: from *files* where they are given, else rewritten."""
     then = list_tables(connection, f"past.{schema}")
     for table in list_tables(connection, f"lake.{schema}"):
         if table not in then:
             connection.execute(f"drop table lake.{schema}.{quote_identifier(table)}")
     for table in then:
-        name = quote_identifier(table)
-        # Rewritten, not registered again: a file in two tables would be deleted when the older one expires.
-        connection.execute(f"create or replace table lake.{schema}.{name} as from past.{schema}.{name}")
+        past = f"past.{schema}.{quote_identifier(table)}"
+        if table in files:
+            rows = fetch_int(connection, f"select count(*) from {past}")
+            _publish_table(connection, table, files[table], rows=rows)
+        else:
+            connection.execute(f"create or replace table lake.{schema}.{quote_identifier(table)} as from {past}")

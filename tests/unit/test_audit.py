@@ -11,7 +11,7 @@ import pytest
 
 from phasewise import lake, publish, staging
 from phasewise.audit import AuditResult, audit_batch, audit_published, open_staged, raise_for
-from phasewise.errors import AuditFailed, StagingError
+from phasewise.errors import AuditFailed, ProjectError, StagingError
 from phasewise.project import Project
 from phasewise.samples import SAMPLE_SETTINGS, change_source, stage_batch, write_project
 from phasewise.snapshots import open_reader
@@ -137,6 +137,13 @@ def test_a_reference_to_a_table_that_is_nowhere_fails(tmp_path: Path, connection
 
     assert "persons" in (result.error or "")
     assert result.message.startswith('Table "hits" could not be audited')
+
+
+def test_a_reference_needs_as_many_columns_on_both_sides(tmp_path: Path):
+    toml = '[table.hits]\nreferences = [{ columns = ["person", "year"], table = "people", to = ["id"] }]'
+
+    with pytest.raises(ProjectError, match=r"phasewise\.toml:\d+: .*2 columns cannot refer to 1"):
+        write_project(tmp_path, source=SOURCE, toml=toml)
 
 
 def test_lost_rows_fail_the_batch(tmp_path: Path, connection: duckdb.DuckDBPyConnection):

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from phasewise import lake, staging
+from phasewise.cleanup import maintain_lake
 from phasewise.errors import LakeError, NothingStaged, ProjectError, PublishConflict, WarehouseBusy
 from phasewise.project import Project
 from phasewise.publish import publish_batch, renew_marts, rollback_batch
@@ -305,6 +306,38 @@ def test_rollback_is_a_snapshot_like_any_other(project: Project):
     ]
     assert query(project, "from best") == [("Hank", 3771)]
     assert query(project, "from best", at=second) == [("Babe", 2873)]
+
+
+def test_rollback_links_published_files_and_outlives_the_snapshot_that_it_went_back_to(project: Project):
+    first = publish(project)
+    publish(project)
+    before = files(project)
+
+    rollback_batch(project, SETTINGS, first)
+    new = files(project) - before
+    maintain_lake(project, SETTINGS.model_copy(update={"snapshot_retention_days": 0}))
+
+    assert len([name for name in new if Path(name).name.startswith("phasewise-")]) == 2
+    assert len(snapshots(project)) == 1
+    assert query(project, "from people order by id") == [(1, "Babe"), (2, "Hank")]
+    assert query(project, "from best") == [("Hank", 3771)]
+
+
+def test_rollback_restores_what_others_changed_in_the_lake(project: Project):
+    first = publish(project)
+    with lake.open_session(SETTINGS) as connection:
+        lake.attach_lake(connection, project)
+        connection.execute("delete from lake.main.people where id = 1")
+        connection.execute("insert into lake.main.hits values (7, 7)")
+    staging.extract_table(project, SETTINGS, batch="b", table="hits")
+    changed = publish_batch(project, SETTINGS, "b").batch
+    publish_batch(project, SETTINGS, stage_batch(project))
+
+    rollback_batch(project, SETTINGS, changed)
+    assert query(project, "from people") == [(2, "Hank")]
+
+    rollback_batch(project, SETTINGS, first)
+    assert query(project, "from people order by id") == [(1, "Babe"), (2, "Hank")]
 
 
 def test_after_a_rollback_the_next_batch_is_published_as_ever(project: Project):
