@@ -106,10 +106,10 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def is_same_process(pid: int, started: str) -> bool:
-    return _start_time(pid) == started
+    return start_time(pid) == started
 
 
-def _start_time(pid: int) -> str | None:
+def start_time(pid: int) -> str | None:
     """Return what tells this process from a later one with the same number; None when it has ended."""
     try:
         status = Path(f"/proc/{pid}/stat").read_text()
@@ -182,10 +182,10 @@ class _Supervisor:
         self._children: list[_Child] = []
         self._has_reported = False
         self._started = time.time()
-        self._listening = _listen(plan.port)
+        self._listening = listen(plan.port)
         port = self._listening.getsockname()[1]
         self._api_url = f"http://127.0.0.1:{port}/api"
-        self._env = _environment(self._home, port, plan.project_env)
+        self._env = stack_environment(self._home, port, plan.project_env)
 
     def run(self) -> None:
         """Run the stack until a signal, the lifeline's end or too many failures; leave no process behind."""
@@ -234,7 +234,7 @@ class _Supervisor:
     def _introduce(self, workers: list[str]) -> None:
         """Wait until *workers* have reported to the server, then let other commands see them."""
         self._wait_for(lambda: set(workers) <= self._online(), "the workers")
-        write_atomically(state_file(self._home), json.dumps({**self._info(), "started": _start_time(os.getpid())}))
+        write_atomically(state_file(self._home), json.dumps({**self._info(), "started": start_time(os.getpid())}))
 
     def _online(self) -> set[str]:
         try:
@@ -365,7 +365,7 @@ def _children() -> list[int]:
         return []
 
 
-def _listen(port: int | None) -> socket.socket:
+def listen(port: int | None) -> socket.socket:
     """Return a listening socket on the loopback interface.
 
     The supervisor holds it and hands it to the server: the port cannot be lost between choosing and binding it, and
@@ -377,13 +377,14 @@ def _listen(port: int | None) -> socket.socket:
         listening.bind(("127.0.0.1", PREFERRED_PORT if port is None else port))
     except OSError as exc:
         if port is not None:
+            listening.close()
             raise StackError(f"Port {port} is taken.", hint="Leave it out to take a free one.") from exc
         listening.bind(("127.0.0.1", 0))
     listening.listen(512)
     return listening
 
 
-def _environment(home: Path, port: int, project_env: Mapping[str, str]) -> dict[str, str]:
+def stack_environment(home: Path, port: int, project_env: Mapping[str, str]) -> dict[str, str]:
     own = {key: value for key, value in os.environ.items() if not key.startswith(_FOREIGN)}
     api_url = f"http://127.0.0.1:{port}/api"
     return {

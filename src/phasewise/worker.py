@@ -95,6 +95,7 @@ PRELOAD = (
     "prefect.events.clients",
     "prefect.events.worker",
     "prefect.logging.handlers",
+    "prefect.utilities.visualization",
     "phasewise.worker",
     "duckdb",
     "phasewise.flows",

@@ -1,0 +1,218 @@
+"""What the API shows of runs on a warm worker; the same cases as Prefect's own process worker."""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prefect.client.schemas.filters import LogFilter, TaskRunFilter, TaskRunFilterFlowRunId
+from prefect.settings import get_current_settings
+from prefect.states import Cancelling, Pending, Suspended
+
+from phasewise.forkserver import Forkserver
+from phasewise.worker import PRELOAD, SETUP
+from tests.integration.conftest import FLOWS, Runs
+
+INSTALLED_WITH_PREFECT = {"prefect", "anyio", "pydantic", "httpx", "httpcore", "websockets", "rich", "jinja2"}
+BEFORE_RUNNING = ["Scheduled", "Pending", "Submitting"]
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+async def until(condition: Any, seconds: float = 15) -> None:
+    deadline = time.monotonic() + seconds
+    while not (condition() if not asyncio.iscoroutinefunction(condition) else await condition()):
+        assert time.monotonic() < deadline, "it did not become true"
+        await asyncio.sleep(0.05)
+
+
+async def cancel(runs: Runs, name: str, **parameters: Any) -> tuple[Any, float]:
+    """Cancel a run of *name* while it runs; returns it and the seconds that the cancellation took."""
+    run = await runs.until(await runs.start(name, **parameters), "Running")
+    begun = time.monotonic()
+    await runs.client.set_flow_run_state(run.id, Cancelling())
+    return await runs.until(run), time.monotonic() - begun
+
+
+async def test_a_run_that_completes_goes_through_the_states_of_any_worker(runs: Runs) -> None:
+    run = await runs.finish("completed", value=5)
+
+    assert await runs.states(run) == [*BEFORE_RUNNING, "Running", "Completed"]
+    assert run.infrastructure_pid is not None
+    assert run.labels["prefect.worker.type"] == "warm-process"
+    assert {"prefect.worker.name", "prefect.work-pool.name", "prefect.work-pool.id"} <= set(run.labels)
+
+
+async def test_logs_of_run_and_worker_arrive(runs: Runs) -> None:
+    run = await runs.finish("completed", value=7)
+    found: list[str] = []
+
+    async def all_there() -> bool:
+        logs = await runs.client.read_logs(LogFilter.model_validate({"flow_run_id": {"any_": [run.id]}}))
+        found[:] = [log.message for log in logs]
+        return "Finished in state Completed()" in found and any("submitted to infra" in line for line in found)
+
+    await until(all_there)
+    assert "the value is 7" in found
+
+
+async def test_task_runs_are_recorded(runs: Runs) -> None:
+    run = await runs.finish("with_tasks")
+
+    async def three_completed() -> bool:
+        of_run = TaskRunFilter(flow_run_id=TaskRunFilterFlowRunId(any_=[run.id]))
+        found = await runs.client.read_task_runs(task_run_filter=of_run)
+        return [task_run.state_name for task_run in found] == ["Completed"] * 3
+
+    await until(three_completed)
+
+
+async def test_a_run_that_raises_fails_with_its_message(runs: Runs) -> None:
+    run = await runs.finish("failed")
+
+    assert await runs.states(run) == [*BEFORE_RUNNING, "Running", "Failed"]
+    assert "ValueError: boom" in (run.state.message or "")
+
+
+async def test_a_run_that_is_killed_crashes_with_the_reason(runs: Runs) -> None:
+    run = await runs.finish("killed")
+
+    assert await runs.states(run) == [*BEFORE_RUNNING, "Running", "Crashed"]
+    assert "SIGKILL" in (run.state.message or "")
+
+
+@pytest.mark.parametrize("name", ["asleep", "asleep_async"])
+async def test_a_running_run_is_cancelled_within_two_seconds(runs: Runs, name: str) -> None:
+    run, seconds = await cancel(runs, name)
+
+    assert await runs.states(run) == [*BEFORE_RUNNING, "Running", "Cancelling", "Cancelled"]
+    assert seconds < 2
+    await until(lambda: not is_alive(int(run.infrastructure_pid)))
+
+
+async def test_what_a_cancelled_run_has_started_is_gone_too(runs: Runs, tmp_path: Path) -> None:
+    file = tmp_path / "pid"
+    run = await runs.until(await runs.start("with_a_child_process", pid_file=str(file)), "Running")
+    await until(file.exists)
+
+    await runs.client.set_flow_run_state(run.id, Cancelling())
+    run = await runs.until(run)
+
+    assert run.state.name == "Cancelled"
+    assert not is_alive(int(file.read_text()))
+
+
+async def test_hooks_run_when_a_run_is_cancelled_or_crashes(runs: Runs, tmp_path: Path) -> None:
+    file = tmp_path / "hooks"
+
+    await cancel(runs, "with_hooks", file=str(file), die=False)
+    await runs.finish("with_hooks", file=str(file), die=True)
+
+    await until(lambda: file.exists() and file.read_text() == "Cancelling\nCrashed\n")
+
+
+async def test_a_run_that_is_suspended_leaves_its_process(runs: Runs) -> None:
+    run = await runs.until(await runs.start("with_tasks_for_a_while"), "Running")
+
+    await runs.client.set_flow_run_state(run.id, Suspended(timeout_seconds=600))
+
+    process = int((await runs.client.read_flow_run(run.id)).infrastructure_pid or 0)
+    await until(lambda: not is_alive(process))
+    assert (await runs.client.read_flow_run(run.id)).state.name == "Suspended"
+
+
+async def test_each_run_has_the_environment_and_folder_of_its_job(runs: Runs, tmp_path: Path) -> None:
+    file = tmp_path / "found"
+
+    run = await runs.finish("surroundings", file=str(file), job_variables={"env": {"COLOUR": "blue"}})
+
+    found = ast.literal_eval(file.read_text())
+    assert run.state.name == "Completed"
+    assert found["colour"] == "blue"
+    assert found["cwd"] == found["path"] == str(Path(__file__).parent)
+
+
+async def test_a_job_that_a_fork_cannot_serve_gets_a_new_python(runs: Runs, tmp_path: Path) -> None:
+    file = tmp_path / "found"
+    other = {"env": {"PREFECT_LOGGING_LEVEL": "ERROR"}}
+
+    run = await runs.finish("surroundings", file=str(file), job_variables=other)
+
+    logs = await runs.client.read_logs(LogFilter.model_validate({"flow_run_id": {"any_": [run.id]}}))
+    assert run.state.name == "Completed"
+    assert any("PREFECT_LOGGING_LEVEL" in log.message for log in logs)
+
+
+async def test_a_run_sees_the_code_of_now_not_of_the_worker_s_start(runs: Runs, tmp_path: Path) -> None:
+    file = tmp_path / "flow_of_now.py"
+    results = []
+    for version in ("one", "two"):
+        file.write_text(f"from prefect import flow\n\n@flow\ndef now():\n    raise RuntimeError('{version}')\n")
+        deployment = await runs.deploy("now", folder=tmp_path, entrypoint="flow_of_now.py:now")
+        run = await runs.until(await runs.client.create_flow_run_from_deployment(deployment))
+        results.append(run.state.message)
+
+    assert ["one" in results[0], "two" in results[1]] == [True, True]
+
+
+async def test_a_dead_forkserver_is_replaced(runs: Runs, tmp_path: Path) -> None:
+    file = tmp_path / "found"
+    await runs.finish("surroundings", file=str(file))
+    forkserver = ast.literal_eval(file.read_text())["parent"]
+
+    os.kill(forkserver, signal.SIGKILL)
+    await until(lambda: not is_alive(forkserver))
+    run = await runs.finish("surroundings", file=str(file))
+
+    assert run.state.name == "Completed"
+    assert ast.literal_eval(file.read_text())["parent"] != forkserver
+
+
+async def test_nothing_of_prefect_is_imported_after_the_fork(runs: Runs, tmp_path: Path) -> None:
+    deployment = await runs.deploy("with_tasks")
+    run = await runs.client.create_flow_run_from_deployment(deployment, state=Pending())
+    api_url = get_current_settings().api.url
+    assert api_url is not None
+    entrypoint = f"{FLOWS.name}:with_tasks"
+    env = {**os.environ, "PREFECT_API_URL": api_url, "PYTHONPATH": str(FLOWS.parent)}
+    server = await Forkserver.start(preload=[*PRELOAD, FLOWS.stem], setup=SETUP, env=env)
+    reader, writer = os.pipe()
+    try:
+        process = await server.fork(
+            f"{FLOWS.stem}:record_imports",
+            {"file": str(tmp_path / "m"), "entrypoint": entrypoint, "api_url": api_url, "known": []},
+            env={**env, "PREFECT__FLOW_RUN_ID": str(run.id), "PREFECT__FLOW_ENTRYPOINT": entrypoint},
+            cwd=str(FLOWS.parent),
+            descriptor=reader,
+        )
+        assert await process.wait() == 0
+    finally:
+        os.close(reader)
+        os.close(writer)
+        await server.aclose()
+
+    imported = (tmp_path / "m").read_text().split()
+    assert [name for name in imported if name.partition(".")[0] in INSTALLED_WITH_PREFECT] == []
+
+
+async def test_runs_start_soon_on_an_idle_stack(runs: Runs) -> None:
+    await runs.finish("completed")
+    seconds = []
+    for _ in range(5):
+        run = await runs.finish("completed")
+        states = {state.name: state.timestamp for state in await runs.client.read_flow_run_states(run.id)}
+        seconds.append((states["Running"] - states["Scheduled"]).total_seconds())
+
+    # A poll would take up to ten seconds; the bound leaves room for a machine that does other things.
+    assert sorted(seconds)[2] < 3
