@@ -55,29 +55,13 @@ def write_batch_report(
         message=message,
         source=redact_url(data.project.source.url),
         warehouse=str(data.project.warehouse),
-        runs=[_describe_run(run) for run in data.runs],
+        runs=[RunSpan.from_outcome(run) for run in data.runs],
         tables=_describe_tables(data, status),
         audits=[_describe_audit(result) for result in data.audits],
         marts=[_describe_mart(mart) for mart in data.marts],
         versions={name: version(name) for name in ("phasewise", "prefect", "duckdb")},
     )
     return write_report(report, data.project.reports)
-
-
-def _describe_run(run: StepOutcome) -> RunSpan:
-    return RunSpan(
-        name=run.name,
-        flow=run.name.partition("/")[0],
-        run_id=run.run_id,
-        state=run.state_name,
-        parent=run.parent_id,
-        expected_start=run.expected_at,
-        started_at=run.started_at,
-        ended_at=run.ended_at,
-        seconds=run.seconds,
-        attempts=max(run.attempts, 1),
-        url=run.url,
-    )
 
 
 def _describe_tables(data: BatchData, status: str) -> list[TableReport]:
@@ -113,5 +97,12 @@ def _describe_audit(result: AuditResult) -> AuditReport:
 
 def _describe_mart(mart: MartData) -> MartReport:
     return MartReport(
-        name=mart.name, title=mart.title, columns=mart.columns, rows=mart.rows, chart=mart.chart, x=mart.x, y=mart.y
+        name=mart.name,
+        title=mart.title,
+        columns=mart.columns,
+        rows=mart.rows,
+        chart=mart.chart,
+        x=mart.x,
+        y=mart.y,
+        total_rows=mart.total_rows,
     )

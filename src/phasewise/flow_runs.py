@@ -8,17 +8,26 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import Any, Protocol
-from uuid import UUID
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from typing import Any, Protocol, TypeVar
+from uuid import UUID, uuid4
 
 import httpx
 from prefect import Task
 from prefect.client.orchestration import PrefectClient, get_client
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId, FlowRunFilterIdempotencyKey
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterId,
+    FlowRunFilterIdempotencyKey,
+    FlowRunFilterParentFlowRunId,
+)
 from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.sorting import FlowRunSort
 from prefect.context import FlowRunContext
 from prefect.events.clients import get_events_subscriber
 from prefect.events.filters import EventFilter, EventNameFilter, EventResourceFilter
@@ -28,7 +37,7 @@ from prefect.states import AwaitingRetry, Cancelling, Pending
 from prefect.types import KeyValueLabels
 from prefect.utilities.urls import url_for
 
-from phasewise.errors import DeploymentMissing, OrchestrationError
+from phasewise.errors import DeploymentMissing, OrchestrationError, ServerUnreachable
 from phasewise.outcomes import FINAL_TYPES, StepOutcome
 
 #: Label prefix under which a flow run keeps its summary on the server.
@@ -37,6 +46,12 @@ SUMMARY_PREFIX = "phasewise."
 # The server takes at most 100 a call; half of it lets the first runs start while the rest is being created.
 _BULK_SIZE = 50
 _READ_SIZE = 200
+#: Seconds; see where they are used.
+_COALESCE_PAUSE = 0.05
+_UNREACHABLE_PAUSE = 1.0
+_CANCELLING_SECONDS = 40.0
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,31 +87,41 @@ class FlowRuns(Protocol):
         """Yield the outcome of each run once, as it becomes final."""
         ...
 
+    async def restart(self, run_ids: Collection[str]) -> None:
+        """Schedule each run again, under its own id, that is final and did not complete."""
+        ...
+
     async def cancel(self, run_ids: Collection[str]) -> None:
-        """Ask each run that is not final to end; runs that are final stay as they are."""
+        """Ask each run that is not final, and everything below all of them, to end; final ones stay as they are."""
         ...
 
 
 class PrefectFlowRuns:
     """Flow runs on the Prefect server of the current settings.
 
-    Inside a flow the runs become its children: linked to it, so that the UI nests them.
+    Inside a flow the runs become its children: linked to it, so that the UI nests them. A server that does not
+    answer is waited for: *patience_seconds* in calls that change something, without end while watching.
     """
 
-    def __init__(self, *, poll_seconds: float = 15.0) -> None:
+    def __init__(self, *, poll_seconds: float = 15.0, patience_seconds: float = 90.0) -> None:
         self._poll_seconds = poll_seconds
-        self._logger = get_logger("phasewise.flow_runs")
+        self._patience_seconds = patience_seconds
         self._deployment_ids: dict[str, UUID] = {}
 
     async def submit(self, requests: Sequence[RunRequest]) -> list[str]:
-        async with get_client() as client:
-            for deployment in dict.fromkeys(request.deployment for request in requests):
-                await self._find_deployment(client, deployment)
-            known = await _read_by_key(client, [request.key for request in requests if request.key])
-            await asyncio.gather(*(_restart(client, run) for run in known.values() if _must_restart(run)))
-            missing = [request for request in requests if request.key is None or request.key not in known]
-            created = iter(await self._create(client, missing))
-            return [str(known[r.key].id) if r.key and r.key in known else next(created) for r in requests]
+        # With a key of its own even a request without one is safe to send again.
+        keyed = [replace(request, key=request.key or str(uuid4())) for request in requests]
+        return await self._call(lambda client: self._submit(client, keyed))
+
+    async def _submit(self, client: PrefectClient, requests: Sequence[RunRequest]) -> list[str]:
+        for deployment in dict.fromkeys(request.deployment for request in requests):
+            await self._find_deployment(client, deployment)
+        known = await _read_by_key(client, [request.key for request in requests if request.key])
+        known = await _settle_cancelling(client, known)
+        await asyncio.gather(*(_restart(client, run) for run in known.values() if _must_restart(run)))
+        missing = [request for request in requests if request.key not in known]
+        created = iter(await self._create(client, missing))
+        return [str(known[r.key].id) if r.key in known else next(created) for r in requests]
 
     async def _find_deployment(self, client: PrefectClient, name: str) -> UUID:
         if name not in self._deployment_ids:
@@ -112,84 +137,156 @@ class PrefectFlowRuns:
         """Create the runs in bulk, per deployment, and return their ids in the order of *requests*."""
         parents = await _link_to_parent(client, requests)
         run_ids: dict[int, str] = {}
-        for deployment, deployment_id in self._deployment_ids.items():
+        for deployment in dict.fromkeys(request.deployment for request in requests):
             mine = [index for index, request in enumerate(requests) if request.deployment == deployment]
             for start in range(0, len(mine), _BULK_SIZE):
                 chunk = mine[start : start + _BULK_SIZE]
-                bodies = [_describe(requests[index], parents[index]) for index in chunk]
-                run_ids.update(zip(chunk, await _create_bulk(client, deployment_id, bodies), strict=True))
+                bodies = [_describe(requests[index], parents[index], index) for index in chunk]
+                created = await _create_bulk(client, self._deployment_ids[deployment], bodies)
+                run_ids.update(zip(chunk, created, strict=True))
         return [run_ids[index] for index in range(len(requests))]
 
     async def watch(self, run_ids: Sequence[str]) -> AsyncIterator[StepOutcome]:
-        pending = dict.fromkeys(run_ids)
-        if not pending:
-            return
-        # An event says which run to look at; the read says what is true. So a lost, doubled or reordered event can
-        # neither invent a result nor lose one: at worst the next slow read finds it.
-        seen: asyncio.Queue[str | None] = asyncio.Queue()
-        listener = asyncio.create_task(self._listen(list(pending), seen))
-        try:
-            async with get_client() as client:
-                suspects: Collection[str] = list(pending)
-                while pending:
-                    for outcome in await self._read_final(client, suspects):
-                        if outcome.run_id in pending:
-                            del pending[outcome.run_id]
-                            yield outcome
-                    if pending:
-                        suspects = await self._next_suspects(seen, pending)
-        finally:
-            listener.cancel()
-            with suppress(asyncio.CancelledError):
-                await listener
+        async with get_client() as client:
 
-    async def _next_suspects(self, seen: asyncio.Queue[str | None], pending: Collection[str]) -> Collection[str]:
-        """Return the runs that an event named, or all that are pending when the slow clock or a reconnect says so."""
+            async def read(wanted: Sequence[str]) -> list[StepOutcome]:
+                runs = {str(run.id): run for run in await _read_by_id(client, wanted)}
+                return [describe_run(runs[run_id]) if run_id in runs else _lost(run_id) for run_id in wanted]
+
+            listen = partial(_listen, run_ids)
+            async for outcome in watch_runs(run_ids, read=read, listen=listen, poll_seconds=self._poll_seconds):
+                yield outcome
+
+    async def restart(self, run_ids: Collection[str]) -> None:
+        async def restart(client: PrefectClient) -> None:
+            runs = await _read_by_id(client, list(run_ids))
+            await asyncio.gather(*(_restart(client, run) for run in runs if _must_restart(run)))
+
+        await self._call(restart)
+
+    async def cancel(self, run_ids: Collection[str]) -> None:
+        await self._call(lambda client: cancel_runs(client, [UUID(run_id) for run_id in run_ids]))
+
+    async def _call(self, call: Callable[[PrefectClient], Awaitable[R]]) -> R:
+        deadline = time.monotonic() + self._patience_seconds
+        while True:
+            try:
+                async with get_client() as client:
+                    return await call(client)
+            except httpx.TransportError as exc:
+                if time.monotonic() > deadline:
+                    raise ServerUnreachable(
+                        f"The Prefect server did not answer for {self._patience_seconds:g} s ({type(exc).__name__}).",
+                        hint="Start it again (make up), then retry this run: what completed is not run again.",
+                    ) from exc
+                await asyncio.sleep(1)
+
+
+async def watch_runs(
+    run_ids: Sequence[str],
+    *,
+    read: Callable[[Sequence[str]], Awaitable[Sequence[StepOutcome]]],
+    listen: Callable[[asyncio.Queue[str | None]], Coroutine[Any, Any, None]],
+    poll_seconds: float,
+) -> AsyncIterator[StepOutcome]:
+    """Yield the outcome of each run once, as it becomes final.
+
+    A hint (an event) says which run to look at; *read* says what is true. So a lost, doubled, reordered or late
+    event can neither invent a result nor lose one: at worst the slow clock (*poll_seconds*) finds it. *listen* puts
+    run ids into the queue it gets, and None whenever it may have missed some.
+    """
+    pending = dict.fromkeys(run_ids)
+    hints: asyncio.Queue[str | None] = asyncio.Queue()
+    listener = asyncio.create_task(listen(hints))
+    try:
+        suspects = list(pending)
+        while pending:
+            try:
+                outcomes = await read(suspects)
+            except httpx.HTTPError as exc:
+                get_logger("phasewise.flow_runs").warning("Could not read flow runs (%s).", type(exc).__name__)
+                await asyncio.sleep(_UNREACHABLE_PAUSE)
+                suspects = list(pending)
+                continue
+            for outcome in outcomes:
+                if outcome.is_final and outcome.run_id in pending:
+                    del pending[outcome.run_id]
+                    yield outcome
+            if pending:
+                suspects = await _next_suspects(hints, pending, poll_seconds)
+    finally:
+        listener.cancel()
+        with suppress(asyncio.CancelledError):
+            await listener
+
+
+async def _next_suspects(hints: asyncio.Queue[str | None], pending: Collection[str], poll_seconds: float) -> list[str]:
+    """Return the runs that hints named, or all that are pending when the slow clock or a reconnect says so."""
+    deadline = asyncio.get_running_loop().time() + poll_seconds
+    while True:
         try:
-            named = [await asyncio.wait_for(seen.get(), self._poll_seconds)]
+            async with asyncio.timeout_at(deadline):
+                named = {await hints.get()}
         except TimeoutError:
             return list(pending)
         # Siblings tend to end together: a short pause makes one read of many events.
-        await asyncio.sleep(0.05)
-        while not seen.empty():
-            named.append(seen.get_nowait())
-        if None in named:
-            return list(pending)
-        return [run_id for run_id in pending if run_id in set(named)]
+        await asyncio.sleep(_COALESCE_PAUSE)
+        while not hints.empty():
+            named.add(hints.get_nowait())
+        suspects = list(pending) if None in named else [run_id for run_id in pending if run_id in named]
+        if suspects:
+            return suspects
 
-    async def _read_final(self, client: PrefectClient, run_ids: Collection[str]) -> list[StepOutcome]:
-        """Return outcomes of those runs that are final. A server that does not answer is asked again later."""
-        wanted = list(run_ids)
+
+async def _listen(run_ids: Sequence[str], hints: asyncio.Queue[str | None]) -> None:
+    """Put the id of each run that became final into *hints*, and None after each (re)connect."""
+    pause = _COALESCE_PAUSE
+    while True:
         try:
-            runs = await _read_by_id(client, wanted)
-        except httpx.HTTPError as exc:
-            self._logger.warning("Could not read flow runs (%s); reading again.", type(exc).__name__)
-            await asyncio.sleep(1)
-            return []
-        found = {str(run.id): run for run in runs}
-        outcomes = [describe_run(run) for run in runs if run.state is not None and run.state.is_final()]
-        lost = [_lost(run_id) for run_id in wanted if run_id not in found]
-        return outcomes + lost
+            # The subscriber's own reconnects would hide the gap in which events were lost.
+            async with get_events_subscriber(filter=_final_events(run_ids), reconnection_attempts=0) as subscriber:
+                hints.put_nowait(None)
+                pause = _COALESCE_PAUSE
+                async for event in subscriber:
+                    hints.put_nowait(event.resource.id.removeprefix("prefect.flow-run."))
+        except Exception as exc:  # noqa: BLE001 - whatever ended the socket, we connect again; the slow read goes on
+            get_logger("phasewise.flow_runs").debug("Events subscription ended: %s", exc)
+        await asyncio.sleep(pause)
+        pause = min(pause * 2, 5.0)
 
-    async def _listen(self, run_ids: Sequence[str], seen: asyncio.Queue[str | None]) -> None:
-        """Put the id of each run that became final into *seen*, and None after each (re)connect."""
-        delay = 0.1
-        while True:
-            try:
-                async with get_events_subscriber(filter=_final_events(run_ids), reconnection_attempts=0) as subscriber:
-                    seen.put_nowait(None)
-                    delay = 0.1
-                    async for event in subscriber:
-                        seen.put_nowait(event.resource.id.removeprefix("prefect.flow-run."))
-            except Exception as exc:  # noqa: BLE001 - whatever ended the socket, we connect again; the slow read goes on
-                self._logger.debug("Events subscription ended: %s", exc)
-            await asyncio.sleep(delay)
-            delay = min(delay * 2, 5.0)
 
-    async def cancel(self, run_ids: Collection[str]) -> None:
-        async with get_client() as client:
-            runs = [run for run in await _read_by_id(client, list(run_ids)) if run.state and not run.state.is_final()]
-            await asyncio.gather(*(client.set_flow_run_state(run.id, Cancelling()) for run in runs))
+async def cancel_runs(client: PrefectClient, run_ids: Collection[UUID], *, below: bool = True) -> list[UUID]:
+    """Cancel the runs that are not final and, unless told otherwise, everything below all of *run_ids*.
+
+    All levels at once: a grandchild does not wait until its parent has ended. Returns the runs that were asked to
+    end.
+    """
+    asked: list[UUID] = []
+    level = await _read_by_id(client, [str(run_id) for run_id in run_ids])
+    while level:
+        living = [run for run in level if run.state and not run.state.is_final() and not run.state.is_cancelling()]
+        await asyncio.gather(*(_cancel_one(client, run) for run in living))
+        asked += [run.id for run in living]
+        level = await read_children(client, [run.id for run in level]) if below else []
+    return asked
+
+
+async def read_children(client: PrefectClient, parents: Sequence[UUID]) -> list[FlowRun]:
+    """Return the flow runs directly below *parents*."""
+    runs: list[FlowRun] = []
+    parent_filter = FlowRunFilter(parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=list(parents)))
+    while True:
+        page = await client.read_flow_runs(
+            flow_run_filter=parent_filter, limit=_READ_SIZE, offset=len(runs), sort=FlowRunSort.ID_DESC
+        )
+        runs += page
+        if len(page) < _READ_SIZE:
+            return runs
+
+
+async def _cancel_one(client: PrefectClient, run: FlowRun) -> None:
+    with suppress(ObjectNotFound):  # deleted meanwhile
+        await client.set_flow_run_state(run.id, Cancelling(message="Cancelled with the run above it."))
 
 
 def report_summary(summary: Mapping[str, Any]) -> None:
@@ -244,8 +341,11 @@ def _stand_in() -> None:
     """The body of the task run that stands for a child; the child's own states are copied to it by the server."""
 
 
-def _describe(request: RunRequest, parent: UUID | None) -> dict[str, Any]:
-    body: dict[str, Any] = {"parameters": dict(request.parameters), "state": {"type": "SCHEDULED"}}
+def _describe(request: RunRequest, parent: UUID | None, rank: int) -> dict[str, Any]:
+    # Workers take the earliest first: a microsecond apart, runs start in the order of the requests.
+    scheduled = (datetime.now(UTC) + timedelta(microseconds=rank)).isoformat()
+    state = {"type": "SCHEDULED", "state_details": {"scheduled_time": scheduled}}
+    body: dict[str, Any] = {"parameters": dict(request.parameters), "state": state}
     optional = {"name": request.name, "idempotency_key": request.key, "parent_task_run_id": parent and str(parent)}
     return body | {key: value for key, value in optional.items() if value}
 
@@ -278,6 +378,15 @@ async def _read_by_id(client: PrefectClient, run_ids: Sequence[str]) -> list[Flo
     return runs
 
 
+async def _settle_cancelling(client: PrefectClient, known: dict[str, FlowRun]) -> dict[str, FlowRun]:
+    """Wait until runs that are being cancelled are final: only then can they be scheduled again."""
+    deadline = time.monotonic() + _CANCELLING_SECONDS
+    while any(run.state and run.state.is_cancelling() for run in known.values()) and time.monotonic() < deadline:
+        await asyncio.sleep(0.25)
+        known = await _read_by_key(client, list(known))
+    return known
+
+
 def _must_restart(run: FlowRun) -> bool:
     return run.state is not None and run.state.is_final() and run.state.type is not StateType.COMPLETED
 
@@ -307,7 +416,7 @@ def describe_run(run: FlowRun, *, parent_id: str | None = None) -> StepOutcome:
         run_id=str(run.id),
         state_type=state.type.value,
         state_name=state.name or state.type.value.title(),
-        message=state.message or "",
+        message=(state.message or "").removeprefix("Flow run encountered an exception: "),
         expected_at=run.expected_start_time,
         started_at=run.start_time,
         ended_at=run.end_time,

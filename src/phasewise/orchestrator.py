@@ -1,10 +1,12 @@
-"""Run phases: trigger their steps, wait for all of them, pass failures up."""
+"""Run phases: trigger their steps, wait for all of them, pass failures up and cancellations down."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+import time
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from phasewise.errors import FlowRunsFailed
@@ -40,11 +42,13 @@ async def wait_for_flow_runs(
     *,
     timeout: float | None = None,
     on_failure: Literal["wait", "cancel"] = "wait",
+    crash_retries: int = 0,
     flow_runs: FlowRuns | None = None,
 ) -> list[StepOutcome]:
     """Wait until every run is final; return their outcomes in the order of *run_ids*.
 
-    ``on_failure="cancel"`` cancels the others as soon as one did not complete. *timeout* is in seconds.
+    ``on_failure="cancel"`` cancels the others as soon as one did not complete. A run that crashed is run again up to
+    *crash_retries* times before it counts. *timeout* is in seconds.
 
     Raises:
         FlowRunsFailed: at least one did not complete; it names each with its state, message and id.
@@ -53,9 +57,8 @@ async def wait_for_flow_runs(
     runs = flow_runs or PrefectFlowRuns()
     outcomes: dict[str, StepOutcome] = {}
     async with asyncio.timeout(timeout):
-        async for outcome in runs.watch(run_ids):
+        async for outcome in _watch(runs, run_ids, crash_retries):
             outcomes[outcome.run_id] = outcome
-            _log_outcome(outcome)
             if on_failure == "cancel" and not outcome.is_completed:
                 await runs.cancel([run_id for run_id in run_ids if run_id not in outcomes])
     in_order = [outcomes[run_id] for run_id in run_ids]
@@ -66,9 +69,17 @@ async def wait_for_flow_runs(
 
 
 async def run_phases(
-    phases: Sequence[Phase], *, batch: str, flow_runs: FlowRuns | None = None, first_number: int = 1
+    phases: Sequence[Phase],
+    *,
+    batch: str,
+    timeout: float | None = None,
+    crash_retries: int = 1,
+    flow_runs: FlowRuns | None = None,
 ) -> RunOutcome:
     """Run *phases* one after another; a phase starts only when every step of the one before has completed.
+
+    *timeout* (seconds) bounds all phases together: steps that are still on their way then are cancelled and count
+    as TimedOut.
 
     Raises:
         PipelineInvalid: the phases cannot run as declared; nothing was started.
@@ -76,45 +87,66 @@ async def run_phases(
     """
     validate_phases(phases)
     logger = current_logger()
+    deadline = None if timeout is None else time.monotonic() + timeout
     done: list[PhaseOutcome] = []
-    for number, phase in enumerate(phases, start=first_number):
+    for number, phase in enumerate(phases, start=1):
         names = _join_names([step.name for step in phase.steps])
-        parallel = " in parallel" if len(phase.steps) > 1 else ""
-        logger.info("Phase %d: Starting %s%s...", number, names, parallel)
-        done.append(await run_phase(phase, batch=batch, flow_runs=flow_runs))
+        logger.info("Phase %d: Starting %s%s...", number, names, " in parallel" if len(phase.steps) > 1 else "")
+        bounded = _bound(phase, deadline)
+        done.append(await run_phase(bounded, batch=batch, crash_retries=crash_retries, flow_runs=flow_runs))
         logger.info("Phase %d completed: %s finished", number, names)
     return RunOutcome(batch=batch, phases=done)
 
 
-async def run_phase(phase: Phase, *, batch: str, flow_runs: FlowRuns | None = None) -> PhaseOutcome:
+def _bound(phase: Phase, deadline: float | None) -> Phase:
+    """Return *phase* with the timeouts of its steps cut to what is left until *deadline*."""
+    if deadline is None:
+        return phase
+    left = max(deadline - time.monotonic(), 0.001)
+    return replace(phase, steps=[replace(step, timeout=min(step.timeout or left, left)) for step in phase.steps])
+
+
+async def run_phase(
+    phase: Phase, *, batch: str, crash_retries: int = 1, flow_runs: FlowRuns | None = None
+) -> PhaseOutcome:
     """Run the steps of one phase in parallel and wait for all of them.
 
     Raises:
         FlowRunsFailed: steps did not complete.
     """
-    started = await start_phase(phase, batch=batch, flow_runs=flow_runs)
+    started = await start_phase(phase, batch=batch, crash_retries=crash_retries, flow_runs=flow_runs)
     return await started.wait()
 
 
-async def start_phase(phase: Phase, *, batch: str, flow_runs: FlowRuns | None = None) -> StartedPhase:
+async def start_phase(
+    phase: Phase, *, batch: str, crash_retries: int = 1, flow_runs: FlowRuns | None = None
+) -> StartedPhase:
     """Trigger the steps of one phase and return at once; ``await started.wait()`` waits for them."""
     runs = flow_runs or PrefectFlowRuns()
-    planned = [(step, request) for step in phase.steps for request in plan_requests(step, batch=batch)]
-    run_ids = await runs.submit([request for _, request in planned])
-    for (_, request), run_id in zip(planned, run_ids, strict=True):
+    planned = [(step, item, request) for step in phase.steps for item, request in plan_requests(step, batch=batch)]
+    run_ids = await runs.submit([request for _, _, request in planned])
+    for (_, _, request), run_id in zip(planned, run_ids, strict=True):
         current_logger().info("Triggered subflow %s (run_id: %s)", request.deployment, run_id)
-    steps = {run_id: step.name for (step, _), run_id in zip(planned, run_ids, strict=True)}
-    return StartedPhase(phase=phase, steps=steps, flow_runs=runs)
+    origins = {run_id: _Origin(step, item) for (step, item, _), run_id in zip(planned, run_ids, strict=True)}
+    return StartedPhase(phase=phase, origins=origins, crash_retries=crash_retries, flow_runs=runs)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
+class _Origin:
+    step: Step
+    item: str | None
+
+
+@dataclass(kw_only=True)
 class StartedPhase:
     """A phase whose flow runs are on their way."""
 
     phase: Phase
-    #: Run id → name of its step, in the order of their triggering.
-    steps: Mapping[str, str]
+    #: Run id → the step, and the item of a fan-out, that it was triggered for; in the order of triggering.
+    origins: Mapping[str, _Origin]
     flow_runs: FlowRuns
+    crash_retries: int = 1
+    _timed_out: dict[str, float] = field(default_factory=dict)
 
     async def wait(self) -> PhaseOutcome:
         """Wait until all steps are final.
@@ -123,38 +155,113 @@ class StartedPhase:
         still on their way are cancelled too, so that nothing outlives its parent.
 
         Raises:
-            FlowRunsFailed: steps did not complete.
+            FlowRunsFailed: more steps did not complete than the phase allows.
         """
-        run_ids = list(self.steps)
+        pending = set(self.origins)
+        outcomes: dict[str, StepOutcome] = {}
+        async with self._cancelling(pending), self._enforcing_timeouts(pending):
+            async for final in _watch(self.flow_runs, list(self.origins), self.crash_retries):
+                pending.discard(final.run_id)
+                outcomes[final.run_id] = outcome = self._name(final)
+                if self.phase.on_failure == "cancel" and self._is_over_budget(outcomes.values(), outcome.step):
+                    await self.flow_runs.cancel(list(pending))
+        return self._conclude([outcomes[run_id] for run_id in self.origins])
+
+    @asynccontextmanager
+    async def _cancelling(self, pending: set[str]) -> AsyncIterator[None]:
         try:
-            outcomes = await wait_for_flow_runs(run_ids, on_failure=self.phase.on_failure, flow_runs=self.flow_runs)
-        except FlowRunsFailed:
-            raise
+            yield
         except BaseException:
-            await asyncio.shield(self.flow_runs.cancel(run_ids))
+            await asyncio.shield(self.flow_runs.cancel(list(pending)))
             raise
-        named = [replace(outcome, step=self.steps[outcome.run_id]) for outcome in outcomes]
-        return PhaseOutcome(name=self.phase.name, steps=named)
+
+    @asynccontextmanager
+    async def _enforcing_timeouts(self, pending: set[str]) -> AsyncIterator[None]:
+        clocks = [
+            asyncio.create_task(self._enforce(step, pending)) for step in self.phase.steps if step.timeout is not None
+        ]
+        try:
+            yield
+        finally:
+            for clock in clocks:
+                clock.cancel()
+                with suppress(asyncio.CancelledError):
+                    await clock
+
+    async def _enforce(self, step: Step, pending: set[str]) -> None:
+        assert step.timeout is not None
+        await asyncio.sleep(step.timeout)
+        late = [run_id for run_id in pending if self.origins[run_id].step is step]
+        self._timed_out |= dict.fromkeys(late, step.timeout)
+        await self.flow_runs.cancel(late)
+
+    def _name(self, final: StepOutcome) -> StepOutcome:
+        """Say of which step *final* is the outcome, and whether it was its timeout that ended it."""
+        origin = self.origins[final.run_id]
+        outcome = replace(final, step=origin.step.name, item=origin.item)
+        seconds = self._timed_out.get(final.run_id)
+        if seconds is None or outcome.is_completed:
+            return outcome
+        message = f"It exceeded its timeout of {seconds:g} s and was cancelled."
+        return replace(outcome, state_type="FAILED", state_name="TimedOut", message=message)
+
+    def _is_over_budget(self, outcomes: Iterable[StepOutcome], name: str | None) -> bool:
+        step = next(step for step in self.phase.steps if step.name == name)
+        failed = sum(outcome.step == name and not outcome.is_completed for outcome in outcomes)
+        return failed > (step.count_allowed() if isinstance(step, FanOut) else 0)
+
+    def _conclude(self, outcomes: list[StepOutcome]) -> PhaseOutcome:
+        over = {step.name for step in self.phase.steps if self._is_over_budget(outcomes, step.name)}
+        failed = [outcome for outcome in outcomes if not outcome.is_completed]
+        if over:
+            raise FlowRunsFailed([outcome for outcome in failed if outcome.step in over])
+        for outcome in failed:
+            current_logger().warning("Within the failure budget: %s", outcome.describe())
+        settled = [outcome if outcome.is_completed else replace(outcome, is_tolerated=True) for outcome in outcomes]
+        return PhaseOutcome(name=self.phase.name, steps=settled)
 
 
-def plan_requests(step: Step, *, batch: str) -> list[RunRequest]:
-    """Return the flow runs of *step*: one, or one per item of a fan-out, each with a key that is its own."""
+def plan_requests(step: Step, *, batch: str) -> list[tuple[str | None, RunRequest]]:
+    """Return the flow runs of *step* with their items: one, or one per item of a fan-out, each with a key of its own."""
     prefix = f"{batch}/{step.name}"
     parameters = {key: batch if value == BATCH else value for key, value in step.parameters.items()}
     if not isinstance(step, FanOut):
-        return [
-            RunRequest(deployment=step.deployment, name=step.flow_name, parameters=parameters, key=prefix, group=prefix)
-        ]
+        request = RunRequest(
+            deployment=step.deployment, name=step.flow_name, parameters=parameters, key=prefix, group=prefix
+        )
+        return [(None, request)]
     return [
-        RunRequest(
-            deployment=step.deployment,
-            name=f"{step.flow_name}/{item}",
-            parameters=parameters | {step.over: item},
-            key=f"{prefix}/{item}",
-            group=prefix,
+        (
+            item,
+            RunRequest(
+                deployment=step.deployment,
+                name=f"{step.flow_name}/{item}",
+                parameters=parameters | {step.over: item},
+                key=f"{prefix}/{item}",
+                group=prefix,
+            ),
         )
         for item in step.items
     ]
+
+
+async def _watch(runs: FlowRuns, run_ids: Sequence[str], crash_retries: int) -> AsyncIterator[StepOutcome]:
+    """Yield the outcome of each run once; one that crashed is run again first, *crash_retries* times."""
+    retries: dict[str, int] = {}
+    pending = list(dict.fromkeys(run_ids))
+    while pending:
+        again: list[str] = []
+        async for outcome in runs.watch(pending):
+            run_id = outcome.run_id
+            if outcome.state_type == "CRASHED" and retries.get(run_id, 0) < crash_retries:
+                retries[run_id] = retries.get(run_id, 0) + 1
+                current_logger().warning("Running it again: %s", outcome.describe())
+                await runs.restart([run_id])
+                again.append(run_id)
+            else:
+                _log_outcome(outcome)
+                yield outcome
+        pending = again
 
 
 def _log_outcome(outcome: StepOutcome) -> None:

@@ -32,9 +32,12 @@ class StepOutcome:
     #: Time spent running, over all attempts.
     seconds: float | None = None
     attempts: int = 1
-    #: Name of the pipeline's step that this run belongs to, and run id of its parent, where they are known.
+    #: Name of the pipeline's step that this run belongs to, its item in a fan-out, and run id of its parent.
     step: str | None = None
+    item: str | None = None
     parent_id: str | None = None
+    #: It did not complete, and the step's failure budget (``allow_failed``) covers that.
+    is_tolerated: bool = False
     #: Page of the flow run in the Prefect UI.
     url: str | None = None
     #: What the flow returned when it was a small mapping: rows, bytes, seconds, …
@@ -49,8 +52,8 @@ class StepOutcome:
         return self.state_type in FINAL_TYPES
 
     def describe(self) -> str:
-        """Return one line: name, state, run id and the state's own message."""
-        line = f"{self.name} {self.state_name} (run {self.run_id})"
+        """Return one line: name, state, the page or else the id of the run, and the state's own message."""
+        line = f"{self.name} {self.state_name} ({self.url or f'run {self.run_id}'})"
         return f"{line}: {self.message}" if self.message else line
 
 
@@ -63,7 +66,12 @@ class PhaseOutcome:
 
     @property
     def is_completed(self) -> bool:
-        return all(step.is_completed for step in self.steps)
+        return all(step.is_completed or step.is_tolerated for step in self.steps)
+
+    @property
+    def tolerated(self) -> list[StepOutcome]:
+        """The steps that did not complete, within the failure budget of their fan-out."""
+        return [step for step in self.steps if step.is_tolerated]
 
 
 @dataclass(frozen=True, kw_only=True)

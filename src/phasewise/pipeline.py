@@ -36,6 +36,10 @@ class Step:
     entrypoint: str | None = None
     #: Work queue of the deployment: ``orchestrators`` for a flow that waits for others, else ``tables``.
     work_queue: Literal["orchestrators", "tables"] = "tables"
+    #: Seconds from its triggering after which the step is cancelled and counts as TimedOut; None: no limit.
+    timeout: float | None = None
+    #: What the step's own flow runs, where it waits for flow runs itself: the preflight counts the slots they need.
+    phases: Sequence[Phase] = ()
 
     @property
     def flow_name(self) -> str:
@@ -48,7 +52,18 @@ class FanOut(Step):
 
     #: Name of the parameter that gets the item.
     over: str
+    #: In the order in which they are started.
     items: Sequence[str]
+    #: How many items may fail without failing the step: a number, or a share of them such as ``"10%"``.
+    allow_failed: int | str = 0
+
+    def count_allowed(self) -> int:
+        """Return how many items may fail; a share is rounded down.
+
+        Raises:
+            PipelineInvalid: *allow_failed* is neither a number nor a percentage.
+        """
+        return count_allowed(self.allow_failed, len(self.items))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +78,14 @@ class Phase:
     def with_step(self, step: Step) -> Phase:
         """Return this phase with one step more beside the others."""
         return replace(self, steps=(*self.steps, step))
+
+
+def _cleanup(number: int) -> Step:
+    return Step(
+        name=f"cleanup_flow{number}",
+        deployment=f"cleanup-flow-{number}/cleanup-flow-{number}-deployment",
+        parameters={"batch_id": BATCH},
+    )
 
 
 #: The built-in pipeline of ``main_etl``.
@@ -81,6 +104,21 @@ PHASES: tuple[Phase, ...] = (
                 deployment="sub-etl-job/sub-etl-deployment",
                 parameters={"batch_id": BATCH},
                 work_queue="orchestrators",
+                phases=(
+                    Phase(
+                        name="tables",
+                        steps=(
+                            FanOut(
+                                name="process_table_etl",
+                                deployment="process-table-etl/process-table-etl-deployment",
+                                parameters={"batch_id": BATCH},
+                                over="table",
+                                items=(),
+                            ),
+                        ),
+                    ),
+                    Phase(name="cleanup", steps=(_cleanup(1), _cleanup(2))),
+                ),
             ),
         ),
     ),
@@ -137,6 +175,22 @@ def _import_file(path: Path) -> ModuleType:
     return module
 
 
+def count_allowed(allow_failed: int | str, total: int) -> int:
+    """Return how many of *total* may fail when ``allow_failed`` says so: ``2``, or ``"10%"`` (rounded down).
+
+    Raises:
+        PipelineInvalid: it is neither a number from 0 on nor a percentage from 0 to 100.
+    """
+    text = str(allow_failed)
+    try:
+        allowed = int(total * float(text[:-1]) / 100) if text.endswith("%") else int(text)
+    except ValueError:
+        allowed = -1
+    if allowed < 0 or (text.endswith("%") and allowed > total):
+        raise PipelineInvalid(f'allow_failed = "{allow_failed}" is neither a number nor a share such as "10%".')
+    return allowed
+
+
 def validate_phases(phases: Sequence[Phase]) -> None:
     """Check that the phases can be run.
 
@@ -168,4 +222,10 @@ def _find_step_problems(step: Step) -> list[str]:
     if isinstance(step, FanOut):
         twice = sorted({item for item in step.items if list(step.items).count(item) > 1})
         problems += [f'step "{step.name}": item "{item}" stands twice' for item in twice]
+        try:
+            step.count_allowed()
+        except PipelineInvalid as exc:
+            problems.append(f'step "{step.name}": {str(exc).rstrip(".")}')
+    if step.timeout is not None and step.timeout <= 0:
+        problems.append(f'step "{step.name}": a timeout of {step.timeout} s would never let it run')
     return problems

@@ -63,6 +63,14 @@ class Settings(BaseSettings):
         description="Seconds that a worker which is stopped lets its flow runs finish. "
         "Then it stops and reschedules them.",
     )
+    crash_retries: int = Field(
+        default=1, ge=0, description="Times that a crashed flow run is run again before it counts as failed."
+    )
+    lost_after_seconds: float = Field(
+        default=25.0,
+        ge=15,
+        description="Seconds without a heartbeat after which a worker counts as dead and its flow runs as crashed.",
+    )
     cancel_grace_seconds: float = Field(
         default=10.0, ge=0, description="Seconds that a cancelled flow run gets to end before it is killed."
     )

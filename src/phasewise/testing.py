@@ -18,6 +18,10 @@ from phasewise.outcomes import StepOutcome
 Body = Callable[..., Awaitable[Mapping[str, Any] | None]]
 
 
+class ProcessDied(Exception):
+    """Raised by a body: its flow run ends Crashed, as if its process had been killed."""
+
+
 @dataclass
 class MemoryRun:
     """One flow run of ``MemoryFlowRuns``."""
@@ -51,12 +55,15 @@ class MemoryFlowRuns:
         known = [run for run in self.runs.values() if request.key is not None and run.request.key == request.key]
         run = known[0] if known else MemoryRun(request=request, run_id=str(uuid.uuid4()))
         self.runs[run.run_id] = run
+        self._start(run)
+        return run
+
+    def _start(self, run: MemoryRun) -> None:
         if run.attempts == 0 or (run.outcome is not None and not run.outcome.is_completed):
             run.attempts += 1
             run.outcome = None
             run.is_final.clear()
             run.task = asyncio.create_task(self._execute(run))
-        return run
 
     async def _execute(self, run: MemoryRun) -> None:
         started_at = datetime.now(UTC)
@@ -66,6 +73,8 @@ class MemoryFlowRuns:
             summary = dict(await body(**run.request.parameters) or {})
         except asyncio.CancelledError:
             state = "CANCELLED"
+        except ProcessDied as exc:
+            state, message = "CRASHED", str(exc)
         except Exception as exc:  # noqa: BLE001 - a flow may raise anything; the run records it
             state, message = "FAILED", str(exc)
         run.outcome = StepOutcome(
@@ -91,6 +100,10 @@ class MemoryFlowRuns:
         if run.outcome is None:
             raise AssertionError("a final run has an outcome")
         return run.outcome
+
+    async def restart(self, run_ids: Collection[str]) -> None:
+        for run_id in run_ids:
+            self._start(self.runs[run_id])
 
     async def cancel(self, run_ids: Collection[str]) -> None:
         for run_id in run_ids:
