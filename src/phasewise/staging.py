@@ -192,11 +192,13 @@ def read_plan(project: Project, batch: str) -> BatchPlan | None:
 
 
 @contextmanager
-def open_snapshot(project: Project, settings: Settings, batch: str) -> Iterator[SnapshotToken]:
+def open_snapshot(project: Project, settings: Settings, batch: str) -> Iterator[SnapshotToken | None]:
     """Hold one moment of the source for all processes that extract tables of *batch*.
 
-    Yields a token, small and JSON-able, for ``extract_table``. What is kept for it lies in the batch's folder and
-    goes when the block ends well; when it fails, a source that can keep its moment keeps it for the resume.
+    Yields a token, small and JSON-able, for ``extract_table``; None where the source cannot hold a moment (MySQL):
+    each table is then consistent for itself alone, and its manifest's ``snapshot`` is None. What is kept for the
+    token lies in the batch's folder and goes when the block ends well; when it fails, a source that can keep its
+    moment keeps it for the resume.
 
     Raises:
         SourceUnavailable: the source does not answer.
@@ -362,11 +364,13 @@ def _copy(
     connection.execute("SET preserve_insertion_order = false")
     options = "FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE 122880, ROW_GROUP_SIZE_BYTES '64MB'"
     try:
-        source.begin(connection, snapshot)
+        source.begin(connection, table, snapshot)
         copied = connection.execute(
             f"COPY ({source.select(table)}) TO {quote_literal(str(path))} ({options})"
         ).fetchone()
-        source_rows = source.count_rows(connection, table)
+        assert copied is not None  # COPY returns the number of rows
+        rows = int(copied[0])
+        source_rows = source.count_rows(connection, table, rows)
         connection.execute("COMMIT")
     except PhasewiseError:
         _abandon(connection, path)
@@ -375,8 +379,7 @@ def _copy(
     except (duckdb.Error, UnicodeDecodeError) as exc:
         _abandon(connection, path)
         raise _find_staging_error(path, exc) or source.explain(connection, table, exc) from exc
-    assert copied is not None  # COPY returns the number of rows
-    return int(copied[0]), source_rows
+    return rows, source_rows
 
 
 def _abandon(connection: duckdb.DuckDBPyConnection, path: Path) -> None:

@@ -307,12 +307,12 @@ def test_rows_and_count_are_of_one_moment(tmp_path: Path):
 
     with lake.open_session(SETTINGS, extensions=source.extensions) as connection:
         source.attach(connection)
-        source.begin(connection)
+        source.begin(connection, table)
         assert len(connection.execute(source.select(table)).fetchall()) == 1
         with closing(sqlite3.connect(tmp_path / "source.db")) as writer, writer:
             writer.execute("INSERT INTO t VALUES (2)")
 
-        assert source.count_rows(connection, table) == 1
+        assert source.count_rows(connection, table, 1) == 1
         assert len(connection.execute(source.select(table)).fetchall()) == 1
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import importlib
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -93,20 +94,27 @@ class Source(Protocol):
     def can_carry(self, column: Column, type_name: str) -> bool:
         """Tell whether values of *column* can arrive faithfully as the DuckDB type *type_name*, each one checked."""
 
-    def open_snapshot(self, folder: Path) -> AbstractContextManager[SnapshotToken]:
-        """Hold one moment of the whole source for other processes; *folder* is there for what must be kept."""
+    def open_snapshot(self, folder: Path) -> AbstractContextManager[SnapshotToken | None]:
+        """Hold one moment of the whole source for other processes; *folder* is there for what must be kept.
+
+        Yields None where the source cannot.
+        """
 
     def attach(self, connection: duckdb.DuckDBPyConnection, snapshot: SnapshotToken | None = None) -> None:
         """Attach the source, read-only, as ``source``."""
 
-    def begin(self, connection: duckdb.DuckDBPyConnection, snapshot: SnapshotToken | None = None) -> None:
-        """Begin the transaction in which all is read, at *snapshot* when one is held."""
+    def begin(
+        self, connection: duckdb.DuckDBPyConnection, table: SourceTable, snapshot: SnapshotToken | None = None
+    ) -> None:
+        """Begin the transaction in which *table* is read, at *snapshot* when one is held."""
 
     def select(self, table: SourceTable) -> str:
         """Return the query whose rows are the table's, in the types of its columns."""
 
-    def count_rows(self, connection: duckdb.DuckDBPyConnection, table: SourceTable) -> int:
+    def count_rows(self, connection: duckdb.DuckDBPyConnection, table: SourceTable, rows_read: int) -> int:
         """Return the table's rows as the source itself counts them, at the moment of the transaction.
+
+        *rows_read* is how many the scan gave, for a source that cannot count at the very same moment.
 
         Raises:
             UnfaithfulValue: the source knows of values that the rows read before do not show.
@@ -119,6 +127,8 @@ class Source(Protocol):
 SourceFactory = Callable[[str, Path, Settings], Source]
 
 _BUILT_IN = {
+    "mariadb": "phasewise.sources.mysql:MysqlSource",
+    "mysql": "phasewise.sources.mysql:MysqlSource",
     "postgres": "phasewise.sources.postgres:PostgresSource",
     "postgresql": "phasewise.sources.postgres:PostgresSource",
     "sqlite": "phasewise.sources.sqlite:SqliteSource",
@@ -142,11 +152,21 @@ def list_project_tables(project: Project, source: Source) -> list[str]:
     Those of the source that the globs of ``[tables]`` select; a name without wildcards in ``include`` and a table
     with a section of its own are listed too when the source does not list them: a view is selected so, and a
     table that is missing fails by its name rather than being forgotten.
+
+    Raises:
+        ProjectError: two tables differ by case only.
     """
     selection = project.tables
     named = {pattern for pattern in selection.include if not set(pattern) & set("*?[")} | set(project.table)
     wanted = {name for name in source.list_tables() if _matches(name, selection.include)} | named
-    return sorted(name for name in wanted if not _matches(name, selection.exclude))
+    tables = sorted(name for name in wanted if not _matches(name, selection.exclude))
+    for first, second in itertools.pairwise(sorted(tables, key=str.casefold)):
+        if first.casefold() == second.casefold():
+            raise ProjectError(
+                f'The tables "{first}" and "{second}" differ by case only, which the warehouse cannot tell apart.',
+                hint="Leave one of them out: [tables] exclude.",
+            )
+    return tables
 
 
 def describe_project_table(project: Project, source: Source, name: str) -> SourceTable:

@@ -23,6 +23,7 @@ from phasewise.lake import open_session, quote_identifier, quote_literal
 from phasewise.project import redact_url
 from phasewise.settings import Settings
 from phasewise.sources import Column, SnapshotToken, SourceTable
+from phasewise.sources.decoding import explain_unfaithful
 
 #: PostgreSQL's internal type name → the lake's type, where the binary scan keeps every value.
 _PLAIN = {
@@ -144,7 +145,9 @@ class PostgresSource:
                 hint="Check [source] url in phasewise.toml, the password and that the server runs.",
             ) from exc
 
-    def begin(self, connection: duckdb.DuckDBPyConnection, snapshot: SnapshotToken | None = None) -> None:
+    def begin(
+        self, connection: duckdb.DuckDBPyConnection, table: SourceTable, snapshot: SnapshotToken | None = None
+    ) -> None:
         try:
             self._begin(connection, snapshot["id"] if snapshot else None)
         except duckdb.Error as exc:
@@ -160,7 +163,7 @@ class PostgresSource:
         printed = ", ".join(f"{_print_column(column)} AS {quote_identifier(column.name)}" for column in table.columns)
         return _query(f"SELECT {printed} FROM {self._qualify(table)}")
 
-    def count_rows(self, connection: duckdb.DuckDBPyConnection, table: SourceTable) -> int:
+    def count_rows(self, connection: duckdb.DuckDBPyConnection, table: SourceTable, rows_read: int) -> int:
         tests = [(column, test) for column in table.columns if (test := _find_unfaithful(column))]
         counts = ["count(*) AS c0"]
         counts += [f"count(*) FILTER (WHERE {test}) AS c{index}" for index, (_, test) in enumerate(tests, start=1)]
@@ -174,7 +177,7 @@ class PostgresSource:
 
     def explain(self, connection: duckdb.DuckDBPyConnection, table: SourceTable, error: Exception) -> PhasewiseError:
         try:
-            self.count_rows(connection, table)
+            self.count_rows(connection, table, 0)
         except UnfaithfulValue as found:
             return found
         except duckdb.Error:
@@ -233,13 +236,7 @@ class PostgresSource:
         query = f"SELECT {shown} FROM {self._qualify(table)} WHERE {test} LIMIT 1"
         sample = connection.execute(_query(query)).fetchone() or (None,) * (len(names) + 1)
         where = ", ".join(f"{name} = {value}" for name, value in zip(names, sample[1:], strict=True))
-        rows = "1 row holds a value" if count == 1 else f"{count} rows hold values"
-        return UnfaithfulValue(
-            f'Table "{table.name}", column "{column.name}" ({column.source_type}): {rows} that {column.type} cannot '
-            f"hold unchanged; the first ({where}) is {sample[0]}.",
-            hint=f'Mend the source, or carry the column as text: [table."{table.name}"] '
-            f'columns = {{ {quote_identifier(column.name)} = "VARCHAR" }}.',
-        )
+        return explain_unfaithful(table.name, column, count=count, value=str(sample[0]), where=where)
 
 
 def _split_url(url: str, timeout: float) -> tuple[str, str, str | None]:

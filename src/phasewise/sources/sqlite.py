@@ -32,6 +32,7 @@ from phasewise.lake import quote_identifier, quote_literal
 from phasewise.project import redact_url
 from phasewise.settings import Settings
 from phasewise.sources import Column, SnapshotToken, SourceTable
+from phasewise.sources.decoding import MOMENTS, decode_text, explain_unfaithful, fail_where_null
 
 # Declared types that DuckDB's scanner maps as SQLite's own rules do, and whose values it checks one by one.
 _SCANNED = re.compile(
@@ -46,7 +47,6 @@ _DECODABLE = re.compile(
     r"VARCHAR|BLOB|BIGINT|DOUBLE|BOOLEAN|DATE|TIME|TIMESTAMP|TIMESTAMP WITH TIME ZONE|UUID|DECIMAL\(\d+,\d+\)"
 )
 _NUMBERS = {"BIGINT", "DOUBLE", "BOOLEAN"}
-_MOMENTS = {"DATE", "TIME", "TIMESTAMP", "TIMESTAMP WITH TIME ZONE"}
 
 
 class SqliteSource:
@@ -109,9 +109,9 @@ class SqliteSource:
         if natural in _NUMBERS or natural.startswith("DECIMAL"):
             return is_number
         if natural == "VARCHAR":
-            return type_name in _MOMENTS or type_name in {"UUID", "BLOB"}
+            return type_name in MOMENTS or type_name in {"UUID", "BLOB"}
         # A column declared as a date may hold days, seconds or text: whatever it is, it is checked.
-        return natural in _MOMENTS and (is_number or type_name in _MOMENTS)
+        return natural in MOMENTS and (is_number or type_name in MOMENTS)
 
     @contextmanager
     def open_snapshot(self, folder: Path) -> Iterator[SnapshotToken]:
@@ -135,7 +135,9 @@ class SqliteSource:
         milliseconds = int(self._timeout * 1000)
         connection.execute(f"ATTACH {path} AS source (TYPE sqlite, READ_ONLY, BUSY_TIMEOUT {milliseconds})")
 
-    def begin(self, connection: duckdb.DuckDBPyConnection, snapshot: SnapshotToken | None = None) -> None:
+    def begin(
+        self, connection: duckdb.DuckDBPyConnection, table: SourceTable, snapshot: SnapshotToken | None = None
+    ) -> None:
         connection.execute("BEGIN TRANSACTION")
 
     def select(self, table: SourceTable) -> str:
@@ -149,7 +151,7 @@ class SqliteSource:
         checked = ", ".join(f"{_check_utf8(f'c{index}')} AS c{index}" for index in range(len(table.columns)))
         return f"SELECT {decoded} FROM (SELECT {checked} FROM {_read_tagged(table)})"
 
-    def count_rows(self, connection: duckdb.DuckDBPyConnection, table: SourceTable) -> int:
+    def count_rows(self, connection: duckdb.DuckDBPyConnection, table: SourceTable, rows_read: int) -> int:
         inner = quote_literal(f"SELECT count(*) FROM {quote_identifier(table.name)}")
         row = connection.execute(f"SELECT columns(*)::BIGINT FROM sqlite_query('source', {inner})").fetchone()
         assert row is not None  # an aggregate has a row
@@ -336,9 +338,7 @@ def _tag(name: str, *, text_as_hex: bool) -> str:
 
 
 def _decode_or_fail(column: Column, tagged: str) -> str:
-    # The value is part of the message only so that DuckDB cannot evaluate error() before it has a row.
-    failure = f"CAST(error('unfaithful value ' || left({tagged}, 1)) AS {column.type})"
-    return f"CASE WHEN {tagged} IS NULL THEN NULL ELSE coalesce({_decode(column, tagged)}, {failure}) END"
+    return fail_where_null(_decode(column, tagged), tagged, column.type)
 
 
 def _is_unfaithful(column: Column, tagged: str) -> str:
@@ -374,32 +374,20 @@ def _decode(column: Column, tagged: str) -> str:
         decimal = f"TRY_CAST({double} AS {type_name})"
         same = f"CASE WHEN CAST({decimal} AS DOUBLE) = {double} THEN {decimal} END"
         return f"CASE {kind} WHEN 'i' THEN TRY_CAST({value} AS {type_name}) WHEN 'r' THEN {same} END"
-    return _decode_text(type_name, f"({text})")
-
-
-def _decode_text(type_name: str, text: str) -> str:
-    cast = f"TRY_CAST({text} AS {type_name})"
-    if type_name in {"DATE", "UUID"}:
-        return f"CASE WHEN CAST({cast} AS VARCHAR) = lower({text}) THEN {cast} END"
-    time = r"([01]\d|2[0-3]):[0-5]\d:[0-5]\d(\.\d{1,6})?"
-    zone = r"(Z|[+-]\d\d(:?\d\d)?)" if type_name == "TIMESTAMP WITH TIME ZONE" else ""
-    pattern = time if type_name == "TIME" else rf"\d{{4}}-\d\d-\d\d[ T]{time}{zone}"
-    return f"CASE WHEN regexp_full_match({text}, {quote_literal(pattern)}) THEN {cast} END"
+    return decode_text(type_name, f"({text})")
 
 
 def _explain_unfaithful(
     table: SourceTable, column: Column, count: int, tagged: str, where: list[str]
 ) -> UnfaithfulValue:
     kind = {"i": "integer", "r": "real", "x": "text", "t": "text", "b": "blob"}[tagged[0]]
-    rows = "1 row holds a value" if count == 1 else f"{count} rows hold values"
-    first = f" ({', '.join(where)})" if where else ""
-    other = "BLOB" if column.type == "VARCHAR" else "VARCHAR"
-    name = column.name if re.fullmatch(r"[A-Za-z0-9_-]+", column.name) else f'"{column.name}"'
-    return UnfaithfulValue(
-        f'Table "{table.name}", column "{column.name}" ({column.source_type or "no declared type"}): {rows} that '
-        f"{column.type} cannot hold unchanged; the first{first} is the {kind} {_show(tagged)}.",
-        hint=f'Mend the source, or carry the column as {other}: [table."{table.name}"] '
-        f'columns = {{ {name} = "{other}" }}.',
+    return explain_unfaithful(
+        table.name,
+        column,
+        count=count,
+        value=f"the {kind} {_show(tagged)}",
+        where=", ".join(where),
+        other="BLOB" if column.type == "VARCHAR" else "VARCHAR",
     )
 
 

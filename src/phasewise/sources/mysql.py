@@ -1,0 +1,271 @@
+"""MySQL and MariaDB as a source: ``mysql://user:password@host:3306/database``.
+
+Everything is read by queries that the server answers, never through the scanner's own catalogue: that one breaks on
+a backtick in a name, hides a table behind another that differs by case, makes every ``TINYINT(1)`` a boolean, shows
+the date 0000-00-00 as NULL and a wide decimal as a double. Moments travel as text and are decoded with a check.
+
+The server's pool of connections ends a transaction between two queries, so one query is one moment: the rows of a
+table are consistent, several tables are not (``open_snapshot`` yields None).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import quote, unquote, urlsplit
+
+import duckdb
+
+from phasewise.errors import PhasewiseError, ProjectError, SourceError, SourceUnavailable, TableMissing, UnfaithfulValue
+from phasewise.lake import open_session, quote_identifier, quote_literal
+from phasewise.project import redact_url
+from phasewise.settings import Settings
+from phasewise.sources import Column, SnapshotToken, SourceTable
+from phasewise.sources.decoding import MOMENTS, decode_text, explain_unfaithful, fail_where_null
+
+#: MySQL's type name → the lake's type; integers have an unsigned sister (``U`` before the name).
+_PLAIN = {
+    "tinyint": "TINYINT",
+    "smallint": "SMALLINT",
+    "mediumint": "INTEGER",
+    "int": "INTEGER",
+    "bigint": "BIGINT",
+    "year": "INTEGER",
+    "float": "FLOAT",
+    "double": "DOUBLE",
+    "date": "DATE",
+    "datetime": "TIMESTAMP",
+    "timestamp": "TIMESTAMP WITH TIME ZONE",
+    **dict.fromkeys(("char", "varchar", "tinytext", "text", "mediumtext", "longtext", "json"), "VARCHAR"),
+    **dict.fromkeys(("binary", "varbinary", "tinyblob", "blob", "mediumblob", "longblob"), "BLOB"),
+    "uuid": "UUID",
+}
+_SPATIAL = {"geometry", "point", "linestring", "polygon", "multipoint", "multilinestring", "multipolygon"}
+_SPATIAL |= {"geometrycollection", "geomcollection"}
+_INTEGERS = {"tinyint", "smallint", "mediumint", "int", "bigint"}
+
+_SETTINGS = {
+    "mysql_session_time_zone": "+00:00",
+    "mysql_tinyint1_as_boolean": False,
+    "mysql_bit1_as_boolean": False,
+    # A limit on the time of a query is no safety for an extraction: it would end it in the middle.
+    "mysql_query_timeout_enabled": False,
+}
+
+_TABLES = """
+SELECT table_name AS name, table_type AS kind, cast(coalesce(table_rows, -1) AS signed) AS estimate
+FROM information_schema.tables
+WHERE table_schema = database() AND table_type IN ('BASE TABLE', 'SYSTEM VERSIONED', 'VIEW')
+"""
+_COLUMNS = """
+SELECT c.column_name AS name, c.column_type AS declared, c.data_type AS type_name,
+       c.is_nullable = 'YES' AS is_nullable, cast(coalesce(k.ordinal_position, 0) AS signed) AS key_position
+FROM information_schema.columns c
+LEFT JOIN information_schema.key_column_usage k
+  ON k.table_schema = c.table_schema AND k.table_name = c.table_name AND k.column_name = c.column_name
+  AND k.constraint_name = 'PRIMARY'
+WHERE c.table_schema = database() AND binary c.table_name = {table}
+ORDER BY c.ordinal_position
+"""
+
+
+class MysqlSource:
+    """One database of a MySQL or MariaDB server."""
+
+    extensions: tuple[str, ...] = ("mysql_scanner",)
+
+    def __init__(self, url: str, root: Path, settings: Settings) -> None:
+        self._url = url
+        self._settings = settings
+        self._dsn, self._password = _split_url(url)
+        self._count_before: int | None = None
+
+    @property
+    def url(self) -> str:
+        return redact_url(self._url)
+
+    def check(self) -> None:
+        with self._open():
+            pass
+
+    def list_tables(self) -> list[str]:
+        with self._open() as connection:
+            rows = connection.execute(_query(_TABLES)).fetchall()
+        return sorted(str(name) for name, kind, _ in rows if kind != "VIEW")
+
+    def describe_table(self, name: str) -> SourceTable:
+        with self._open() as connection:
+            estimates = {row[0]: row[2] for row in connection.execute(_query(_TABLES)).fetchall()}
+            if name not in estimates:
+                raise TableMissing(name, hint=f"Looked in {self.url}. It has: {', '.join(sorted(estimates)[:40])}.")
+            rows = connection.execute(_query(_COLUMNS.format(table=_quote_text(name)))).fetchall()
+        key = sorted((position, column) for column, *_, position in rows if position)
+        return SourceTable(
+            name=name,
+            columns=tuple(_describe_column(*row[:4]) for row in rows),
+            key=tuple(column for _, column in key),
+            row_estimate=int(estimates[name]) if estimates[name] >= 0 else None,
+        )
+
+    def can_carry(self, column: Column, type_name: str) -> bool:
+        if type_name == "VARCHAR":
+            return column.type != "BLOB"
+        return type_name == "BOOLEAN" and column.source_type == "tinyint(1)"
+
+    @contextmanager
+    def open_snapshot(self, folder: Path) -> Iterator[SnapshotToken | None]:
+        yield None
+
+    def attach(self, connection: duckdb.DuckDBPyConnection, snapshot: SnapshotToken | None = None) -> None:
+        for name, value in _SETTINGS.items():
+            connection.execute(f"SET {name} = {quote_literal(value) if isinstance(value, str) else value}")
+        # The scanner quotes the whole DSN in its messages; the client library takes the password from here.
+        if self._password is not None:
+            os.environ["MYSQL_PWD"] = self._password
+        try:
+            connection.execute(f"ATTACH {quote_literal(self._dsn)} AS source (TYPE mysql, READ_ONLY)")
+            connection.execute(_query("SELECT 1 AS one")).fetchone()
+        except duckdb.Error as exc:
+            reason = str(exc).rpartition('": ')[2].strip().splitlines()[0]
+            raise SourceUnavailable(
+                f"The MySQL database {self.url} does not answer: {reason}.",
+                hint="Check [source] url in phasewise.toml, the password and that the server runs.",
+            ) from exc
+
+    def begin(
+        self, connection: duckdb.DuckDBPyConnection, table: SourceTable, snapshot: SnapshotToken | None = None
+    ) -> None:
+        connection.execute("BEGIN TRANSACTION")
+        self._count_before = _count(connection, table)
+
+    def select(self, table: SourceTable) -> str:
+        decoded = ", ".join(
+            f"{_decode_or_fail(column, f'c{index}')} AS {quote_identifier(column.name)}"
+            for index, column in enumerate(table.columns)
+        )
+        return f"SELECT {decoded} FROM ({_read_printed(table)})"
+
+    def count_rows(self, connection: duckdb.DuckDBPyConnection, table: SourceTable, rows_read: int) -> int:
+        """Return the table's rows; where they were counted differently before and after, *rows_read* between both."""
+        before, after = self._count_before, _count(connection, table)
+        if before is not None and min(before, after) <= rows_read <= max(before, after):
+            return rows_read
+        return after
+
+    def explain(self, connection: duckdb.DuckDBPyConnection, table: SourceTable, error: Exception) -> PhasewiseError:
+        try:
+            found = self._find_unfaithful(connection, table)
+        except duckdb.Error:
+            return SourceUnavailable(
+                f"The MySQL database {self.url} stopped answering: {error}", hint="Try again when it does."
+            )
+        return found or SourceError(f'Table "{table.name}" of {self.url} cannot be read: {error}')
+
+    def _find_unfaithful(self, connection: duckdb.DuckDBPyConnection, table: SourceTable) -> UnfaithfulValue | None:
+        names = [column.name for column in table.columns]
+        for index, column in enumerate(table.columns):
+            value = f"c{index}"
+            bad = f"FROM ({_read_printed(table)}) WHERE {value} IS NOT NULL AND ({_decode(column, value)}) IS NULL"
+            counted = connection.execute(f"SELECT count(*) {bad}").fetchone()
+            if not counted or not counted[0]:
+                continue
+            keys = [f"c{names.index(name)}" for name in table.key]
+            sample = connection.execute(f"SELECT {', '.join([value, *keys])} {bad} LIMIT 1").fetchone()
+            assert sample is not None  # it was counted above
+            where = ", ".join(f"{name} = {shown}" for name, shown in zip(table.key, sample[1:], strict=True))
+            return explain_unfaithful(table.name, column, count=counted[0], value=str(sample[0]), where=where)
+        return None
+
+    @contextmanager
+    def _open(self) -> Iterator[duckdb.DuckDBPyConnection]:
+        with open_session(self._settings, extensions=self.extensions) as connection:
+            self.attach(connection)
+            yield connection
+
+
+def _split_url(url: str) -> tuple[str, str | None]:
+    """Return DSN without password, and password."""
+    parts = urlsplit(url)
+    database = unquote(parts.path.strip("/"))
+    if not database or not parts.hostname:
+        raise ProjectError(f'"{redact_url(url)}" names no database.', hint="Write mysql://user@host:3306/database.")
+    # The scheme may be mariadb, and a database's name may hold what a URL escapes.
+    user = f"{quote(unquote(parts.username), safe='')}@" if parts.username else ""
+    query = f"?{parts.query}" if parts.query else ""
+    port = f":{parts.port}" if parts.port else ""
+    dsn = f"mysql://{user}{parts.hostname}{port}/{quote(database, safe='')}{query}"
+    return dsn, unquote(parts.password) if parts.password else None
+
+
+def _query(sql: str) -> str:
+    return f"SELECT * FROM mysql_query('source', {quote_literal(sql)})"
+
+
+def _count(connection: duckdb.DuckDBPyConnection, table: SourceTable) -> int:
+    row = connection.execute(_query(f"SELECT count(*) AS n FROM {_quote_name(table.name)}")).fetchone()
+    assert row is not None  # an aggregate has a row
+    return int(row[0])
+
+
+def _quote_name(name: str) -> str:
+    return "`" + name.replace("`", "``") + "`"
+
+
+def _quote_text(text: str) -> str:
+    return "'" + text.replace("\\", "\\\\").replace("'", "''") + "'"
+
+
+def _describe_column(name: str, declared: str, type_name: str, is_nullable: int) -> Column:
+    lake_type, note = _find_type(declared, type_name)
+    return Column(name=name, source_type=declared, type=lake_type, nullable=bool(is_nullable), note=note)
+
+
+def _find_type(declared: str, type_name: str) -> tuple[str, str | None]:
+    """Return the lake's type for a type of MySQL, and a note where it is not of the same kind."""
+    type_name = type_name.lower()
+    if type_name in _INTEGERS:
+        return ("U" if "unsigned" in declared else "") + _PLAIN[type_name], None
+    if type_name in _PLAIN:
+        return _PLAIN[type_name], None
+    if match := re.match(r"decimal\((\d+),(\d+)\)", declared):
+        if int(match[1]) <= 38:
+            return f"DECIMAL({match[1]},{match[2]})", None
+        return "VARCHAR", f"carried as text: no decimal type of the lake holds every {declared}"
+    if type_name == "bit":
+        return ("BOOLEAN", None) if declared == "bit(1)" else ("BLOB", f"the bytes of {declared}")
+    if type_name in _SPATIAL:
+        return "BLOB", "MySQL's own bytes: SRID and WKB"
+    return "VARCHAR", f"carried as text: the lake has no type {declared}"
+
+
+def _read_printed(table: SourceTable) -> str:
+    """Return a relation with the columns c0, c1, …, printed by the server where only text is faithful."""
+    printed = ", ".join(f"{_print(column)} AS c{index}" for index, column in enumerate(table.columns))
+    return _query(f"SELECT {printed} FROM {_quote_name(table.name)}")
+
+
+def _print(column: Column) -> str:
+    name = _quote_name(column.name)
+    natural, _ = _find_type(column.source_type, column.source_type.partition("(")[0].partition(" ")[0])
+    if column.source_type.startswith("timestamp"):
+        return f"concat(cast({name} AS char), '+00')"  # the session's time zone is UTC
+    if natural.startswith("DECIMAL") or natural in {"VARCHAR", "DATE", "TIMESTAMP", "UUID"}:
+        return f"cast({name} AS char)"
+    return f"{name} + 0" if column.source_type == "bit(1)" else name
+
+
+def _decode_or_fail(column: Column, value: str) -> str:
+    if column.type in MOMENTS or column.type in {"UUID", "BOOLEAN"}:
+        return fail_where_null(_decode(column, value), value, column.type)
+    return _decode(column, value)
+
+
+def _decode(column: Column, value: str) -> str:
+    if column.type in MOMENTS or column.type == "UUID":
+        return decode_text(column.type, value)
+    if column.type == "BOOLEAN":
+        return f"CASE {value} WHEN 0 THEN false WHEN 1 THEN true END"
+    return f"CAST({value} AS {column.type})"
