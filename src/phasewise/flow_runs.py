@@ -42,6 +42,8 @@ from phasewise.outcomes import FINAL_TYPES, StepOutcome
 
 #: Label prefix under which a flow run keeps its summary on the server.
 SUMMARY_PREFIX = "phasewise."
+#: Message of a run that is cancelled because the run above it is.
+CANCELLED_FROM_ABOVE = "Cancelled with the run above it."
 
 # The server takes at most 100 a call; half of it lets the first runs start while the rest is being created.
 _BULK_SIZE = 50
@@ -286,7 +288,7 @@ async def read_children(client: PrefectClient, parents: Sequence[UUID]) -> list[
 
 async def _cancel_one(client: PrefectClient, run: FlowRun) -> None:
     with suppress(ObjectNotFound):  # deleted meanwhile
-        await client.set_flow_run_state(run.id, Cancelling(message="Cancelled with the run above it."))
+        await client.set_flow_run_state(run.id, Cancelling(message=CANCELLED_FROM_ABOVE))
 
 
 def report_summary(summary: Mapping[str, Any]) -> None:

@@ -222,7 +222,7 @@ class StartedPhase:
 
 
 def plan_requests(step: Step, *, batch: str) -> list[tuple[str | None, RunRequest]]:
-    """Return the flow runs of *step* with their items: one, or one per item of a fan-out, each with a key of its own."""
+    """Return the flow runs of *step* with their items: one, or one per item of a fan-out, each with its own key."""
     prefix = f"{batch}/{step.name}"
     parameters = {key: batch if value == BATCH else value for key, value in step.parameters.items()}
     if not isinstance(step, FanOut):

@@ -71,6 +71,7 @@ from prefect.workers.base import BaseWorker
 from prefect.workers.process import ProcessJobConfiguration, ProcessWorker, ProcessWorkerResult
 from pydantic import BaseModel, PrivateAttr
 
+from phasewise.caretaker import Caretaker
 from phasewise.forkserver import ForkedProcess, ForkRefused, Forkserver, ForkserverDied
 from phasewise.settings import Settings
 
@@ -107,6 +108,7 @@ _CLAIM_ON = ("Scheduled", "Late", "AwaitingRetry", "AwaitingConcurrencySlot", "R
 _FREES_A_SLOT = ("Completed", "Failed", "Crashed", "Cancelled", "TimedOut", "Paused", "Suspended")
 #: Seconds that a flow run has to report its state when its worker ends without a drain.
 _END_SECONDS = 5.0
+_HEARTBEAT_SECONDS = 5
 _SET_WORKING_DIRECTORY = "prefect.deployments.steps.set_working_directory"
 
 
@@ -155,6 +157,8 @@ class WarmProcessWorker(ProcessWorker):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        # Others find out by our heartbeats that we died; Prefect's 30 s would make that a matter of minutes.
+        self.heartbeat_interval_seconds = min(self.heartbeat_interval_seconds, _HEARTBEAT_SECONDS)
         self._warm = AsyncExitStack()
         self._zygotes = _Zygotes(PRELOAD, SETUP)
         self._jobs: dict[UUID, _Job] = {}
@@ -165,6 +169,7 @@ class WarmProcessWorker(ProcessWorker):
         self._draining = False
         self._listening: anyio.abc.TaskGroup | None = None
         self._services: anyio.abc.TaskGroup
+        self._caretaker: Caretaker
 
     async def __aenter__(self) -> WarmProcessWorker:
         # Entered before, so left after, the task group of the runs: they need all of it until they end.
@@ -268,6 +273,15 @@ class WarmProcessWorker(ProcessWorker):
             self._services.start_soon(self._listen, self._work_pool.id)
             self._services.start_soon(self._claim)
             self._services.start_soon(self._check_for_cancelling)
+            self._caretaker = Caretaker(
+                self.client,
+                pool=self._work_pool_name,
+                name=self.name,
+                own_runs=lambda: {*self._jobs, *self._submitting_flow_run_ids},
+                lost_after_seconds=Settings().lost_after_seconds,
+            )
+            self._services.start_soon(self._caretaker.cascade)
+            self._services.start_soon(self._caretaker.find_lost)
 
     async def _listen(self, work_pool_id: UUID) -> None:
         names = [f"prefect.flow-run.{name}" for name in ("Cancelling", *_CLAIM_ON, *_FREES_A_SLOT)]
@@ -288,6 +302,7 @@ class WarmProcessWorker(ProcessWorker):
     def _on_event(self, event: Event) -> None:
         name = event.event.removeprefix("prefect.flow-run.")
         flow_run_id = UUID(event.resource.id.removeprefix("prefect.flow-run."))
+        self._caretaker.on_event(event)
         if name == "Suspended":
             self._executors.suspend(flow_run_id)
         if name == "Cancelling":

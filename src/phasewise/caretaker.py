@@ -1,0 +1,168 @@
+"""Keep the flow runs of a work pool honest: cancel what is below a run that ended, crash those whose worker died.
+
+Every worker runs one. They do the same work and do not know of each other: each step is safe to do twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Collection, Sequence
+from datetime import UTC, datetime
+from uuid import UUID
+
+import httpx
+from prefect.client.orchestration import PrefectClient
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+    WorkPoolFilter,
+    WorkPoolFilterName,
+)
+from prefect.client.schemas.objects import FlowRun, StateType, Worker
+from prefect.events import Event
+from prefect.logging import get_logger
+from prefect.states import AwaitingRetry, Cancelled, Crashed
+
+from phasewise.flow_runs import CANCELLED_FROM_ABOVE, cancel_runs
+
+_LABEL = "prefect.worker.name"
+_PAGE = 200
+#: Seconds between two looks at the heartbeats of the other workers.
+_LOOK_SECONDS = 4.0
+#: Seconds in which events are gathered, so that a burst of them costs one read.
+_GATHER_SECONDS = 0.1
+#: Seconds after which a claimed run that no worker put its name to was left behind by a worker that died.
+_UNCLAIMED_SECONDS = 60.0
+
+
+class Caretaker:
+    """Runs in the worker *name* of the work pool *pool*; *own_runs* returns the ids of the runs it has in hand."""
+
+    def __init__(
+        self,
+        client: PrefectClient,
+        *,
+        pool: str,
+        name: str,
+        own_runs: Callable[[], Collection[UUID]],
+        lost_after_seconds: float,
+    ) -> None:
+        self._client = client
+        self._pool = pool
+        self._name = name
+        self._own_runs = own_runs
+        self._lost_after_seconds = lost_after_seconds
+        self._ended: asyncio.Queue[UUID] = asyncio.Queue()
+        self._logger = get_logger("phasewise.caretaker")
+
+    def on_event(self, event: Event) -> None:
+        """Note that a flow run ended in a way that must end what is below it."""
+        if must_cascade(event):
+            self._ended.put_nowait(UUID(event.resource.id.removeprefix("prefect.flow-run.")))
+
+    async def cascade(self) -> None:
+        """Cancel, for ever, what is below the runs that were noted."""
+        while True:
+            run_ids = {await self._ended.get()}
+            await asyncio.sleep(_GATHER_SECONDS)
+            while not self._ended.empty():
+                run_ids.add(self._ended.get_nowait())
+            try:
+                await cancel_runs(self._client, run_ids)
+            except httpx.HTTPError as exc:
+                self._logger.warning("Could not cancel what is below %d flow runs (%s); again.", len(run_ids), exc)
+                await asyncio.sleep(1)
+                for run_id in run_ids:
+                    self._ended.put_nowait(run_id)
+
+    async def find_lost(self) -> None:
+        """Look, for ever, for runs whose worker died: those of our own name at first, then those of the others."""
+        is_first = True
+        while True:
+            try:
+                await self._find_lost(is_first)
+                is_first = False
+            except httpx.HTTPError as exc:
+                self._logger.debug("Could not look for lost flow runs: %s", exc)
+            await asyncio.sleep(_LOOK_SECONDS)
+
+    async def _find_lost(self, is_first: bool) -> None:
+        workers = await self._client.read_workers_for_work_pool(self._pool)
+        dead = find_dead(workers, self._name, self._lost_after_seconds)
+        if is_first:
+            # A worker that starts under our name again has none of the runs of the one before.
+            dead[self._name] = "it was started again"
+        runs = await self._read_running() if dead or is_first else []
+        own = self._own_runs()
+        for run in runs:
+            worker = str(run.labels.get(_LABEL, ""))
+            if worker in dead and run.id not in own:
+                await self._give_up(run, f"Its worker {worker} died: {dead[worker]}.")
+            elif not worker and _is_left_behind(run):
+                await self._client.set_flow_run_state(
+                    run.id, AwaitingRetry(message="Its worker died before it started.")
+                )
+
+    async def _give_up(self, run: FlowRun, message: str) -> None:
+        self._logger.warning("Flow run %s (%s) is lost. %s", run.name, run.id, message)
+        is_cancelling = run.state is not None and run.state.is_cancelling()
+        await self._client.set_flow_run_state(
+            run.id, Cancelled(message=message) if is_cancelling else Crashed(message=message)
+        )
+
+    async def _read_running(self) -> list[FlowRun]:
+        types = [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING]
+        runs: list[FlowRun] = []
+        while True:
+            page = await self._client.read_flow_runs(
+                flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=types))),
+                work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[self._pool])),
+                limit=_PAGE,
+                offset=len(runs),
+            )
+            runs += page
+            if len(page) < _PAGE:
+                return runs
+
+
+def must_cascade(event: Event) -> bool:
+    """Tell whether what is below the event's flow run must end.
+
+    Cancelling goes down from wherever it begins. A run that failed or crashed ends what is below it only when it has
+    no parent: otherwise its parent decides, and may run it again.
+    """
+    state = event.event.removeprefix("prefect.flow-run.")
+    if state == "Cancelling":
+        message = (event.payload.get("validated_state") or {}).get("message")
+        return bool(message != CANCELLED_FROM_ABOVE)  # whoever wrote that has seen to all levels
+    if state == "Cancelled":
+        return True  # it may have started children after its children were cancelled
+    has_parent = any(resource.id.startswith("prefect.task-run.") for resource in event.related)
+    return state in ("Failed", "Crashed", "TimedOut") and not has_parent
+
+
+def find_dead(workers: Sequence[Worker], own_name: str, lost_after_seconds: float) -> dict[str, str]:
+    """Return worker name → reason for those that are not heard of any more.
+
+    Heartbeats are compared with our own, not with the clock: when the machine or the server stalls, all of them
+    stand still together and nobody is dead.
+    """
+    own = next((worker for worker in workers if worker.name == own_name), None)
+    if own is None or own.last_heartbeat_time is None:
+        return {}
+    dead: dict[str, str] = {}
+    for worker in workers:
+        if worker.last_heartbeat_time is None or worker.name == own_name:
+            continue
+        silence = (own.last_heartbeat_time - worker.last_heartbeat_time).total_seconds()
+        # A worker that beats slowly (stock ones every 30 s) is given three of its own beats.
+        if silence > max(lost_after_seconds, 3 * (worker.heartbeat_interval_seconds or 0)):
+            dead[worker.name] = f"no heartbeat for {silence:.0f} s"
+    return dead
+
+
+def _is_left_behind(run: FlowRun) -> bool:
+    if run.state is None or not run.state.is_pending():
+        return False
+    return (datetime.now(UTC) - run.state.timestamp).total_seconds() > _UNCLAIMED_SECONDS
