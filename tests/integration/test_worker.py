@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import contextlib
 import os
 import signal
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from prefect.client.schemas.filters import LogFilter, TaskRunFilter, TaskRunFilterFlowRunId
+from prefect.client.schemas.objects import FlowRun
 from prefect.settings import get_current_settings
 from prefect.states import Cancelling, Pending, Suspended
 
 from phasewise.forkserver import Forkserver
+from phasewise.stack import StackInfo
 from phasewise.worker import PRELOAD, SETUP
 from tests.integration.conftest import FLOWS, Runs
 
@@ -35,6 +41,16 @@ async def until(condition: Any, seconds: float = 15) -> None:
     while not (condition() if not asyncio.iscoroutinefunction(condition) else await condition()):
         assert time.monotonic() < deadline, "it did not become true"
         await asyncio.sleep(0.05)
+
+
+async def pid_of(runs: Runs, run: FlowRun) -> int:
+    """Return the process of *run*; the worker reports it just after the start."""
+
+    async def known() -> bool:
+        return (await runs.client.read_flow_run(run.id)).infrastructure_pid is not None
+
+    await until(known)
+    return int((await runs.client.read_flow_run(run.id)).infrastructure_pid or 0)
 
 
 async def cancel(runs: Runs, name: str, **parameters: Any) -> tuple[Any, float]:
@@ -124,10 +140,10 @@ async def test_hooks_run_when_a_run_is_cancelled_or_crashes(runs: Runs, tmp_path
 
 async def test_a_run_that_is_suspended_leaves_its_process(runs: Runs) -> None:
     run = await runs.until(await runs.start("with_tasks_for_a_while"), "Running")
+    process = await pid_of(runs, run)
 
     await runs.client.set_flow_run_state(run.id, Suspended(timeout_seconds=600))
 
-    process = int((await runs.client.read_flow_run(run.id)).infrastructure_pid or 0)
     await until(lambda: not is_alive(process))
     assert (await runs.client.read_flow_run(run.id)).state.name == "Suspended"
 
@@ -204,6 +220,61 @@ async def test_nothing_of_prefect_is_imported_after_the_fork(runs: Runs, tmp_pat
 
     imported = (tmp_path / "m").read_text().split()
     assert [name for name in imported if name.partition(".")[0] in INSTALLED_WITH_PREFECT] == []
+
+
+@contextlib.contextmanager
+def worker_of_a_pool(pool: str, stack: StackInfo, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
+    command = [sys.executable, "-c", "from phasewise.worker import main; main()", "--pool", pool, "--name", pool]
+    with subprocess.Popen(command, env={**os.environ, "PREFECT_API_URL": stack.api_url, **environment}) as worker:
+        try:
+            yield worker
+        finally:
+            worker.kill()
+
+
+async def until_pool_exists(runs: Runs) -> None:
+    async def exists() -> bool:
+        return runs.pool in [pool.name for pool in await runs.client.read_work_pools()]
+
+    await until(exists, 30)
+
+
+async def test_a_stopped_worker_reschedules_what_does_not_finish_in_time(runs: Runs, stack: StackInfo) -> None:
+    drained = Runs(client=runs.client, pool="drained")
+    with worker_of_a_pool("drained", stack, PHASEWISE_DRAIN_SECONDS="0.5") as worker:
+        await until_pool_exists(drained)
+        run = await drained.until(await drained.start("asleep"), "Running")
+
+        worker.terminate()
+
+        await until(lambda: worker.poll() is not None)
+    assert worker.returncode == 0
+    assert (await drained.states(run))[-2:] == ["Running", "AwaitingRetry"]
+
+
+async def test_a_stopped_worker_lets_runs_finish(runs: Runs, stack: StackInfo) -> None:
+    drained = Runs(client=runs.client, pool="patient")
+    with worker_of_a_pool("patient", stack, PHASEWISE_DRAIN_SECONDS="30") as worker:
+        await until_pool_exists(drained)
+        run = await drained.until(await drained.start("short"), "Running")
+
+        worker.terminate()
+
+        await until(lambda: worker.poll() is not None, 30)
+    assert (await drained.client.read_flow_run(run.id)).state_name == "Completed"
+
+
+async def test_a_worker_killed_by_kill_9_leaves_no_process_of_a_run(runs: Runs, stack: StackInfo) -> None:
+    killed = Runs(client=runs.client, pool="killed")
+    with worker_of_a_pool("killed", stack) as worker:
+        await until_pool_exists(killed)
+        run = await killed.until(await killed.start("asleep"), "Running")
+        process = await pid_of(killed, run)
+        assert is_alive(process)
+
+        worker.kill()
+
+    await until(lambda: not is_alive(process))
 
 
 async def test_runs_start_soon_on_an_idle_stack(runs: Runs) -> None:

@@ -47,6 +47,11 @@ def asleep() -> None:
 
 
 @flow
+def short() -> None:
+    time.sleep(2)
+
+
+@flow
 async def asleep_async() -> None:
     await asyncio.sleep(120)
 
