@@ -1,0 +1,60 @@
+"""Phasewise: its embedded stack, its deployments, its orchestrator."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from importlib.metadata import version
+
+from benchmarks.harness import postgresql, prefect_api, processes
+from benchmarks.systems import Context, Submit, Unavailable
+from benchmarks.systems.programs import PROGRAMS
+from phasewise.stack import client_environment, running_stack
+
+POOL = "bench"
+
+
+class Phasewise:
+    """The embedded default: server on SQLite, warm-process workers."""
+
+    most_tables: int | None = None
+
+    def version(self) -> str:
+        return f"{version('phasewise')} (prefect {version('prefect')})"
+
+    @contextlib.contextmanager
+    def running(self, context: Context) -> Iterator[Submit]:
+        with self._stack(context, {}) as submit:
+            yield submit
+
+    @contextlib.contextmanager
+    def _stack(self, context: Context, server_env: dict[str, str]) -> Iterator[Submit]:
+        home = context.home / "stack"
+        with running_stack(home, pool=POOL, project_env=server_env) as info:
+            env = processes.clean_environment(
+                **client_environment(home, info.api_url), PHASEWISE_TABLE_CONCURRENCY=str(context.parallel)
+            )
+            deploy = [sys.executable, PROGRAMS / "phasewise_flows.py", POOL]
+            processes.run(deploy, log=context.home / "deploy.log", env=env, cwd=context.home)
+            yield lambda load: prefect_api.run_topology(info.api_url, load)
+
+
+class PhasewisePostgresql(Phasewise):
+    """The same with the server's database on PostgreSQL."""
+
+    @contextlib.contextmanager
+    def running(self, context: Context) -> Iterator[Submit]:
+        with postgresql.running(context.home / "postgresql", context.environments) as address:
+            url = {"PREFECT_API_DATABASE_CONNECTION_URL": f"postgresql+asyncpg://{address}"}
+            with self._stack(context, url) as submit:
+                yield submit
+
+
+class PhasewiseLocal(Phasewise):
+    """The same phases in one process tree, without a server."""
+
+    @contextlib.contextmanager
+    def running(self, context: Context) -> Iterator[Submit]:
+        raise Unavailable(f"phasewise {self.version()} cannot run phases without a server yet")
+        yield
