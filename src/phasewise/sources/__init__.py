@@ -127,6 +127,8 @@ class Source(Protocol):
 SourceFactory = Callable[[str, Path, Settings], Source]
 
 _BUILT_IN = {
+    "duckdb": "phasewise.sources.duckdb:DuckdbSource",
+    "file": "phasewise.sources.files:FilesSource",
     "mariadb": "phasewise.sources.mysql:MysqlSource",
     "mysql": "phasewise.sources.mysql:MysqlSource",
     "postgres": "phasewise.sources.postgres:PostgresSource",

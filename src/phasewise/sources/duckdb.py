@@ -1,0 +1,153 @@
+"""A DuckDB database file as a source: ``duckdb:///relative.duckdb?schema=main``, ``duckdb:////absolute.duckdb``.
+
+Types that Parquet or the lake cannot hold exactly (HUGEINT would become a double, INTERVAL would lose microseconds,
+TIMETZ its zone) are carried as text.
+"""
+
+from __future__ import annotations
+
+import re
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import parse_qsl, urlsplit
+
+import duckdb
+
+from phasewise.errors import PhasewiseError, ProjectError, SourceError, SourceUnavailable, TableMissing
+from phasewise.lake import open_session, quote_identifier, quote_literal
+from phasewise.project import redact_url
+from phasewise.settings import Settings
+from phasewise.sources import Column, SnapshotToken, SourceTable
+
+_PLAIN = re.compile(
+    r"BOOLEAN|U?TINYINT|U?SMALLINT|U?INTEGER|U?BIGINT|FLOAT|DOUBLE|DECIMAL\(\d+,\d+\)|VARCHAR|BLOB|UUID|DATE|TIME"
+    r"|TIMESTAMP|TIMESTAMP WITH TIME ZONE"
+)
+
+
+def find_lake_type(declared: str) -> tuple[str, str | None]:
+    """Return the lake's type for a type of DuckDB, and a note where the column is carried as text."""
+    if _PLAIN.fullmatch(declared):
+        return declared, None
+    if declared == "JSON":
+        return "VARCHAR", None
+    return "VARCHAR", f"carried as text: Parquet and the lake do not hold every {declared} exactly"
+
+
+def find_local_path(url: str, root: Path) -> Path:
+    """Return the path that ``scheme:///relative`` or ``scheme:////absolute`` means.
+
+    Raises:
+        ProjectError: the URL names none.
+    """
+    parts = urlsplit(url.replace("#", "%23"))
+    if parts.netloc or not parts.path.startswith("/") or len(parts.path) < 2:
+        raise ProjectError(
+            f'"{redact_url(url)}" names no path.',
+            hint=f"Write {parts.scheme}:///relative/to/project or {parts.scheme}:////absolute.",
+        )
+    return (root / parts.path[1:].replace("%23", "#")).absolute()
+
+
+class DuckdbSource:
+    """One schema of a DuckDB file."""
+
+    extensions: tuple[str, ...] = ()
+
+    def __init__(self, url: str, root: Path, settings: Settings) -> None:
+        self._url = url
+        self._path = find_local_path(url, root)
+        self._schema = dict(parse_qsl(urlsplit(url).query)).get("schema", "main")
+        self._settings = settings
+
+    @property
+    def url(self) -> str:
+        return redact_url(self._url)
+
+    def check(self) -> None:
+        with self._open():
+            pass
+
+    def list_tables(self) -> list[str]:
+        sql = (
+            "SELECT table_name FROM duckdb_tables() WHERE database_name = 'source' AND schema_name = ? AND NOT internal"
+        )
+        with self._open() as connection:
+            return sorted(row[0] for row in connection.execute(sql, [self._schema]).fetchall())
+
+    def describe_table(self, name: str) -> SourceTable:
+        columns = (
+            "SELECT column_name, data_type, is_nullable FROM duckdb_columns() WHERE database_name = 'source' "
+            "AND schema_name = ? AND table_name = ? ORDER BY column_index"
+        )
+        keys = (
+            "SELECT constraint_column_names FROM duckdb_constraints() WHERE database_name = 'source' "
+            "AND schema_name = ? AND table_name = ? AND constraint_type = 'PRIMARY KEY'"
+        )
+        with self._open() as connection:
+            found = connection.execute(columns, [self._schema, name]).fetchall()
+            key = connection.execute(keys, [self._schema, name]).fetchone()
+        if not found:
+            tables = ", ".join(self.list_tables()[:40])
+            raise TableMissing(name, hint=f"Looked in {self.url}. It has: {tables}.")
+        return SourceTable(
+            name=name, columns=tuple(_describe_column(*row) for row in found), key=tuple(key[0]) if key else ()
+        )
+
+    def can_carry(self, column: Column, type_name: str) -> bool:
+        return type_name == "VARCHAR" and column.type != "BLOB"
+
+    @contextmanager
+    def open_snapshot(self, folder: Path) -> Iterator[SnapshotToken | None]:
+        """Hold the file open: DuckDB lets nobody write to a file that another process reads."""
+        with self._open():
+            yield {"id": f"held-{uuid.uuid4().hex}"}
+
+    def attach(self, connection: duckdb.DuckDBPyConnection, snapshot: SnapshotToken | None = None) -> None:
+        if not self._path.is_file():
+            raise SourceUnavailable(
+                f"The DuckDB database {self._path} does not exist.", hint="Check [source] url in phasewise.toml."
+            )
+        try:
+            connection.execute(f"ATTACH {quote_literal(str(self._path))} AS source (READ_ONLY)")
+        except duckdb.Error as exc:
+            raise SourceUnavailable(
+                f"The DuckDB database {self._path} cannot be opened: {str(exc).splitlines()[0]}",
+                hint="Close the program that writes to it, or check that it is a database of this version.",
+            ) from exc
+
+    def begin(
+        self, connection: duckdb.DuckDBPyConnection, table: SourceTable, snapshot: SnapshotToken | None = None
+    ) -> None:
+        connection.execute("BEGIN TRANSACTION")
+
+    def select(self, table: SourceTable) -> str:
+        columns = ", ".join(
+            f"CAST({quote_identifier(column.name)} AS {column.type}) AS {quote_identifier(column.name)}"
+            for column in table.columns
+        )
+        return f"SELECT {columns} FROM {self._qualify(table)}"
+
+    def count_rows(self, connection: duckdb.DuckDBPyConnection, table: SourceTable, rows_read: int) -> int:
+        row = connection.execute(f"SELECT count(*) FROM {self._qualify(table)}").fetchone()
+        assert row is not None  # an aggregate has a row
+        return int(row[0])
+
+    def explain(self, connection: duckdb.DuckDBPyConnection, table: SourceTable, error: Exception) -> PhasewiseError:
+        return SourceError(f'Table "{table.name}" of {self.url} cannot be read: {error}')
+
+    def _qualify(self, table: SourceTable) -> str:
+        return f"source.{quote_identifier(self._schema)}.{quote_identifier(table.name)}"
+
+    @contextmanager
+    def _open(self) -> Iterator[duckdb.DuckDBPyConnection]:
+        with open_session(self._settings, extensions=()) as connection:
+            self.attach(connection)
+            yield connection
+
+
+def _describe_column(name: str, declared: str, is_nullable: bool) -> Column:
+    lake_type, note = find_lake_type(declared)
+    return Column(name=name, source_type=declared, type=lake_type, nullable=is_nullable, note=note)
