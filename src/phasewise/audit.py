@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
@@ -95,13 +95,16 @@ def audit_batch(
     project: Project,
     manifests: Iterable[Manifest],
     plan: BatchPlan | None = None,
+    *,
+    without: Collection[str] = (),
 ) -> list[AuditResult]:
     """Audit what is staged, after ``open_staged``: the built-in audits of each table, then those of the project.
 
-    Without *plan* the batch counts as complete.
+    Complete means that every table of *plan* is staged but for those *without*; there is no such audit without a plan.
     """
     staged = group_by_table(manifests)
-    results = [_audit_completeness(list(staged), plan)]
+    planned = [table for table in (plan.tables if plan else ()) if table not in without]
+    results = [_audit_completeness(list(staged), planned)]
     for table, parts in staged.items():
         results.append(_guard("row count", table, partial(_audit_row_count, connection, table, parts)))
         results.append(_guard("columns", table, partial(_audit_staged_types, connection, table, parts)))
@@ -147,9 +150,9 @@ def read_parquet(files: Iterable[Path]) -> str:
     return f"read_parquet([{paths}], hive_partitioning = false)"
 
 
-def _audit_completeness(staged: Sequence[str], plan: BatchPlan | None) -> AuditResult:
+def _audit_completeness(staged: Sequence[str], planned: Sequence[str]) -> AuditResult:
     """Every planned table is staged, and no two have names that the lake takes for one."""
-    missing = [table for table in (plan.tables if plan else ()) if table not in staged]
+    missing = [table for table in planned if table not in staged]
     spelled: dict[str, str] = {}
     clashes = [table for table in staged if spelled.setdefault(table.casefold(), table) != table]
     details = [f'table "{table}" is not staged' for table in missing]

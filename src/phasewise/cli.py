@@ -17,6 +17,7 @@ import httpx
 from cyclopts import App, CycloptsError, Parameter
 
 from phasewise import __version__
+from phasewise.batch_commands import add_batch_commands
 from phasewise.errors import (
     AuditFailed,
     FlowRunsFailed,
@@ -30,6 +31,7 @@ from phasewise.errors import (
 )
 from phasewise.project import find_project, load_project
 from phasewise.settings import Settings, find_checkout, find_home
+from phasewise.warehouse_commands import add_warehouse_commands
 
 R = TypeVar("R")
 
@@ -236,15 +238,20 @@ def query(
     /,
     *,
     format: Annotated[Literal["table", "csv", "json"], Parameter(help="How to print the rows.")] = "table",  # noqa: A002
+    at: Annotated[str | None, Parameter(help="Read it as this batch left it (see: phasewise snapshots).")] = None,
 ) -> None:
     """Read the published warehouse with SQL. Tables by their names, marts as marts.<name>."""
     from phasewise.console import render_rows
-    from phasewise.lake import query_lake
+    from phasewise.snapshots import query_warehouse
 
     settings = Settings()
     project = load_project(find_project(settings))
-    columns, rows = query_lake(project, settings, sql)
+    columns, rows = query_warehouse(project, settings, sql, at=at)
     render_rows(columns, rows, format)
+
+
+add_warehouse_commands(app)
+add_batch_commands(app, lambda: choose_server())
 
 
 def check_server_answers() -> str:

@@ -82,7 +82,7 @@ def read_mart(connection: duckdb.DuckDBPyConnection, mart: Mart, limit: int = 10
         data = fetch_rows(connection, f"from {target}", limit=limit)
     except duckdb.CatalogException as exc:
         raise ProjectError(
-            f'The mart "{mart.name}" is not in the warehouse.', hint="Build it: phasewise run final."
+            f'The mart "{mart.name}" is not in the warehouse.', hint="The next batch builds it: make run-distributed"
         ) from exc
     return MartData(
         name=mart.name,

@@ -118,6 +118,25 @@ def open_reader(project: Project, settings: Settings, *, at: str | None = None) 
         yield connection
 
 
+def query_warehouse(
+    project: Project, settings: Settings, sql: str, *, at: str | None = None
+) -> tuple[list[str], list[tuple[object, ...]]]:
+    """Run one query on the warehouse as it is now, or as batch *at* left it; return its column names and rows.
+
+    Tables are found by their names, marts too, and as ``marts.<name>``.
+
+    Raises:
+        PublishConflict: no snapshot carries the batch *at*.
+        LakeError: nothing was published yet, or DuckDB refuses the query; its words are in the message.
+    """
+    with open_reader(project, settings, at=at) as connection:
+        try:
+            result = connection.execute(sql)
+            return [column[0] for column in result.description or ()], result.fetchall()
+        except duckdb.Error as exc:
+            raise LakeError(f"The query failed: {exc}") from exc
+
+
 def diff_batches(project: Project, settings: Settings, before: str, after: str) -> list[TableDiff]:
     """Compare the published tables of two batches, row by row, in name order; the marts follow from them.
 

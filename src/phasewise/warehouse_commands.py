@@ -1,0 +1,131 @@
+"""Commands that look at staging and at the warehouse: audit, snapshots, diff, rollback. They need no server."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import App, Parameter
+
+from phasewise.errors import AuditFailed, NothingStaged
+from phasewise.project import Project, find_project, load_project, resolve_table
+from phasewise.settings import Settings
+
+if TYPE_CHECKING:
+    from phasewise.audit import AuditResult
+    from phasewise.snapshots import TableDiff
+
+
+def add_warehouse_commands(app: App) -> None:
+    for command in (audit, snapshots, diff, rollback):
+        app.command(command)
+
+
+def audit(
+    table: str | None = None,
+    /,
+    *,
+    batch: Annotated[str | None, Parameter(help="Default: the newest that is not published.")] = None,
+    show: Annotated[bool, Parameter(help="Print the first bad rows of each audit that failed.")] = False,
+) -> None:
+    """Audit a staged batch, or what is published when nothing is staged. Publishes nothing."""
+    project, settings = _load()
+    results = _audit(project, settings, batch)
+    if table is not None:
+        audited = sorted({result.table for result in results if result.table})
+        name = resolve_table(table, audited)
+        results = [result for result in results if result.table == name]
+    failed = [result for result in results if not result.passed]
+    for result in failed:
+        print(result.message)
+        if show and result.sample:
+            _print_rows(result.columns, [tuple(row.values()) for row in result.sample])
+    print(f"{len(results)} audits, {len(results) - len(failed)} passed.")
+    blocking = [result for result in failed if result.severity == "blocking"]
+    if blocking:
+        raise AuditFailed(f"{len(blocking)} blocking {'audit' if len(blocking) == 1 else 'audits'} failed.")
+
+
+def snapshots() -> None:
+    """List the batches that the warehouse still has a snapshot of, newest first."""
+    from phasewise.snapshots import list_publications, open_reader
+
+    project, settings = _load()
+    with open_reader(project, settings) as connection:
+        publications = list_publications(connection)
+    rows = [
+        (
+            publication.snapshot,
+            publication.at.strftime("%Y-%m-%d %H:%M:%S"),
+            publication.kind,
+            publication.batch,
+            len(publication.tables),
+            sum(table.rows for table in publication.tables),
+        )
+        for publication in reversed(publications)
+    ]
+    _print_rows(("snapshot", "at (UTC)", "kind", "batch", "tables", "rows"), rows)
+
+
+def diff(before: str, after: str, /) -> None:
+    """Compare the tables of two published batches, row by row."""
+    from phasewise.snapshots import diff_batches
+
+    differences = diff_batches(*_load(), before, after)
+    rows = [
+        (entry.name, entry.added, entry.removed, entry.changed, _describe_columns(entry))
+        for entry in differences
+        if not entry.is_same
+    ]
+    if rows:
+        _print_rows(("table", "rows added", "removed", "changed", "columns"), rows)
+    noun = "table" if len(differences) == 1 else "tables"
+    print(f"{len(differences)} {noun}, {len(differences) - len(rows)} without a difference.")
+
+
+def rollback(batch: str, /) -> None:
+    """Make the warehouse what it was when BATCH was published, as a new snapshot."""
+    from phasewise.publish import rollback_batch
+
+    publication = rollback_batch(*_load(), batch)
+    print(f"Rolled back to batch {batch}: snapshot {publication.snapshot}.")
+
+
+def _print_rows(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    from phasewise.console import render_rows
+
+    render_rows(columns, rows)
+
+
+def _load() -> tuple[Project, Settings]:
+    settings = Settings()
+    return load_project(find_project(settings)), settings
+
+
+def _audit(project: Project, settings: Settings, batch: str | None) -> list[AuditResult]:
+    from phasewise.audit import audit_batch, audit_published, open_staged
+    from phasewise.lake import attach_lake, has_lake, open_session
+    from phasewise.staging import list_batches, list_manifests, read_plan
+
+    staged = [entry.id for entry in list_batches(project) if not entry.is_published]
+    batch = batch or (staged[-1] if staged else None)
+    with open_session(settings) as connection:
+        if has_lake(project):
+            attach_lake(connection, project, read_only=True)
+        elif batch is None:
+            raise NothingStaged("Nothing is staged and nothing was published.", hint="Run: make run-distributed")
+        if batch is None:
+            print("Auditing what is published.")
+            return audit_published(connection, project)
+        print(f"Auditing batch {batch}.")
+        manifests = list_manifests(project, batch)
+        if not manifests:
+            raise NothingStaged(f'Nothing is staged for the batch "{batch}".', hint=f"Staged: {', '.join(staged)}.")
+        open_staged(connection, project, manifests)
+        return audit_batch(connection, project, manifests, read_plan(project, batch))
+
+
+def _describe_columns(entry: TableDiff) -> str:
+    return " ".join(
+        [f"+{column}" for column in entry.added_columns] + [f"-{column}" for column in entry.removed_columns]
+    )

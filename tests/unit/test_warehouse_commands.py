@@ -1,0 +1,119 @@
+"""The commands on staging and warehouse: what they print and how they end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from phasewise import lake
+from phasewise.errors import AuditFailed, LakeError, NothingStaged, PublishConflict, UnknownTable
+from phasewise.project import Project
+from phasewise.publish import publish_batch
+from phasewise.samples import SAMPLE_SETTINGS, change_source, stage_batch, write_project
+from phasewise.snapshots import query_warehouse
+from phasewise.warehouse_commands import audit, diff, rollback, snapshots
+
+SOURCE = "create table people (id integer, name text); insert into people values (1, 'Babe'), (2, 'Hank')"
+TOML = '[table.people]\nkey = ["id"]\n[[audit]]\nname = "short"\ntable = "people"\nseverity = "warning"\n'
+TOML += "sql = \"from people where name = 'Hank'\""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _preloaded():
+    lake.preload_extensions(("sqlite_scanner", "ducklake"))
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
+    monkeypatch.setenv("PHASEWISE_PROJECT", str(tmp_path))
+    return write_project(tmp_path, source=SOURCE, toml=TOML)
+
+
+def publish(project: Project) -> str:
+    batch = stage_batch(project)
+    publish_batch(project, SAMPLE_SETTINGS, batch)
+    return batch
+
+
+def test_audit_shows_the_rows_of_the_staged_batch_that_failed(project: Project, capsys: pytest.CaptureFixture[str]):
+    change_source(project.root, "insert into people values (2, 'Willie')")
+    batch = stage_batch(project)
+
+    with pytest.raises(AuditFailed, match="^1 blocking audit failed"):
+        audit("people", show=True)
+
+    printed = capsys.readouterr().out
+    assert f"Auditing batch {batch}." in printed
+    assert 'Table "people" failed its audit: 1 row breaks unique(id).' in printed
+    assert 'Table "people" has a warning: 1 row breaks short.' in printed
+    assert "Hank" in printed
+    assert "5 audits, 3 passed." in printed
+
+
+def test_audit_without_staging_looks_at_what_is_published(project: Project, capsys: pytest.CaptureFixture[str]):
+    publish(project)
+
+    audit()
+
+    assert "Auditing what is published." in capsys.readouterr().out
+
+
+def test_audit_knows_its_tables(project: Project):
+    stage_batch(project)
+
+    with pytest.raises(UnknownTable, match='Did you mean "people"'):
+        audit("poeple")
+
+
+def test_audit_says_what_to_do_when_there_is_nothing(project: Project):
+    with pytest.raises(NothingStaged, match="make run-distributed"):
+        audit()
+
+
+def test_batches_are_listed_compared_and_rolled_back(project: Project, capsys: pytest.CaptureFixture[str]):
+    first = publish(project)
+    change_source(
+        project.root, "update people set name = 'Henry' where id = 2; alter table people add column year text"
+    )
+    second = publish(project)
+
+    diff(first, second)
+    compared = capsys.readouterr().out
+    rollback(first)
+    snapshots()
+    listed = capsys.readouterr().out
+
+    assert "+year" in compared
+    assert "1 table, 0 without a difference." in compared
+    assert [line.split()[3:5] for line in listed.splitlines() if line.split()[3:4] in (["publish"], ["rollback"])] == [
+        ["rollback", first],
+        ["publish", second],
+        ["publish", first],
+    ]
+    assert query_warehouse(project, SAMPLE_SETTINGS, "select name from people order by id")[1] == [("Babe",), ("Hank",)]
+    assert query_warehouse(project, SAMPLE_SETTINGS, "select name from people order by id", at=second) == (
+        ["name"],
+        [("Babe",), ("Henry",)],
+    )
+
+
+def test_a_batch_that_was_never_published_cannot_be_gone_back_to(project: Project):
+    publish(project)
+
+    with pytest.raises(PublishConflict, match='no snapshot of the batch "nope"'):
+        rollback("nope")
+
+
+def test_a_query_that_duckdb_refuses_says_why(project: Project):
+    publish(project)
+
+    with pytest.raises(LakeError, match="The query failed: Catalog Error: .*nowhere"):
+        query_warehouse(project, SAMPLE_SETTINGS, "from nowhere")
+
+
+def test_the_warehouse_cannot_be_changed_by_a_query(project: Project):
+    publish(project)
+
+    with pytest.raises(LakeError, match="read-only"):
+        query_warehouse(project, SAMPLE_SETTINGS, "delete from people")
