@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Literal
@@ -36,6 +36,8 @@ class BatchData:
     #: The flow runs of the batch, parents before children; empty when it was run without a server.
     runs: Sequence[StepOutcome] = ()
     marts: Sequence[MartData] = ()
+    #: Tables that failed within the failure budget, with the reason.
+    given_up: Mapping[str, str] = field(default_factory=dict)
     publication: Publication | None = None
 
 
@@ -68,7 +70,11 @@ def _describe_tables(data: BatchData, status: str) -> list[TableReport]:
     by_table: dict[str, list[Manifest]] = {}
     for manifest in data.manifests:
         by_table.setdefault(manifest.table, []).append(manifest)
-    return [
+    kept = [
+        TableReport(name=table, rows=0, size_bytes=0, seconds=0, status="kept", notes=[reason])
+        for table, reason in data.given_up.items()
+    ]
+    return kept + [
         TableReport(
             name=table,
             rows=sum(part.rows for part in parts),

@@ -22,6 +22,8 @@
         ├── DeploymentMissing
         ├── NoWorkerOnline
         ├── PipelineInvalid         the phases cannot run as declared
+        ├── BatchRunning            another batch of the project is running
+        ├── UnknownBatch            no such batch on the server
         └── FlowRunsFailed          children that did not complete
 
 Messages say what happened, to which item, and what to do next. They never carry a password: whoever puts a URL
@@ -139,6 +141,14 @@ class NoWorkerOnline(OrchestrationError):
 
 class PipelineInvalid(OrchestrationError):
     """The phases cannot run as they are declared."""
+
+
+class BatchRunning(OrchestrationError):
+    """Another batch of the project is running."""
+
+
+class UnknownBatch(OrchestrationError):
+    """The server knows no such batch."""
 
 
 class FlowRunsFailed(OrchestrationError):

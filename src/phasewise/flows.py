@@ -21,6 +21,7 @@ from prefect.settings import get_current_settings
 
 from phasewise import audit, cleanup, lake, marts, publish, sources, staging
 from phasewise.batch_report import BatchData, write_batch_report
+from phasewise.batches import claim_batch
 from phasewise.errors import AuditFailed, NothingStaged, OrchestrationError, PhasewiseError, SourceUnavailable
 from phasewise.flow_runs import FlowRuns, PrefectFlowRuns, current_logger, report_summary
 from phasewise.history import read_batch_runs
@@ -109,6 +110,7 @@ async def main_etl() -> dict[str, Any]:
 
     Raises:
         FlowRunsFailed: a step did not complete; it names each, and no later phase was started.
+        BatchRunning: another batch of the project is running.
     """
     logger = current_logger()
     logger.info("Starting ETL flow...")
@@ -119,8 +121,14 @@ async def main_etl() -> dict[str, Any]:
             "main_etl runs its phases on a Prefect server, and PREFECT_API_URL is not set.",
             hint="Run it with: make run-distributed",
         )
-    phases = load_phases(project.root, project.pipeline.phases)
-    outcome = await run_phases(phases, batch=batch, flow_runs=_flow_runs(settings))
+    await claim_batch(batch, project.root, on_overlap=project.pipeline.on_overlap)
+    outcome = await run_phases(
+        load_phases(project.root, project.pipeline.phases),
+        batch=batch,
+        timeout=project.pipeline.timeout,
+        crash_retries=settings.crash_retries,
+        flow_runs=_flow_runs(settings),
+    )
     logger.info("ETL flow completed successfully.")
     steps = [step for phase in outcome.phases for step in phase.steps]
     return {f"{step.step}_run_id": step.run_id for step in steps} | {"status": "completed"}
@@ -163,31 +171,45 @@ async def sub_etl(batch_id: str | None = None) -> dict[str, Any]:
     batch = batch_id or _own_run_id() or staging.new_batch_id()
     tables = sources.list_project_tables(project, sources.open_source(project, settings))
     tables = list(staging.begin_batch(project, batch, tables).tables)
-    await _stage_tables(tables, batch, settings)
+    with staging.open_snapshot(project, settings, batch):
+        failed = await _stage_tables(project, settings, batch, tables)
     await _clean_up(batch, settings)
-    return {"completed_tables": len(tables)}
+    return {"completed_tables": len(tables) - failed} | ({"failed_tables": failed} if failed else {})
 
 
-async def _stage_tables(tables: list[str], batch: str, settings: Settings) -> None:
+async def _stage_tables(project: Project, settings: Settings, batch: str, tables: list[str]) -> int:
+    """Stage *tables* and return how many failed within the failure budget."""
     fan_out = FanOut(
         name="process_table_etl",
         deployment="process-table-etl/process-table-etl-deployment",
         parameters={"batch_id": BATCH},
         over="table",
         items=tables,
+        allow_failed=project.pipeline.allow_failed,
     )
     logger = current_logger()
     logger.info("Triggering %d instances of %s...", len(tables), fan_out.flow_name)
-    started = await start_phase(Phase(name="tables", steps=[fan_out]), batch=batch, flow_runs=_flow_runs(settings))
+    phase = Phase(name="tables", steps=[fan_out])
+    started = await start_phase(
+        phase, batch=batch, crash_retries=settings.crash_retries, flow_runs=_flow_runs(settings)
+    )
     logger.info("Waiting for all %d ETL subflows to complete...", len(tables))
-    await started.wait()
-    logger.info("All %d ETL subflows completed successfully", len(tables))
+    failed = (await started.wait()).tolerated
+    staging.give_up_tables(project, batch, {run.item: run.describe() for run in failed if run.item})
+    if failed:
+        logger.warning("%d of %d ETL subflows failed, within the budget", len(failed), len(tables))
+    else:
+        logger.info("All %d ETL subflows completed successfully", len(tables))
+    return len(failed)
 
 
 async def _clean_up(batch: str, settings: Settings) -> None:
     current_logger().info("Starting cleanup subflows...")
     steps = [_cleanup_step("cleanup_flow1", "cleanup-flow-1"), _cleanup_step("cleanup_flow2", "cleanup-flow-2")]
-    started = await start_phase(Phase(name="cleanup", steps=steps), batch=batch, flow_runs=_flow_runs(settings))
+    phase = Phase(name="cleanup", steps=steps)
+    started = await start_phase(
+        phase, batch=batch, crash_retries=settings.crash_retries, flow_runs=_flow_runs(settings)
+    )
     await started.wait()
     current_logger().info("Cleanup completed")
 
@@ -291,17 +313,19 @@ def final_etl_task(batch_id: str | None) -> dict[str, Any]:
 def _publish(project: Project, settings: Settings, batch: str) -> dict[str, Any]:
     """Audit *batch*, publish it and write its report; when an audit fails write the report alone."""
     manifests = staging.list_manifests(project, batch)
+    given_up = staging.read_given_up(project, batch)
     with _open_warehouse(project, settings) as connection:
         audit.open_staged(connection, project, manifests)
-        results = audit.audit_batch(connection, project, manifests, staging.read_plan(project, batch))
+        plan = staging.read_plan(project, batch)
+        results = audit.audit_batch(connection, project, manifests, plan, without=given_up)
     _log_audits(results)
-    data = BatchData(project=project, batch=batch, manifests=manifests, audits=results)
+    data = BatchData(project=project, batch=batch, manifests=manifests, audits=results, given_up=given_up)
     try:
         audit.raise_for(results)
     except AuditFailed as exc:
         _write_report(replace(data, runs=_batch_runs(batch)), status="failed", message=str(exc))
         raise
-    publication = publish.publish_batch(project, settings, batch)
+    publication = publish.publish_batch(project, settings, batch, without=given_up)
     current_logger().info("Published %d tables as snapshot %d", len(publication.tables), publication.snapshot)
     return _report(project, settings, replace(data, publication=publication), status="published")
 

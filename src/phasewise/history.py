@@ -1,25 +1,33 @@
-"""What the server remembers of a batch: its flow runs with their times."""
+"""What the server remembers of past batches: their flow runs with their times."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import statistics
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from uuid import UUID
 
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import (
+    FlowFilter,
+    FlowFilterName,
     FlowRunFilter,
     FlowRunFilterId,
     FlowRunFilterParentFlowRunId,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
     TaskRunFilter,
     TaskRunFilterId,
 )
-from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.sorting import FlowRunSort
 
 from phasewise.flow_runs import describe_run
 from phasewise.outcomes import StepOutcome
 
 _PAGE = 200
+#: How many batches the duration of an item is the median of.
+_BATCHES = 3
 
 
 def read_batch_runs(run_id: str) -> list[StepOutcome]:
@@ -36,6 +44,38 @@ def read_batch_runs(run_id: str) -> list[StepOutcome]:
             runs += [describe_run(run, parent_id=parent) for run, parent in level]
             parents = [run.id for run, _ in level]
         return runs
+
+
+def read_durations(flow_name: str, *, max_runs: int = 400) -> dict[str, float]:
+    """Return item → seconds for the runs ``<flow_name>/<item>`` that completed: the median of an item's last three.
+
+    Looks at the last *max_runs* completed runs of the flow, 200 a read: ask for three times the number of items.
+    Three, so that one night on a busy machine does not decide the next. Items that never completed are missing.
+    """
+    seconds: dict[str, list[float]] = {}
+    for run in islice(_read_completed(flow_name), max_runs):
+        _, _, item = run.name.partition(f"{flow_name}/")
+        if item:
+            seconds.setdefault(item, []).append(run.total_run_time.total_seconds())
+    return {item: statistics.median(newest_first[:_BATCHES]) for item, newest_first in seconds.items()}
+
+
+def _read_completed(flow_name: str) -> Iterator[FlowRun]:
+    """Yield the completed runs of a flow, those that ended last first; reads no further than it is asked to."""
+    completed = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.COMPLETED])))
+    offset = 0
+    with get_client(sync_client=True) as client:
+        while page := client.read_flow_runs(
+            flow_filter=FlowFilter(name=FlowFilterName(any_=[flow_name])),
+            flow_run_filter=completed,
+            sort=FlowRunSort.END_TIME_DESC,
+            limit=_PAGE,
+            offset=offset,
+        ):
+            yield from page
+            if len(page) < _PAGE:
+                return
+            offset += _PAGE
 
 
 def _read_children(client: SyncPrefectClient, parents: Sequence[UUID]) -> list[tuple[FlowRun, str]]:

@@ -20,7 +20,7 @@ import re
 import secrets
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -48,6 +48,8 @@ MANIFEST_VERSION = 1
 _MANIFEST = "manifest.json"
 _PLAN = "batch.json"
 _PUBLISHED = "published.json"
+_GIVEN_UP = "given_up.json"
+_SNAPSHOT = "snapshot.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +115,7 @@ class Batch:
     created_at: datetime
     #: Tables with a complete manifest, in name order.
     tables: tuple[str, ...]
-    #: Planned tables that are not staged yet.
+    #: Planned tables that are neither staged nor given up.
     missing: tuple[str, ...]
     #: The snapshot that it became; None while it is unpublished.
     snapshot: int | None
@@ -191,21 +193,62 @@ def read_plan(project: Project, batch: str) -> BatchPlan | None:
         raise StagingError(f"{path} is damaged.", hint=f"Remove {path.parent} and start a new batch.") from exc
 
 
+def give_up_tables(project: Project, batch: str, reasons: Mapping[str, str]) -> None:
+    """Write down that the tables of *reasons* failed within the failure budget: the batch is published without them.
+
+    Raises:
+        StagingError: staging cannot be written.
+    """
+    folder = _batch_folder(project, batch)
+    try:
+        _write_atomically(folder / _GIVEN_UP, json.dumps(dict(reasons)))
+    except OSError as exc:
+        raise _explain_os_error(folder, exc) from exc
+
+
+def read_given_up(project: Project, batch: str) -> dict[str, str]:
+    """Return table → reason for the tables that *batch* is published without; not those staged since."""
+    try:
+        reasons: dict[str, str] = json.loads((_batch_folder(project, batch) / _GIVEN_UP).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    staged = {manifest.table for manifest in list_manifests(project, batch)}
+    return {table: reason for table, reason in reasons.items() if table not in staged}
+
+
 @contextmanager
 def open_snapshot(project: Project, settings: Settings, batch: str) -> Iterator[SnapshotToken | None]:
     """Hold one moment of the source for all processes that extract tables of *batch*.
 
-    Yields a token, small and JSON-able, for ``extract_table``; None where the source cannot hold a moment (MySQL):
-    each table is then consistent for itself alone, and its manifest's ``snapshot`` is None. What is kept for the
-    token lies in the batch's folder and goes when the block ends well; when it fails, a source that can keep its
-    moment keeps it for the resume.
+    Yields a token, small and JSON-able; it is kept in the batch's folder, where ``extract_table`` finds it, so that
+    a table which is run again under a resumed batch never enters a moment that is gone. None where the source
+    cannot hold a moment (MySQL): each table is then consistent for itself alone, and its manifest's ``snapshot`` is
+    None. What is kept for the token lies in the batch's folder and goes when the block ends well; when it fails, a
+    source that can keep its moment keeps it for the resume.
 
     Raises:
         SourceUnavailable: the source does not answer.
         StagingError: staging cannot be written.
     """
-    with open_source(project, settings).open_snapshot(_batch_folder(project, batch) / ".source") as token:
-        yield token
+    folder = _batch_folder(project, batch)
+    with open_source(project, settings).open_snapshot(folder / ".source") as token:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _write_atomically(folder / _SNAPSHOT, json.dumps(token))
+        except OSError as exc:
+            raise _explain_os_error(folder, exc) from exc
+        try:
+            yield token
+        finally:
+            (folder / _SNAPSHOT).unlink(missing_ok=True)
+
+
+def _read_token(folder: Path) -> SnapshotToken | None:
+    try:
+        token: SnapshotToken | None = json.loads((folder / _SNAPSHOT).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    return token
 
 
 def extract_table(
@@ -219,7 +262,8 @@ def extract_table(
 ) -> Manifest:
     """Extract one table of the source into staging, as zstd Parquet; memory is bounded by the settings.
 
-    Rows and the source's own count are of one moment: that of *snapshot*, else of a transaction of their own.
+    Rows and the source's own count are of one moment: that of *snapshot*, else the one that ``open_snapshot`` holds
+    for the batch, else that of a transaction of their own.
     A table that is already staged for *batch* is not extracted again: its manifest is returned.
 
     Raises:
@@ -239,7 +283,7 @@ def extract_table(
         if staged is not None:
             return staged
         _remove_leftovers(folder)
-        return _extract(project, settings, folder, batch, table, snapshot)
+        return _extract(project, settings, folder, batch, table, snapshot or _read_token(folder.parent))
 
 
 def read_manifest(project: Project, batch: str, table: str) -> Manifest:
@@ -481,11 +525,12 @@ def _read_batch(project: Project, folder: Path) -> Batch | None:
     if plan is None:
         return None
     staged = [manifest.table for manifest in list_manifests(project, folder.name)]
+    settled = {*staged, *read_given_up(project, folder.name)}
     return Batch(
         id=plan.batch,
         created_at=plan.created_at,
         tables=tuple(staged),
-        missing=tuple(table for table in plan.tables if table not in staged),
+        missing=tuple(table for table in plan.tables if table not in settled),
         snapshot=_read_snapshot(folder),
     )
 

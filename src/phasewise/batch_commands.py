@@ -1,0 +1,45 @@
+"""The commands that act on a batch while it runs or after it failed: cancel, resume, why."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Annotated
+
+from cyclopts import App, Parameter
+
+from phasewise.project import find_project
+from phasewise.settings import Settings
+
+_Batch = Annotated[str | None, Parameter(help="Id of the batch, or the beginning of it. Default: the newest.")]
+
+
+def add_batch_commands(app: App, choose_server: Callable[[], Settings]) -> None:
+    """Add the commands to *app*; *choose_server* decides which server they talk to."""
+
+    @app.command
+    def cancel(batch: _Batch = None, /) -> None:
+        """Cancel a running batch and everything below it. What it staged is kept for a resume."""
+        project = find_project(choose_server())
+        from prefect.client.schemas.objects import StateType
+
+        from phasewise.batches import cancel_batch, find_batch
+
+        active = [StateType.RUNNING, StateType.PENDING, StateType.SCHEDULED, StateType.CANCELLING]
+        found = asyncio.run(find_batch(project, batch, states=active))
+        count = asyncio.run(cancel_batch(found.run_id))
+        print(f"Cancelled batch {found.run_id}: {count} flow runs were asked to end.")
+        print(f"Resume it with: phasewise resume {found.run_id}")
+
+    @app.command
+    def resume(batch: _Batch = None, /) -> None:
+        """Run a batch that did not complete again: only what did not complete is run."""
+        project = find_project(choose_server())
+        from prefect.client.schemas.objects import StateType
+
+        from phasewise.batches import find_batch, resume_batch
+
+        ended = [StateType.FAILED, StateType.CRASHED, StateType.CANCELLED]
+        found = asyncio.run(find_batch(project, batch, states=ended))
+        asyncio.run(resume_batch(found.run_id))
+        print(f"Batch {found.run_id} is scheduled again. Follow it at {found.url}")
