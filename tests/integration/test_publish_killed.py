@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import time
 import warnings
@@ -168,3 +169,39 @@ def test_a_reader_within_retention_is_never_broken_by_cleanup(project: Project):
 
         for table in TABLES:
             assert connection.execute(f"select distinct generation from {table}").fetchall() == [(0,)]
+
+
+@pytest.mark.timeout(120)
+def test_a_first_publisher_killed_at_any_instant_leaves_a_warehouse_that_the_next_one_can_use(project: Project):
+    batch = stage_generation(project, 0)
+    started = time.monotonic()
+    publish_batch(project, SETTINGS, batch)
+    seconds = time.monotonic() - started
+    random_source = random.Random(20261124)
+
+    for attempt in range(12):
+        shutil.rmtree(project.warehouse)
+        pid = fork(lambda: publish_batch(project, SETTINGS, batch))
+        # The sleep is the test's input: the instant of the kill.
+        time.sleep(random_source.uniform(0, seconds))
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+        publish_batch(project, SETTINGS, batch)
+
+        tables, mart, rows, batches = look(project)
+        assert (tables, mart, rows, batches) == ({0}, {0}, 500 * len(TABLES), [batch]), f"after kill {attempt}"
+
+
+def test_of_two_publishers_at_the_same_time_the_newer_batch_wins(project: Project):
+    publish_batch(project, SETTINGS, stage_generation(project, 0))
+    older, newer = stage_generation(project, 1), stage_generation(project, 2)
+
+    pids = [fork(lambda batch=batch: publish_batch(project, SETTINGS, batch)) for batch in (newer, older)]
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+
+    tables, mart, _, batches = look(project)
+    assert (tables, mart) == ({2}, {2})
+    # The older one came first, or was refused.
+    assert codes[0] == 0
+    assert batches.count(older) == (codes[1] == 0)
