@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -131,3 +133,11 @@ def test_a_project_without_tables_is_a_problem(tmp_path: Path, monkeypatch: pyte
     problems = sources.check_project(make_project(tmp_path), Settings())
 
     assert ["selects no table" in str(problem) for problem in problems] == [True]
+
+
+def test_the_reference_of_types_is_what_the_code_does():
+    script = Path(__file__).resolve().parents[2] / "tools" / "write_types_reference.py"
+
+    done = subprocess.run([sys.executable, str(script), "--check"], timeout=50, check=False)
+
+    assert done.returncode == 0, "Run: python tools/write_types_reference.py"

@@ -195,7 +195,7 @@ def test_columns_without_a_type_that_sqlite_knows_are_carried_as_text(tmp_path: 
 
     assert [column.note for column in table.columns] == [
         "carried as text: the column has no declared type",
-        "carried as text: SQLite has no type JSON",
+        "carried as text: neither SQLite nor the lake has a type JSON",
     ]
     assert (types, rows) == (["VARCHAR", "VARCHAR"], [("1", "{}"), ("1", "2"), ("0.1", None)])
 

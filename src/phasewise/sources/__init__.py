@@ -127,7 +127,7 @@ class Source(Protocol):
 SourceFactory = Callable[[str, Path, Settings], Source]
 
 _BUILT_IN = {
-    "duckdb": "phasewise.sources.duckdb:DuckdbSource",
+    "duckdb": "phasewise.sources.duckdb_file:DuckdbSource",
     "file": "phasewise.sources.files:FilesSource",
     "mariadb": "phasewise.sources.mysql:MysqlSource",
     "mysql": "phasewise.sources.mysql:MysqlSource",

@@ -24,7 +24,7 @@ from phasewise.project import redact_url
 from phasewise.settings import Settings
 from phasewise.sources import Column, SnapshotToken, SourceTable
 from phasewise.sources.decoding import MOMENTS, decode_text, explain_unfaithful, fail_where_null
-from phasewise.sources.duckdb import find_lake_type, find_local_path
+from phasewise.sources.duckdb_file import find_lake_type, find_local_path
 
 _NAME = re.compile(r"(?P<table>.+?)\.(?P<kind>csv|tsv|parquet|json|ndjson|jsonl)(?:\.(?:gz|zst))?", re.IGNORECASE)
 _KINDS = {"tsv": "csv", "ndjson": "json", "jsonl": "json"}

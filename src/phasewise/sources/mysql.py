@@ -186,6 +186,13 @@ class MysqlSource:
             yield connection
 
 
+def list_types() -> list[Column]:
+    """Return one column for each kind of type, for the reference (docs/reference/types.md)."""
+    declared = [*_PLAIN, "bigint unsigned", "tinyint(1)", "decimal(18,4)", "decimal(65,30)", "bit(1)", "bit(8)", "time"]
+    declared += ["enum('a','b')", "set('a','b')", "inet6", "point"]
+    return [_describe_column(name, name, re.split(r"[( ]", name)[0], 1) for name in declared]
+
+
 def _split_url(url: str) -> tuple[str, str | None]:
     """Return DSN without password, and password."""
     parts = urlsplit(url)

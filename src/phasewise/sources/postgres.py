@@ -239,6 +239,17 @@ class PostgresSource:
         return explain_unfaithful(table.name, column, count=count, value=str(sample[0]), where=where)
 
 
+def list_types() -> list[Column]:
+    """Return one column for each kind of type, for the reference (docs/reference/types.md)."""
+    numerics = ["numeric(18,4)", "numeric", "numeric(50,10)", "numeric(5,-2)"]
+    others = ["interval", "timetz", "integer[]", "money", "bit(3)", "inet", "int4range", "point", "tsvector", "oid"]
+    kinds = [(name, name, name) for name in [*_PLAIN, *sorted(_TEXTS), *others]]
+    kinds += [("numeric", name, name) for name in numerics]
+    found = [(declared, *_find_type(type_name, base, declared)) for type_name, base, declared in kinds]
+    found.append(("an enum", *_find_type("mood", "mood", "mood", is_enum=True)))
+    return [Column(name=name, source_type=name, type=kind, nullable=True, note=note) for name, kind, note in found]
+
+
 def _split_url(url: str, timeout: float) -> tuple[str, str, str | None]:
     """Return schema, DSN without password, and password."""
     parts = urlsplit(url)

@@ -238,6 +238,13 @@ class SqliteSource:
         return SourceUnavailable(f"The SQLite database {self._path} {what}.", hint=hint)
 
 
+def list_types() -> list[Column]:
+    """Return one column for each kind of declared type, for the reference (docs/reference/types.md)."""
+    declared = "INTEGER|BIGINT|REAL|DOUBLE PRECISION|TEXT|VARCHAR(40)|BLOB|BOOLEAN|DATE|DATETIME|TIMESTAMP|TIME"
+    declared += "|DECIMAL(10,2)|NUMERIC|DECIMAL(40,2)|JSON||ANY"
+    return [_describe_column(name or "(none)", name, 0, 0, 0) for name in declared.split("|")]
+
+
 def _find_path(url: str, root: Path) -> Path:
     # SQLAlchemy's rule: three slashes are relative (here to the project), four are absolute.
     parts = urlsplit(url.replace("#", "%23"))
@@ -293,7 +300,7 @@ def _find_note(declared: str) -> str | None:
         return None
     if not upper:
         return "carried as text: the column has no declared type"
-    return f"carried as text: SQLite has no type {declared}"
+    return f"carried as text: neither SQLite nor the lake has a type {declared}"
 
 
 def _is_scanned(column: Column) -> bool:

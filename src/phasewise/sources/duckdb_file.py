@@ -36,6 +36,14 @@ def find_lake_type(declared: str) -> tuple[str, str | None]:
     return "VARCHAR", f"carried as text: Parquet and the lake do not hold every {declared} exactly"
 
 
+def list_types() -> list[Column]:
+    """Return one column for each kind of type, for the reference (docs/reference/types.md)."""
+    declared = "BOOLEAN|TINYINT|BIGINT|UBIGINT|FLOAT|DOUBLE|DECIMAL(18,4)|VARCHAR|BLOB|UUID|DATE|TIME|TIMESTAMP"
+    declared += "|TIMESTAMP WITH TIME ZONE|JSON|HUGEINT|INTERVAL|TIME WITH TIME ZONE|TIMESTAMP_NS|BIT|INTEGER[]"
+    declared += "|STRUCT(a INTEGER)|MAP(VARCHAR, INTEGER)|ENUM('a', 'b')"
+    return [_describe_column(name, name, True) for name in declared.split("|")]
+
+
 def find_local_path(url: str, root: Path) -> Path:
     """Return the path that ``scheme:///relative`` or ``scheme:////absolute`` means.
 
