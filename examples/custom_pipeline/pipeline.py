@@ -8,6 +8,7 @@ from prefect import flow, get_run_logger
 from phasewise import BATCH, PHASES, Phase, Step
 from phasewise.lake import open_session
 from phasewise.project import find_project, load_project
+from phasewise.queries import fetch_int
 from phasewise.settings import Settings
 from phasewise.sources import list_project_tables, open_source
 
@@ -21,7 +22,7 @@ def profile_source(batch_id: str) -> dict[str, Any]:
     with open_session(settings, extensions=source.extensions) as connection:
         source.attach(connection)
         rows = {
-            name: source.count_rows(connection, source.describe_table(name))
+            name: fetch_int(connection, f"select count(*) from ({source.select(source.describe_table(name))})")
             for name in list_project_tables(project, source)
         }
     project.reports.mkdir(parents=True, exist_ok=True)
