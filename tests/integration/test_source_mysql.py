@@ -16,6 +16,7 @@ from phasewise import lake, staging
 from phasewise.errors import ProjectError, SchemaDrift, SourceUnavailable, TableMissing, UnfaithfulValue
 from phasewise.project import Project, load_project
 from phasewise.settings import Settings
+from phasewise.source_contract import PASSWORD, ROWS, SourceContract
 from phasewise.sources import check_project, list_project_tables, open_source
 
 SETTINGS = Settings(threads=2, memory_limit="512MB", connect_timeout=2)
@@ -208,3 +209,24 @@ def test_a_server_that_does_not_answer_is_named_without_its_password(tmp_path: P
         assert "a secret" not in str(error)
         assert "a%20secret" not in str(error)
         error = error.__cause__
+
+
+class TestMysqlContract(SourceContract):
+    holds_snapshots = False
+
+    @pytest.fixture(autouse=True)
+    def _database(self, database: str):
+        mariadb(f"SET PASSWORD FOR {database}@'%' = PASSWORD('{PASSWORD}')")
+        self.database = database
+
+    def make_url(self, tmp_path: Path) -> str:
+        texts = (
+            "NULL" if label is None else "'" + label.replace("\\", "\\\\").replace("'", "''") + "'" for _, label in ROWS
+        )
+        values = ", ".join(f"({number}, {text})" for (number, _), text in zip(ROWS, texts, strict=True))
+        mariadb(
+            f"CREATE TABLE contract (id bigint PRIMARY KEY, label text); INSERT INTO contract VALUES {values};"
+            "CREATE TABLE contract_empty (id bigint PRIMARY KEY, label text)",
+            self.database,
+        )
+        return f"mysql://{self.database}:{PASSWORD}@{HOST}:3306/{self.database}"

@@ -20,6 +20,7 @@ from phasewise import lake, staging
 from phasewise.errors import ProjectError, SchemaDrift, SourceError, SourceUnavailable, TableMissing, UnfaithfulValue
 from phasewise.project import Project, load_project
 from phasewise.settings import Settings
+from phasewise.source_contract import PASSWORD, ROWS, SourceContract
 from phasewise.sources import check_project, list_project_tables, open_source
 
 SETTINGS = Settings(threads=2, memory_limit="512MB", connect_timeout=2)
@@ -333,3 +334,22 @@ def test_a_url_without_a_database_is_refused(tmp_path: Path):
 
     with pytest.raises(ProjectError, match=r'"postgresql://u:\*\*\*@h" names no database'):
         open_source(load_project(tmp_path), SETTINGS)
+
+
+def literals(rows: list[tuple[int, str | None]]) -> str:
+    quoted = ((number, "NULL" if label is None else lake.quote_literal(label)) for number, label in rows)
+    return ", ".join(f"({number}, {label})" for number, label in quoted)
+
+
+class TestPostgresContract(SourceContract):
+    @pytest.fixture(autouse=True)
+    def _schema(self, schema: str):
+        self.schema = schema
+
+    def make_url(self, tmp_path: Path) -> str:
+        psql(
+            f"CREATE TABLE contract (id bigint PRIMARY KEY, label text); INSERT INTO contract VALUES {literals(ROWS)};"
+            "CREATE TABLE contract_empty (id bigint PRIMARY KEY, label text)",
+            self.schema,
+        )
+        return f"postgresql://postgres:{PASSWORD}@{HOST}:5432/test?schema={self.schema}"
