@@ -17,6 +17,9 @@ from phasewise.samples import stage_batch
 from phasewise.settings import Settings, find_checkout
 from phasewise.snapshots import diff_batches, open_reader
 
+# Two nights of 27 tables: seconds on an idle machine, a minute on a busy one.
+pytestmark = pytest.mark.timeout(240)
+
 SETTINGS = Settings(threads=2, memory_limit="512MB", min_free_bytes=0)
 
 

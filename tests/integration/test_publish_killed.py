@@ -78,16 +78,16 @@ def look(project: Project) -> tuple[set[int], set[int], int, list[str]]:
         return tables, mart, rows[0], [publication.batch for publication in list_publications(connection)]
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(240)
 def test_a_publisher_killed_at_any_instant_leaves_all_old_or_all_new(project: Project):
     publish_batch(project, SETTINGS, stage_generation(project, 0))
     started = time.monotonic()
     publish_batch(project, SETTINGS, stage_generation(project, 1))
     seconds = time.monotonic() - started
-    generation, random_source, seen = 1, random.Random(20261123), []
+    generation, random_source, seen = 2, random.Random(20261123), []
+    batch = stage_generation(project, generation)
 
     for attempt in range(KILLS):
-        batch = stage_generation(project, attempt + 2)
         pid = fork(lambda batch=batch: publish_batch(project, SETTINGS, batch))
         # The sleep is the test's input: the instant of the kill.
         time.sleep(random_source.uniform(0, seconds))
@@ -96,14 +96,18 @@ def test_a_publisher_killed_at_any_instant_leaves_all_old_or_all_new(project: Pr
 
         tables, mart, rows, batches = look(project)
         was_published = batch in batches
-        generation = attempt + 2 if was_published else generation
-        assert (tables, mart, rows) == ({generation}, {generation}, 500 * len(TABLES)), f"after kill {attempt}"
+        expected = generation if was_published else generation - 1
+        assert (tables, mart, rows) == ({expected}, {expected}, 500 * len(TABLES)), f"after kill {attempt}"
         assert batches.count(batch) == was_published
         seen.append(was_published)
+        # Keep the instants on both sides of the commit, however fast the machine is just now.
+        seconds *= 0.9 if was_published else 1.1
+        if was_published:
+            generation += 1
+            batch = stage_generation(project, generation)
 
-    last = publish_batch(project, SETTINGS, batch)
-    assert look(project)[0] == {KILLS + 1}
-    assert last.was_published == seen[-1]
+    publish_batch(project, SETTINGS, batch)
+    assert look(project)[:2] == ({generation}, {generation})
     assert {True, False} == set(seen), f"the instants hit one side of the commit only: {seen}"
 
 
