@@ -24,7 +24,7 @@ import sys
 import tempfile
 import threading
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -47,10 +47,10 @@ from prefect.client.schemas.filters import (
     FlowRunFilterStateType,
 )
 from prefect.client.schemas.objects import FlowRun, State, StateType
-from prefect.events import Event
+from prefect.events import Event, RelatedResource
 from prefect.events.clients import get_events_subscriber
 from prefect.events.filters import EventAnyResourceFilter, EventFilter, EventNameFilter
-from prefect.events.related import RESOURCE_CACHE
+from prefect.events.related import RESOURCE_CACHE, object_as_related_resource
 from prefect.exceptions import Abort, Pause
 from prefect.runner._cancellation_manager import CancellationManager
 from prefect.runner._control_channel import ControlChannel, ControlSignalStatus
@@ -167,6 +167,7 @@ class WarmProcessWorker(ProcessWorker):
         self._claiming = asyncio.Lock()
         self._may_have_more = False
         self._draining = False
+        self._reads: dict[Any, asyncio.Future[BaseModel]] = {}
         self._listening: anyio.abc.TaskGroup | None = None
         self._services: anyio.abc.TaskGroup
         self._caretaker: Caretaker
@@ -184,6 +185,21 @@ class WarmProcessWorker(ProcessWorker):
             await self._warm.__aexit__(*sys.exc_info())
             raise
         return self
+
+    async def setup(self) -> None:
+        await super().setup()
+        # Prefect reads the deployment twice and the flow once for each run that it submits.
+        client: Any = self.client
+        client.read_deployment = functools.partial(self._read_once, client.read_deployment)
+        client.read_flow = functools.partial(self._read_once, client.read_flow)
+
+    async def _read_once(self, read: Callable[[UUID], Awaitable[BaseModel]], id_: UUID) -> BaseModel:
+        """Read an object once for all runs of a claim."""
+        key = (read, id_)
+        if key not in self._reads:
+            self._reads[key] = asyncio.ensure_future(read(id_))
+        found = await asyncio.shield(self._reads[key])
+        return found.model_copy(deep=True)  # Prefect merges the variables of a run into the deployment that it got
 
     async def __aexit__(self, *exc_info: Any) -> None:
         try:
@@ -205,7 +221,7 @@ class WarmProcessWorker(ProcessWorker):
             return await super().run(flow_run, configuration, task_status)
         with _working_directory(configuration) as folder:
             assert isinstance(configuration, WarmProcessJobConfiguration)
-            self._jobs[flow_run.id] = self._plan(configuration, folder)
+            self._jobs[flow_run.id] = self._plan(configuration, flow_run, folder)
             try:
                 return await self._executors.run(flow_run, task_status or anyio.TASK_STATUS_IGNORED)
             finally:
@@ -234,7 +250,7 @@ class WarmProcessWorker(ProcessWorker):
             return f"the warm process does not start: {exc}"
         return None
 
-    def _plan(self, configuration: WarmProcessJobConfiguration, folder: str) -> _Job:
+    def _plan(self, configuration: WarmProcessJobConfiguration, flow_run: FlowRun, folder: str) -> _Job:
         deployment = configuration._deployment
         assert deployment is not None
         assert deployment.entrypoint is not None
@@ -249,7 +265,7 @@ class WarmProcessWorker(ProcessWorker):
         # The worker runs these hooks, in a process of their own: the flow run's may be gone by then.
         env["PREFECT__ENABLE_CANCELLATION_AND_CRASHED_HOOKS"] = "false"
         stdio = (1, 2) if configuration.stream_output else (self._devnull, self._devnull)
-        return _Job(entrypoint=entrypoint, cwd=cwd, env=env, stdio=stdio, known=_known(configuration))
+        return _Job(entrypoint=entrypoint, cwd=cwd, env=env, stdio=stdio, known=_known(configuration, flow_run))
 
     async def drain(self, seconds: float) -> None:
         """Claim nothing more, let running flow runs finish for *seconds*, then stop and reschedule the others."""
@@ -337,6 +353,8 @@ class WarmProcessWorker(ProcessWorker):
 
     async def _submit_scheduled_flow_runs(self, flow_run_response: list[WorkerFlowRunResponse]) -> list[FlowRun]:
         self._may_have_more = bool(flow_run_response)
+        # What is read from here on is at least as new as these runs, so they may share it, but no older reads.
+        self._reads = {}
         return await super()._submit_scheduled_flow_runs(flow_run_response)
 
     def _cancel_soon(self, flow_run_id: UUID) -> None:
@@ -363,21 +381,25 @@ class WarmProcessWorker(ProcessWorker):
                 self._logger.warning("Could not look for cancelled flow runs: %s", exc)
 
 
-def _known(configuration: WarmProcessJobConfiguration) -> list[dict[str, Any]]:
+def _known(configuration: WarmProcessJobConfiguration, flow_run: FlowRun) -> list[dict[str, Any]]:
     """Return the objects that a flow run relates its events to, as far as its worker knows them.
 
-    ``key`` is what the run looks an object up by: the id, or the name of the work pool.
+    ``key`` is what the run looks an object up by: the id, or the name of the work pool. ``labels`` are what Prefect
+    makes of the object.
     """
-    objects = {
+    objects: dict[str, Any] = {
         "flow": configuration._flow,
         "deployment": configuration._deployment,
         "work-pool": configuration._work_pool,
     }
+    if flow_run.work_queue_id and flow_run.work_queue_name:
+        objects["work-queue"] = SimpleNamespace(id=flow_run.work_queue_id, name=flow_run.work_queue_name)
     return [
         {
             "kind": kind,
             "key": found.name if kind == "work-pool" else str(found.id),
-            "object": {"id": str(found.id), "name": found.name, "tags": list(getattr(found, "tags", []))},
+            "labels": object_as_related_resource(kind, kind, found).root,
+            "tags": list(getattr(found, "tags", [])),
         }
         for kind, found in objects.items()
         if found is not None
@@ -796,10 +818,21 @@ def run_flow_run(entrypoint: str, api_url: str, known: list[dict[str, Any]], des
     _cache_api_version_check(_api_version_check_key(api_url, prefect.__version__))
     now = datetime.now(UTC)
     for item in known:
-        entry = {"kind": item["kind"], "object": SimpleNamespace(**item["object"])}
-        RESOURCE_CACHE[f"{item['kind']}.{item['key']}"] = (entry, now)  # type: ignore[assignment]
+        entry: dict[str, Any] = {"kind": item["kind"], "object": _KnownObject(item["labels"], item["tags"])}
+        RESOURCE_CACHE[f"{item['kind']}.{item['key']}"] = (entry, now)  # type: ignore[assignment] # Prefect's own DateTime
     _Suspension.pipe = descriptor
     return _main([entrypoint])
+
+
+@dataclass(frozen=True)
+class _KnownObject:
+    """What Prefect needs of an object to relate an event to it."""
+
+    labels: dict[str, str]
+    tags: list[str]
+
+    def as_related_resource(self, role: str) -> RelatedResource:
+        return RelatedResource({**self.labels, "prefect.resource.role": role})
 
 
 class _Suspension:
