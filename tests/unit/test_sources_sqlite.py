@@ -240,18 +240,20 @@ def test_insides_of_sqlite_are_no_tables(tmp_path: Path):
     assert open_source(project, SETTINGS).list_tables() == ["s", "sqliteish", "w"]
 
 
-def test_hard_column_names_arrive(tmp_path: Path):
-    names = ['a"b', "select", "a b", "😀", "a'b", "rowid", "c0", "$1", "a;b", "-- c", "{x}", "ß"]
-    columns = ", ".join(
-        f"{lake.quote_identifier(name)} {kind}" for name, kind in zip(names, ["TEXT", "DATE"] * 7, strict=False)
-    )
-    project = make_project(tmp_path, f"CREATE TABLE t ({columns})")
+@pytest.mark.parametrize("other", ["TEXT", "DATE"])  # scanned directly, and read as tagged text
+def test_hard_names_arrive(tmp_path: Path, other: str):
+    names = ['a"b', "select", "a b", "😀", "a'b", "rowid", "c0", "$1", "a;b", "-- c", "{x}", "ß", "a\\b", "?"]
+    kinds = ["TEXT", other] * 7
+    columns = ", ".join(f"{lake.quote_identifier(name)} {kind}" for name, kind in zip(names, kinds, strict=True))
+    table = "O'dd \"t\\ -- ?"
+    project = make_project(tmp_path, f"CREATE TABLE {lake.quote_identifier(table)} ({columns})")
     with closing(sqlite3.connect(tmp_path / "source.db")) as source, source:
-        source.execute(f"INSERT INTO t VALUES ({','.join('?' * len(names))})", ["2024-01-01"] * len(names))
+        row = ["2024-01-01"] * len(names)
+        source.execute(f"INSERT INTO {lake.quote_identifier(table)} VALUES ({','.join('?' * len(names))})", row)
 
-    _, rows = read(project, "t")
+    _, rows = read(project, table)
 
-    assert [str(value) for value in rows[0]] == ["2024-01-01"] * len(names)
+    assert [str(value) for value in rows[0]] == row
 
 
 @pytest.mark.parametrize("kind", ["INTEGER", "NUMERIC"])
