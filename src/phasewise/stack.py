@@ -63,7 +63,8 @@ class StackInfo:
 def find_stack(home: Path) -> StackInfo | None:
     """Return the stack of *home* when its supervisor lives and its server answers."""
     state = read_state(home)
-    if state is None or not answers(state["api_url"]):
+    # Its supervisor lives, so give a server that is busy the time to answer.
+    if state is None or not answers(state["api_url"], seconds=10.0):
         return None
     return StackInfo(
         **{key: state[key] for key in ("api_url", "ui_url", "pid", "pool")}, workers=tuple(state["workers"])
@@ -104,7 +105,7 @@ def stop_stack(home: Path) -> bool:
     pid = state["pid"]
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGTERM)
-    if not wait_until(lambda: not is_same_process(pid, state["started"]), STOP_SECONDS):
+    if not wait_until(lambda: not is_same_process(pid, state["started"]), _stop_seconds()):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)
     state_file(home).unlink(missing_ok=True)
@@ -250,10 +251,14 @@ def _read_report(fd: int) -> dict[str, Any]:
     return report
 
 
+def _stop_seconds() -> float:
+    return STOP_SECONDS + Settings().drain_seconds
+
+
 def _stop(supervisor: subprocess.Popen[bytes]) -> None:
     supervisor.terminate()
     try:
-        supervisor.wait(STOP_SECONDS)
+        supervisor.wait(_stop_seconds())
     except subprocess.TimeoutExpired:
         os.killpg(supervisor.pid, signal.SIGKILL)
         supervisor.wait()

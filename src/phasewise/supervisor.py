@@ -41,6 +41,7 @@ from phasewise.forkserver import die_with_parent
 PREFERRED_PORT = 4200
 START_SECONDS = 120.0
 STOP_SECONDS = 30.0
+_LOG_BYTES = 10 * 1024 * 1024
 _RESTARTS = 5
 _RESTARTS_WITHIN_SECONDS = 60.0
 _PR_SET_CHILD_SUBREAPER = 36
@@ -136,19 +137,20 @@ def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
     return True
 
 
-def answers(api_url: str) -> bool:
+def answers(api_url: str, seconds: float = 2.0) -> bool:
+    """Tell whether a Prefect server answers at *api_url* within *seconds*."""
     try:
-        return _get(f"{api_url}/health") is True
+        return _get(f"{api_url}/health", seconds=seconds) is True
     except (OSError, ValueError):
         return False
 
 
-def _get(url: str, body: object = None) -> Any:
+def _get(url: str, body: object = None, *, seconds: float = 2.0) -> Any:
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"})  # noqa: S310 - our own server
     # Not through the user's HTTP proxy: it is on the loopback interface.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with opener.open(request, timeout=2) as response:
+    with opener.open(request, timeout=seconds) as response:
         return json.load(response)
 
 
@@ -269,7 +271,7 @@ class _Supervisor:
 
     def _start(self, child: _Child) -> None:
         supervisor = os.getpid()
-        with (self._home / "logs" / f"{child.name}.log").open("ab") as log:
+        with _open_log(self._home / "logs" / f"{child.name}.log") as log:
             child.process = subprocess.Popen(
                 child.command,
                 env=child.env,
@@ -411,6 +413,13 @@ def _try_lock(file: IO[str]) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def _open_log(path: Path) -> IO[bytes]:
+    """Open a log to append to; a large one is put aside first, in place of the one put aside before."""
+    if path.exists() and path.stat().st_size > _LOG_BYTES:
+        path.replace(path.with_suffix(".log.1"))
+    return path.open("ab")
 
 
 def _log(line: str) -> None:
