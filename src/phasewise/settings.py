@@ -41,6 +41,12 @@ class Settings(BaseSettings):
     batch_retention_days: float = Field(
         default=7.0, ge=0, description="Days that the staging of a batch which was not published is kept for a resume."
     )
+    source_snapshot_hours: float = Field(
+        default=24.0,
+        gt=0,
+        description="Hours after which a moment of the source that a batch holds is given up: tables that are then "
+        "still missing fail.",
+    )
     snapshot_retention_days: float = Field(
         default=7.0, ge=0, description="Days that snapshots of the lake are kept before cleanup expires them."
     )

@@ -29,7 +29,7 @@ from typing import Any
 
 import duckdb
 
-from phasewise.errors import NothingStaged, PhasewiseError, StagingError
+from phasewise.errors import NothingStaged, PhasewiseError, SourceUnavailable, StagingError
 from phasewise.lake import open_session, quote_literal
 from phasewise.project import Project
 from phasewise.settings import Settings
@@ -231,7 +231,9 @@ def open_snapshot(project: Project, settings: Settings, batch: str) -> Iterator[
         StagingError: staging cannot be written.
     """
     folder = _batch_folder(project, batch)
-    with open_source(project, settings).open_snapshot(folder / ".source") as token:
+    with open_source(project, settings).open_snapshot(folder / ".source") as held:
+        # A source that found an earlier moment again says when that was.
+        token = {"taken_at": datetime.now(UTC).isoformat(), **held} if held is not None else None
         try:
             folder.mkdir(parents=True, exist_ok=True)
             _write_atomically(folder / _SNAPSHOT, json.dumps(token))
@@ -241,6 +243,15 @@ def open_snapshot(project: Project, settings: Settings, batch: str) -> Iterator[
             yield token
         finally:
             (folder / _SNAPSHOT).unlink(missing_ok=True)
+
+
+def _check_age(token: SnapshotToken, settings: Settings, source: Source) -> None:
+    hours = (datetime.now(UTC) - datetime.fromisoformat(token["taken_at"])).total_seconds() / 3600
+    if hours > settings.source_snapshot_hours:
+        raise SourceUnavailable(
+            f"The moment of {source.url} that the batch holds is {hours:.1f} hours old.",
+            hint="Start a new batch, or raise PHASEWISE_SOURCE_SNAPSHOT_HOURS.",
+        )
 
 
 def _read_token(folder: Path) -> SnapshotToken | None:
@@ -367,6 +378,8 @@ def _extract(
 ) -> Manifest:
     started_at = datetime.now(UTC)
     source = open_source(project, settings)
+    if snapshot is not None:
+        _check_age(snapshot, settings, source)
     table = describe_project_table(project, source, name)
     path = folder / f"{uuid.uuid4().hex}.parquet"
     with open_session(settings, extensions=source.extensions) as connection:

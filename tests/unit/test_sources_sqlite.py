@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import math
+import os
 import sqlite3
 import struct
 import subprocess
@@ -356,6 +357,22 @@ def test_a_snapshot_is_kept_for_the_resume_when_the_batch_fails(tmp_path: Path):
         manifest = staging.extract_table(project, SETTINGS, batch="b1", table="t", snapshot=token)
 
     assert manifest.rows == 1
+
+
+def test_a_snapshot_that_is_too_old_is_given_up(tmp_path: Path):
+    project = make_project(tmp_path, "CREATE TABLE t (a INTEGER)")
+    copy = project.staging / "b1" / ".source" / "source.sqlite"
+    with pytest.raises(RuntimeError), staging.open_snapshot(project, SETTINGS, "b1"):
+        raise RuntimeError
+    two_hours_ago = copy.stat().st_mtime - 7200
+    os.utime(copy, (two_hours_ago, two_hours_ago))
+    strict = SETTINGS.model_copy(update={"source_snapshot_hours": 1.0})
+
+    with (
+        staging.open_snapshot(project, strict, "b1"),
+        pytest.raises(SourceUnavailable, match=r"2\.0 hours old\. Start a new batch"),
+    ):
+        staging.extract_table(project, strict, batch="b1", table="t")
 
 
 def test_a_missing_database_is_named_and_not_created(tmp_path: Path):

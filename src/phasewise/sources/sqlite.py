@@ -14,6 +14,7 @@ import shutil
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
@@ -124,7 +125,9 @@ class SqliteSource:
         target = folder / "source.sqlite"
         if not target.exists():
             self._copy_to(target)
-        yield {"id": f"copy-{target.stat().st_mtime_ns}", "path": str(target)}
+        copied = target.stat().st_mtime_ns
+        taken_at = datetime.fromtimestamp(copied / 1e9, UTC).isoformat()
+        yield {"id": f"copy-{copied}", "path": str(target), "taken_at": taken_at}
         target.unlink(missing_ok=True)
 
     def attach(self, connection: duckdb.DuckDBPyConnection, snapshot: SnapshotToken | None = None) -> None:
