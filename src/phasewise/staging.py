@@ -380,10 +380,11 @@ def _extract(
     source = open_source(project, settings)
     if snapshot is not None:
         _check_age(snapshot, settings, source)
-    table = describe_project_table(project, source, name)
     path = folder / f"{uuid.uuid4().hex}.parquet"
     with open_session(settings, extensions=source.extensions) as connection:
+        # Attached first, so that the table is described as it is in the snapshot.
         source.attach(connection, snapshot)
+        table = describe_project_table(project, source, name)
         rows, source_rows = _copy(connection, source, table, path, snapshot)
     manifest = Manifest(
         batch=batch,

@@ -101,7 +101,10 @@ class Source(Protocol):
         """
 
     def attach(self, connection: duckdb.DuckDBPyConnection, snapshot: SnapshotToken | None = None) -> None:
-        """Attach the source, read-only, as ``source``."""
+        """Attach the source, read-only, as ``source``.
+
+        From then on this object serves that one session, and describes tables as they are in *snapshot*.
+        """
 
     def begin(
         self, connection: duckdb.DuckDBPyConnection, table: SourceTable, snapshot: SnapshotToken | None = None

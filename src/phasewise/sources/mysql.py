@@ -80,6 +80,7 @@ class MysqlSource:
     def __init__(self, url: str, root: Path, settings: Settings) -> None:
         self._url = url
         self._settings = settings
+        self._attached: duckdb.DuckDBPyConnection | None = None
         self._dsn, self._password = _split_url(url)
         self._count_before: int | None = None
 
@@ -134,6 +135,7 @@ class MysqlSource:
                 f"The MySQL database {self.url} does not answer: {reason}.",
                 hint="Check [source] url in phasewise.toml, the password and that the server runs.",
             ) from exc
+        self._attached = connection
 
     def begin(
         self, connection: duckdb.DuckDBPyConnection, table: SourceTable, snapshot: SnapshotToken | None = None
@@ -181,8 +183,12 @@ class MysqlSource:
 
     @contextmanager
     def _open(self) -> Iterator[duckdb.DuckDBPyConnection]:
+        if self._attached is not None:  # an extraction describes its table in the session that it has
+            yield self._attached
+            return
         with open_session(self._settings, extensions=self.extensions) as connection:
             self.attach(connection)
+            self._attached = None
             yield connection
 
 

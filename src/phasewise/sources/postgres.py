@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit, urlunsplit
@@ -87,6 +87,7 @@ class PostgresSource:
     def __init__(self, url: str, root: Path, settings: Settings) -> None:
         self._url = url
         self._settings = settings
+        self._attached: duckdb.DuckDBPyConnection | None = None
         self._schema, self._dsn, self._password = _split_url(url, settings.connect_timeout)
         self._relations: dict[str, _Relation] | None = None
 
@@ -144,6 +145,7 @@ class PostgresSource:
                 f"The PostgreSQL database {self.url} does not answer: {reason}.",
                 hint="Check [source] url in phasewise.toml, the password and that the server runs.",
             ) from exc
+        self._attached = connection
 
     def begin(
         self, connection: duckdb.DuckDBPyConnection, table: SourceTable, snapshot: SnapshotToken | None = None
@@ -200,17 +202,21 @@ class PostgresSource:
 
     @contextmanager
     def _open(self) -> Iterator[duckdb.DuckDBPyConnection]:
+        if self._attached is not None:  # an extraction describes its table in the session that it has
+            yield self._attached
+            return
         with open_session(self._settings, extensions=self.extensions) as connection:
             self.attach(connection)
+            self._attached = None
             yield connection
 
     def _read_catalogue(self) -> dict[str, _Relation]:
         if self._relations is None:
             with self._open() as connection:
                 query = _CATALOGUE.format(schema=quote_literal(self._schema))
-                with closing(connection.execute(_query(query))) as result:
-                    names = [column[0] for column in result.description or ()]
-                    rows = [dict(zip(names, row, strict=True)) for row in result.fetchall()]
+                result = connection.execute(_query(query))
+                names = [column[0] for column in result.description or ()]
+                rows = [dict(zip(names, row, strict=True)) for row in result.fetchall()]
             grouped: dict[str, list[dict[str, object]]] = {}
             for row in rows:
                 grouped.setdefault(str(row["relation"]), []).append(row)

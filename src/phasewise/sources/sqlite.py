@@ -131,8 +131,10 @@ class SqliteSource:
         target.unlink(missing_ok=True)
 
     def attach(self, connection: duckdb.DuckDBPyConnection, snapshot: SnapshotToken | None = None) -> None:
+        if snapshot is not None:
+            self._path = Path(snapshot["path"])
         self.check()  # the scanner's own message for a missing or damaged file says less
-        path = quote_literal(str(snapshot["path"] if snapshot else self._path))
+        path = quote_literal(str(self._path))
         # Two scan threads saw two states of the database within one transaction.
         connection.execute("SET sqlite_disable_multithreaded_scans = true")
         milliseconds = int(self._timeout * 1000)
