@@ -16,7 +16,7 @@ import duckdb
 from phasewise.errors import AuditFailed, PhasewiseError, ProjectError, StagingError
 from phasewise.lake import normalize_type, quote_identifier, quote_literal
 from phasewise.project import Audit, Project, Reference
-from phasewise.queries import JsonValue, check_select, fetch_int, fetch_rows, first_line
+from phasewise.queries import JsonValue, check_select, fetch_int, fetch_rows, find_missing_tables, first_line
 from phasewise.snapshots import list_columns, list_keys, list_tables
 from phasewise.staging import BatchPlan, Manifest, staged_files
 
@@ -97,29 +97,34 @@ def audit_batch(
     plan: BatchPlan | None = None,
     *,
     without: Collection[str] = (),
+    is_partial: bool = False,
 ) -> list[AuditResult]:
     """Audit what is staged, after ``open_staged``: the built-in audits of each table, then those of the project.
 
     Complete means that every table of *plan* is staged but for those *without*; there is no such audit without a plan.
+    With *is_partial* an audit that needs a table which is neither staged nor published is a warning that says so:
+    single tables can be published before the rest is there.
     """
+    present = set(list_tables(connection, "memory.main")) if is_partial else None
     staged = group_by_table(manifests)
     planned = [table for table in (plan.tables if plan else ()) if table not in without]
     results = [_audit_completeness(list(staged), planned)]
     for table, parts in staged.items():
         results.append(_guard("row count", table, partial(_audit_row_count, connection, table, parts)))
         results.append(_guard("columns", table, partial(_audit_staged_types, connection, table, parts)))
-        results += _audit_table(connection, project, table, key=parts[0].key)
-    return results + _audit_project(connection, project)
+        results += _audit_table(connection, project, table, key=parts[0].key, present=present)
+    return results + _audit_project(connection, project, present=present)
 
 
 def audit_published(connection: duckdb.DuckDBPyConnection, project: Project) -> list[AuditResult]:
     """Audit the tables of the attached lake again, with the keys that they were published with."""
     open_published(connection)
     keys = list_keys(connection)
+    published = list_tables(connection, "lake.main")
     results: list[AuditResult] = []
-    for table in list_tables(connection, "lake.main"):
-        results += _audit_table(connection, project, table, key=keys.get(table, ()))
-    return results + _audit_project(connection, project)
+    for table in published:
+        results += _audit_table(connection, project, table, key=keys.get(table, ()), present=published)
+    return results + _audit_project(connection, project, present=published)
 
 
 def raise_for(results: Iterable[AuditResult]) -> None:
@@ -186,7 +191,12 @@ def _audit_staged_types(connection: duckdb.DuckDBPyConnection, table: str, parts
 
 
 def _audit_table(
-    connection: duckdb.DuckDBPyConnection, project: Project, table: str, *, key: Sequence[str]
+    connection: duckdb.DuckDBPyConnection,
+    project: Project,
+    table: str,
+    *,
+    key: Sequence[str],
+    present: Collection[str] | None,
 ) -> list[AuditResult]:
     """The audits that follow from what project and source say about *table*."""
     declared = project.find_table(table)
@@ -196,12 +206,24 @@ def _audit_table(
         results.append(_guard("contract", table, compare))
     if columns := tuple(declared.key or key):
         results += [_run(connection, _not_null(table, columns)), _run(connection, _unique(table, columns))]
-    results += [_run(connection, _references(table, reference)) for reference in declared.references]
-    return results
+    references = [_references(table, reference) for reference in declared.references]
+    return results + [_skip(connection, audit, present) or _run(connection, audit) for audit in references]
 
 
-def _audit_project(connection: duckdb.DuckDBPyConnection, project: Project) -> list[AuditResult]:
-    return [_run(connection, audit) for audit in project.audits]
+def _audit_project(
+    connection: duckdb.DuckDBPyConnection, project: Project, *, present: Collection[str] | None
+) -> list[AuditResult]:
+    return [_skip(connection, audit, present) or _run(connection, audit) for audit in project.audits]
+
+
+def _skip(connection: duckdb.DuckDBPyConnection, audit: Audit, present: Collection[str] | None) -> AuditResult | None:
+    """Return a warning when *audit* reads a table that is not *present*; None when it can run."""
+    missing = find_missing_tables(connection, audit.sql, present) if present is not None else []
+    if not missing:
+        return None
+    names = ", ".join(f'"{name}"' for name in missing)
+    error = f"it needs {names}, which {'is' if len(missing) == 1 else 'are'} neither staged nor published"
+    return AuditResult(name=audit.name, table=audit.table, severity="warning", error=error)
 
 
 def _not_null(table: str, key: Sequence[str]) -> Audit:

@@ -301,7 +301,7 @@ def final_etl_task(batch_id: str | None) -> dict[str, Any]:
     project, settings = _load()
     batch = batch_id or staging.find_publishable_batch(project)
     if batch is not None:
-        return _publish(project, settings, batch)
+        return _publish(project, settings, batch, is_partial=batch_id is None)
     if not lake.has_lake(project):
         raise NothingStaged(
             f'Nothing is staged for "{project.name}", and its warehouse is empty.',
@@ -310,14 +310,17 @@ def final_etl_task(batch_id: str | None) -> dict[str, Any]:
     return _renew(project, settings)
 
 
-def _publish(project: Project, settings: Settings, batch: str) -> dict[str, Any]:
-    """Audit *batch*, publish it and write its report; when an audit fails write the report alone."""
+def _publish(project: Project, settings: Settings, batch: str, *, is_partial: bool) -> dict[str, Any]:
+    """Audit *batch*, publish it and write its report; when an audit fails write the report alone.
+
+    With *is_partial* (single tables, staged by hand) audits and marts that need other tables may wait for them.
+    """
     manifests = staging.list_manifests(project, batch)
     given_up = staging.read_given_up(project, batch)
     with _open_warehouse(project, settings) as connection:
         audit.open_staged(connection, project, manifests)
         plan = staging.read_plan(project, batch)
-        results = audit.audit_batch(connection, project, manifests, plan, without=given_up)
+        results = audit.audit_batch(connection, project, manifests, plan, without=given_up, is_partial=is_partial)
     _log_audits(results)
     data = BatchData(project=project, batch=batch, manifests=manifests, audits=results, given_up=given_up)
     try:
@@ -325,7 +328,7 @@ def _publish(project: Project, settings: Settings, batch: str) -> dict[str, Any]
     except AuditFailed as exc:
         _write_report(replace(data, runs=_batch_runs(batch)), status="failed", message=str(exc))
         raise
-    publication = publish.publish_batch(project, settings, batch, without=given_up)
+    publication = publish.publish_batch(project, settings, batch, without=given_up, is_partial=is_partial)
     current_logger().info("Published %d tables as snapshot %d", len(publication.tables), publication.snapshot)
     return _report(project, settings, replace(data, publication=publication), status="published")
 
@@ -346,7 +349,8 @@ def _report(
 ) -> dict[str, Any]:
     """Write the report and return what the flow returns."""
     with _open_warehouse(project, settings) as connection:
-        mart_data = [marts.read_mart(connection, mart) for mart in project.marts]
+        built = data.publication.marts if data.publication else ()
+        mart_data = [marts.read_mart(connection, mart) for mart in project.marts if mart.name in built]
     html = _write_report(replace(data, marts=mart_data, runs=_batch_runs(data.batch)), status=status)
     publication = data.publication
     assert publication is not None  # both callers have published

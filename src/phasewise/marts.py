@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from typing import Literal
@@ -12,7 +12,16 @@ import duckdb
 from phasewise.errors import ProjectError
 from phasewise.lake import quote_identifier, quote_literal
 from phasewise.project import Mart, Project
-from phasewise.queries import JsonValue, check_select, fetch_int, fetch_rows, first_line, list_tables_read, strip_select
+from phasewise.queries import (
+    JsonValue,
+    check_select,
+    fetch_int,
+    fetch_rows,
+    find_missing_tables,
+    first_line,
+    list_tables_read,
+    strip_select,
+)
 from phasewise.snapshots import list_tables
 
 #: Schema of the lake that holds the marts; the tables stand in ``main``.
@@ -51,16 +60,29 @@ def order_marts(marts: Sequence[Mart]) -> list[Mart]:
         raise ProjectError(f"The marts need one another in a circle: {circle}.") from None
 
 
-def build_marts(connection: duckdb.DuckDBPyConnection, project: Project, *, schema: str) -> tuple[str, ...]:
-    """Build every mart of *project* as a table of *schema*, such as ``lake.marts``; return their names.
+def find_buildable(connection: duckdb.DuckDBPyConnection, project: Project, tables: Collection[str]) -> list[Mart]:
+    """Return, in building order, the marts that need nothing but *tables* and other buildable marts."""
+    present = set(tables)
+    buildable: list[Mart] = []
+    for mart in order_marts(project.marts):
+        if not find_missing_tables(connection, mart.sql, present):
+            buildable.append(mart)
+            present.add(mart.name)
+    return buildable
 
-    Runs in the caller's transaction and sees its uncommitted tables. In a mart's SQL a bare name is a published
-    table or, where no table has that name, another mart.
+
+def build_marts(
+    connection: duckdb.DuckDBPyConnection, project: Project, *, schema: str, only: Sequence[Mart] | None = None
+) -> tuple[str, ...]:
+    """Build every mart of *project*, or *only* some, as a table of *schema*, such as ``lake.marts``.
+
+    Returns their names. Runs in the caller's transaction and sees its uncommitted tables. In a mart's SQL a bare
+    name is a published table or, where no table has that name, another mart.
 
     Raises:
         ProjectError: the SQL of a mart fails; the message names its file and says what DuckDB said.
     """
-    ordered = order_marts(project.marts)
+    ordered = order_marts(project.marts) if only is None else only
     catalog, _, _ = schema.rpartition(".")
     _drop_others(connection, schema, keep=[mart.name for mart in ordered])
     before = connection.execute("select current_setting('search_path')").fetchone()

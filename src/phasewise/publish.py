@@ -23,8 +23,8 @@ import duckdb
 from phasewise.audit import group_by_table, read_parquet
 from phasewise.errors import LakeError, NothingStaged, PublishConflict, StagingError
 from phasewise.lake import attach_lake, lock_lake, open_session, quote_identifier, quote_literal
-from phasewise.marts import MARTS_SCHEMA, build_marts
-from phasewise.project import Project
+from phasewise.marts import MARTS_SCHEMA, build_marts, find_buildable, order_marts
+from phasewise.project import Mart, Project
 from phasewise.queries import fetch_int, first_line
 from phasewise.settings import Settings
 from phasewise.snapshots import Publication as Publication
@@ -45,10 +45,13 @@ FILE_PREFIX = "phasewise-"
 _CANNOT_LINK = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
-def publish_batch(project: Project, settings: Settings, batch: str, *, without: Collection[str] = ()) -> Publication:
+def publish_batch(
+    project: Project, settings: Settings, batch: str, *, without: Collection[str] = (), is_partial: bool = False
+) -> Publication:
     """Publish the staged tables of *batch*, and the marts built from them, as one snapshot.
 
-    Does not audit: see ``phasewise.audit``. The tables *without* may be missing; readers keep their last version.
+    Does not audit: see ``phasewise.audit``. The tables *without* may be missing; readers keep their last version. With
+    *is_partial* marts that need a table which is neither staged nor published are left out.
     Publishing a batch that is published already changes nothing. However the process ends, readers see all of the
     batch or nothing of it.
 
@@ -60,7 +63,7 @@ def publish_batch(project: Project, settings: Settings, batch: str, *, without: 
         LakeError: the warehouse cannot be written. As with all of these, it is unchanged.
     """
     with open_writer(project, settings) as connection:
-        publication = _find_published(connection, batch) or _publish(connection, project, batch, without)
+        publication = _find_published(connection, batch) or _publish(connection, project, batch, without, is_partial)
     if list_manifests(project, batch):
         mark_published(project, batch, publication.snapshot)
     return publication
@@ -74,9 +77,10 @@ def renew_marts(project: Project, settings: Settings) -> Publication:
     """
     with open_writer(project, settings) as connection:
         latest = require_publication(connection, project)
-        marts = _mart_names(project)
+        only = find_buildable(connection, project, list_tables(connection, "lake.main"))
+        marts = tuple(mart.name for mart in only)
         with _transaction(connection, replace(latest, kind="marts", marts=marts), "Build the marts again"):
-            build_marts(connection, project, schema=f"lake.{MARTS_SCHEMA}")
+            build_marts(connection, project, schema=f"lake.{MARTS_SCHEMA}", only=only)
         return require_publication(connection, project)
 
 
@@ -111,10 +115,6 @@ def open_writer(project: Project, settings: Settings) -> Iterator[duckdb.DuckDBP
         yield connection
 
 
-def _mart_names(project: Project) -> tuple[str, ...]:
-    return tuple(mart.name for mart in project.marts)
-
-
 def _find_published(connection: duckdb.DuckDBPyConnection, batch: str) -> Publication | None:
     try:
         return replace(find_publication(connection, batch), was_published=True)
@@ -123,19 +123,21 @@ def _find_published(connection: duckdb.DuckDBPyConnection, batch: str) -> Public
 
 
 def _publish(
-    connection: duckdb.DuckDBPyConnection, project: Project, batch: str, without: Collection[str]
+    connection: duckdb.DuckDBPyConnection, project: Project, batch: str, without: Collection[str], is_partial: bool
 ) -> Publication:
     staged = group_by_table(list_manifests(project, batch))
     if not staged:
         raise NothingStaged(f'Nothing is staged for the batch "{batch}".', hint="Load it first: make run-distributed.")
     _refuse_incomplete(project, batch, {*staged, *without})
-    planned = _plan(project, batch, staged)
+    present = {*staged, *list_tables(connection, "lake.main")}
+    only = find_buildable(connection, project, present) if is_partial else order_marts(project.marts)
+    planned = _plan(project, batch, staged, only)
     _refuse_to_go_back(connection, planned)
     files = _link_files(project, staged)
     with _transaction(connection, planned, f"Publish batch {batch}"):
         for table in planned.tables:
             _publish_table(connection, table.name, files[table.name], rows=table.rows)
-        build_marts(connection, project, schema=f"lake.{MARTS_SCHEMA}")
+        build_marts(connection, project, schema=f"lake.{MARTS_SCHEMA}", only=only)
     return require_publication(connection, project)
 
 
@@ -150,7 +152,7 @@ def _refuse_incomplete(project: Project, batch: str, present: Collection[str]) -
         )
 
 
-def _plan(project: Project, batch: str, staged: Mapping[str, Sequence[Manifest]]) -> Publication:
+def _plan(project: Project, batch: str, staged: Mapping[str, Sequence[Manifest]], marts: Sequence[Mart]) -> Publication:
     plan = read_plan(project, batch)
     parts = [part for table in staged.values() for part in table]
     return Publication(
@@ -167,7 +169,7 @@ def _plan(project: Project, batch: str, staged: Mapping[str, Sequence[Manifest]]
             )
             for table, parts in staged.items()
         ),
-        marts=_mart_names(project),
+        marts=tuple(mart.name for mart in marts),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, time
 from decimal import Decimal
@@ -75,6 +75,16 @@ def list_tables_read(connection: duckdb.DuckDBPyConnection, sql: str) -> frozens
     row = connection.execute("select json_serialize_sql(?)", [sql]).fetchone()
     assert row is not None, "a select without FROM returns one row"
     return frozenset(_walk(json.loads(row[0]), hidden=frozenset()))
+
+
+def find_missing_tables(connection: duckdb.DuckDBPyConnection, sql: str, present: Collection[str]) -> list[str]:
+    """Return the tables that *sql* reads by a bare name and that are not *present*; none when it does not parse."""
+    try:
+        read = list_tables_read(connection, sql)
+    except duckdb.Error:
+        return []
+    known = {name.casefold() for name in present}
+    return sorted(table.name for table in read if not table.schema and table.name.casefold() not in known)
 
 
 def _walk(node: object, *, hidden: frozenset[str]) -> Iterator[TableName]:

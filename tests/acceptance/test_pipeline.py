@@ -72,6 +72,13 @@ def assert_equals_source(project: Project, source: Path, tables: int) -> None:
                 assert connection.execute(query).fetchone() == (0,), f"{name}: rows of {left} are not in {right}"
 
 
+def read_deployments(stack: StackInfo) -> list[dict[str, Any]]:
+    """Return the deployments without what changes by itself, such as when a worker asked for their runs."""
+    ignored = {"last_polled", "status", "work_queue", "updated"}
+    found = call(stack, "/deployments/filter", {})
+    return [{key: value for key, value in one.items() if key not in ignored} for one in found]
+
+
 @pytest.mark.timeout(400)  # 33 flow runs in real processes
 def test_27_tables_are_loaded_and_published_as_one_snapshot(
     stack: StackInfo, stack_shell: Shell, baseball: Callable[[Path], None]
@@ -200,7 +207,7 @@ def test_deploying_twice_changes_nothing(stack: StackInfo, stack_shell: Shell) -
     script = "flows/prefect_flow-worker-flow-v2.py"
 
     first = stack_shell.run(script, "deploy")
-    before = call(stack, "/deployments/filter", {})
+    before = read_deployments(stack)
     second = stack_shell.run(script, "deploy")
 
     names = ["main-etl-job", "pre-etl-job", "sub-etl-job", "final-etl-job"]
@@ -211,7 +218,7 @@ def test_deploying_twice_changes_nothing(stack: StackInfo, stack_shell: Shell) -
     assert lines[8] == "🎉 All 7 deployments created successfully!"
     assert "Next" in lines[9]
     assert second.stdout == first.stdout
-    assert call(stack, "/deployments/filter", {}) == before
+    assert read_deployments(stack) == before
     queues = call(stack, f"/work_pools/{stack.pool}/queues/filter", {})
     assert {queue["name"] for queue in queues} >= {"orchestrators", "tables"}
 

@@ -9,8 +9,10 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import textwrap
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -174,13 +176,27 @@ def test_staging_that_is_not_a_folder_is_an_error_that_names_it(project: Project
         extract(project, "player")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_read_only_staging_is_an_error_that_names_it(project: Project):
-    project.staging.mkdir(parents=True)
-    project.staging.chmod(0o500)
+@contextmanager
+def without_root() -> Iterator[None]:
+    """Be someone whom permissions hold back: root may write anywhere."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
 
-    with pytest.raises(StagingError, match="cannot be written"):
-        staging.prepare_staging(project, SETTINGS)
+
+def test_read_only_staging_is_an_error_that_names_it(project: Project):
+    # Below a folder that others may enter, which the folders of pytest are not.
+    with tempfile.TemporaryDirectory() as open_folder:
+        Path(open_folder).chmod(0o755)
+        elsewhere = project.model_copy(update={"staging": Path(open_folder) / "staging"})
+        elsewhere.staging.mkdir(mode=0o555)
+
+        with without_root(), pytest.raises(StagingError, match="cannot be written"):
+            staging.prepare_staging(elsewhere, SETTINGS)
 
 
 def test_too_little_free_space_is_found_beforehand(project: Project):

@@ -1,0 +1,550 @@
+"""Each guarantee of orchestration, broken on purpose: real server, real workers, real signals."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from phasewise.samples import change_source, write_project
+from phasewise.stack import StackInfo, find_stack, running_stack
+from tests.acceptance.conftest import SHOP, Shell, wait_for
+
+pytestmark = pytest.mark.timeout(180)
+
+
+class Server:
+    """The stack's API, and the flows of guarantee_flows deployed on it."""
+
+    def __init__(self, stack: StackInfo, signals: Path) -> None:
+        self.stack = stack
+        self.signals = signals
+
+    def call(self, path: str, body: Any = None, method: str = "POST") -> Any:
+        url = f"{self.stack.api_url}{path}"
+        response = httpx.get(url, timeout=30) if body is None else httpx.request(method, url, json=body, timeout=30)
+        response.raise_for_status()
+        return response.json() if response.content else None
+
+    def start(self, flow: str, **parameters: Any) -> str:
+        deployment = self.call(f"/deployments/name/{flow}/{flow}-deployment")["id"]
+        body = {"parameters": {"folder": str(self.signals), **parameters}, "state": {"type": "SCHEDULED"}}
+        return str(self.call(f"/deployments/{deployment}/create_flow_run", body)["id"])
+
+    def read(self, run_id: str) -> dict[str, Any]:
+        return self.call(f"/flow_runs/{run_id}")  # type: ignore[no-any-return]
+
+    def below(self, run_id: str) -> dict[str, dict[str, Any]]:
+        """Return all runs below a run, at any depth, by name."""
+        found: dict[str, dict[str, Any]] = {}
+        level = [run_id]
+        while level:
+            body = {"flow_runs": {"parent_flow_run_id": {"any_": level}}}
+            runs = self.call("/flow_runs/filter", body)
+            found |= {run["name"]: run for run in runs}
+            level = [run["id"] for run in runs]
+        return found
+
+    def wait(self, run_id: str, state: str, seconds: float = 90) -> dict[str, Any]:
+        wait_for(lambda: self.read(run_id)["state_type"] == state, seconds)
+        return self.read(run_id)
+
+    def set_state(self, run_id: str, kind: str, name: str | None = None) -> None:
+        self.call(f"/flow_runs/{run_id}/set_state", {"state": {"type": kind, "name": name}})
+
+    def retry(self, run_id: str) -> None:
+        """What the UI's Retry button does."""
+        self.set_state(run_id, "SCHEDULED", "AwaitingRetry")
+
+    # Signals for the leaves.
+
+    def hold(self, *names: str) -> None:
+        for name in names:
+            (self.signals / f"{name}.hold").touch()
+
+    def release(self, *names: str) -> None:
+        for name in names:
+            (self.signals / f"{name}.hold").unlink()
+
+    def fail(self, name: str) -> None:
+        (self.signals / f"{name}.fail").touch()
+
+    def mend(self, name: str) -> None:
+        (self.signals / f"{name}.fail").unlink()
+
+    def attempts(self, name: str) -> int:
+        return len(list(self.signals.glob(f"{name}.*.pid")))
+
+    def pid(self, name: str) -> int:
+        """Wait until the leaf *name* runs and return the process id of its last attempt."""
+        wait_for(lambda: self.attempts(name) > 0, 60)
+        path = max(self.signals.glob(f"{name}.*.pid"), key=lambda path: path.stat().st_mtime)
+        wait_for(lambda: bool(path.read_text()), 5)
+        return int(path.read_text())
+
+
+def deploy(stack: StackInfo, home: Path) -> None:
+    """Deploy the flows of guarantee_flows: leaves on the queue of tables, the others on that of orchestrators."""
+    from phasewise.deployments import Deployment
+    from phasewise.deployments import deploy as deploy_all
+    from phasewise.settings import Settings
+
+    folder = Path(__file__).parent
+    queues = {"leaf": "tables", "middle": "orchestrators", "top": "orchestrators", "apex": "orchestrators"}
+    deployments = [
+        Deployment(
+            flow_name=name,
+            name=f"{name}-deployment",
+            entrypoint=f"guarantee_flows.py:{name}",
+            work_queue=queue,
+            root=folder,
+        )
+        for name, queue in queues.items()
+    ]
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    with temporary_settings({PREFECT_API_URL: stack.api_url}):
+        asyncio.run(deploy_all(deployments, pool=stack.pool, settings=Settings()))
+
+
+@pytest.fixture(scope="module")
+def deployed(stack: StackInfo, home: Path) -> StackInfo:
+    deploy(stack, home)
+    return stack
+
+
+@pytest.fixture
+def server(deployed: StackInfo, tmp_path: Path) -> Server:
+    return Server(deployed, tmp_path)
+
+
+@pytest.fixture
+def own_stack(tmp_path: Path) -> Iterator[tuple[Server, Path]]:
+    """A stack for a test that breaks it."""
+    home = tmp_path / "home"
+    signals = tmp_path / "signals"
+    signals.mkdir()
+    with running_stack(home, pool="default-pool", workers=2) as stack:
+        deploy(stack, home)
+        yield Server(stack, signals), home
+
+
+# ── 1. Barrier ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_g01_a_phase_starts_only_when_every_step_of_the_one_before_completed(server: Server) -> None:
+    server.hold("a")
+    run = server.start("top", names=["a", "b"])
+    server.pid("a")
+    wait_for(lambda: server.below(run)["leaf/b"]["state_type"] == "COMPLETED", 60)
+
+    assert server.attempts("last") == 0
+
+    server.release("a")
+    server.wait(run, "COMPLETED")
+    runs = server.below(run)
+    assert runs["leaf"]["start_time"] > runs["leaf/a"]["end_time"]
+
+
+def test_g01_on_failure_wait_lets_siblings_finish(server: Server) -> None:
+    server.hold("a")
+    server.fail("b")
+    run = server.start("top", names=["a", "b"])
+    wait_for(lambda: "leaf/b" in server.below(run) and server.below(run)["leaf/b"]["state_type"] == "FAILED", 60)
+    server.pid("a")
+    server.release("a")
+
+    server.wait(run, "FAILED")
+
+    assert server.below(run)["leaf/a"]["state_type"] == "COMPLETED"
+    assert server.attempts("last") == 0
+
+
+def test_g01_on_failure_cancel_ends_siblings_at_the_first_failure(server: Server) -> None:
+    server.hold("a")
+    server.hold("b")
+    server.fail("b")
+    run = server.start("top", names=["a", "b"], on_failure="cancel")
+    server.pid("a")
+    server.release("b")
+
+    server.wait(run, "FAILED")
+
+    assert server.below(run)["leaf/a"]["state_type"] == "CANCELLED"
+
+
+def test_g01_failures_within_the_budget_do_not_stop_the_pipeline(server: Server) -> None:
+    server.fail("b")
+    run = server.start("top", names=["a", "b", "c", "d"], allow_failed="25%")
+
+    server.wait(run, "COMPLETED")
+
+    runs = server.below(run)
+    assert runs["leaf/b"]["state_type"] == "FAILED"
+    assert runs["leaf"]["state_type"] == "COMPLETED"
+
+
+def test_g01_a_table_that_failed_within_the_budget_keeps_its_last_version(stack: StackInfo, stack_shell: Shell) -> None:
+    write_project(stack_shell.project, source=SHOP, toml="[pipeline]\nallow_failed = 1\n")
+    assert stack_shell.phasewise("run-distributed").returncode == 0
+    change_source(stack_shell.project, "insert into orders values (13, 1, 'a lot'); delete from stock;")
+
+    done = stack_shell.phasewise("run-distributed")
+
+    assert done.returncode == 0, done.stdout
+    counts = "select (select count(*) from orders) || ' orders, ' || (select count(*) from stock) || ' pieces' as found"
+    assert "3 orders, 0 pieces" in stack_shell.phasewise("query", counts).stdout
+    reports = stack_shell.project / ".phasewise" / "reports"
+    assert '"kept"' in max(reports.glob("*.json"), key=lambda path: path.stat().st_mtime).read_text()
+
+
+# ── 2. Failure goes up ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_g02_the_first_cause_is_readable_at_the_top_through_two_levels(server: Server) -> None:
+    server.fail("b")
+    server.fail("c")
+
+    run = server.start("top", names=["a", "b", "c"], levels=2)
+
+    message = server.wait(run, "FAILED")["state"]["message"]
+    assert "b was told to fail" in message
+    assert "c was told to fail" in message
+    assert all(name in message for name in ("middle Failed", "leaf/b Failed", "leaf/c Failed"))
+    assert server.below(run)["leaf/b"]["id"] in message
+
+
+def test_g02_a_child_that_was_cancelled_fails_its_parent(server: Server) -> None:
+    server.hold("a")
+    run = server.start("top", names=["a"])
+    server.pid("a")
+
+    server.set_state(server.below(run)["leaf/a"]["id"], "CANCELLING", "Cancelling")
+
+    assert "leaf/a Cancelled" in server.wait(run, "FAILED")["state"]["message"]
+
+
+def test_g02_a_child_that_crashed_twice_fails_its_parent(server: Server) -> None:
+    server.hold("a")
+    run = server.start("top", names=["a"])
+    os.kill(server.pid("a"), signal.SIGKILL)
+    wait_for(lambda: server.attempts("a") == 2, 60)
+
+    os.kill(server.pid("a"), signal.SIGKILL)
+
+    assert "leaf/a Crashed" in server.wait(run, "FAILED")["state"]["message"]
+
+
+# ── 3. Cancel goes down ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_g03_cancelling_the_top_ends_everything_below_and_the_processes(server: Server) -> None:
+    server.hold("a", "b")
+    run = server.start("top", names=["a", "b"], levels=2)
+    pids = [server.pid("a"), server.pid("b")]
+
+    began = time.monotonic()
+    server.set_state(run, "CANCELLING", "Cancelling")
+    wait_for(lambda: {one["state_type"] for one in server.below(run).values()} == {"CANCELLED"}, 20)
+    wait_for(lambda: not any(is_alive(pid) for pid in pids), 10)
+    took = time.monotonic() - began
+
+    assert server.wait(run, "CANCELLED", 20)
+    print(f"cancelled in {took:.2f} s")
+    assert took < 10  # 2 s on a quiet machine; see benchmarks/
+
+
+def test_g03_children_that_wait_for_a_slot_are_cancelled_too(server: Server) -> None:
+    names = [f"n{number}" for number in range(20)]
+    server.hold(*names)
+    run = server.start("top", names=names)
+    wait_for(lambda: len(server.below(run)) == 20, 60)
+    assert "SCHEDULED" in {one["state_type"] for one in server.below(run).values()}
+
+    server.set_state(run, "CANCELLING", "Cancelling")
+
+    server.wait(run, "CANCELLED", 30)
+    wait_for(lambda: {one["state_type"] for one in server.below(run).values()} == {"CANCELLED"}, 30)
+
+
+def test_g03_a_top_that_crashed_ends_everything_below(server: Server) -> None:
+    server.hold("a")
+    run = server.start("top", names=["a"], levels=2)
+    server.pid("a")
+
+    os.kill(int(server.read(run)["infrastructure_pid"]), signal.SIGKILL)
+
+    server.wait(run, "CRASHED", 30)
+    wait_for(lambda: {one["state_type"] for one in server.below(run).values()} == {"CANCELLED"}, 30)
+    wait_for(lambda: not is_alive(server.pid("a")), 10)
+
+
+# ── 4. Resume ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_g04_a_retry_runs_only_what_did_not_complete(server: Server) -> None:
+    server.fail("b")
+    run = server.start("top", names=["a", "b", "c"], levels=2)
+    server.wait(run, "FAILED")
+    server.mend("b")
+
+    server.retry(run)
+
+    server.wait(run, "COMPLETED")
+    assert [server.attempts(name) for name in ("a", "b", "c", "last")] == [1, 2, 1, 1]
+
+
+def test_g04_resume_after_the_top_was_killed(server: Server) -> None:
+    server.hold("b")
+    run = server.start("top", names=["a", "b"], levels=2)
+    server.pid("b")
+    wait_for(lambda: server.below(run)["leaf/a"]["state_type"] == "COMPLETED", 60)
+    os.kill(int(server.read(run)["infrastructure_pid"]), signal.SIGKILL)
+    server.wait(run, "CRASHED", 30)
+    server.release("b")
+
+    server.retry(run)
+
+    server.wait(run, "COMPLETED")
+    assert server.attempts("a") == 1
+    assert server.attempts("b") == 2
+
+
+def test_g04_a_killed_middle_or_leaf_is_run_again_without_a_retry_of_the_top(server: Server) -> None:
+    server.hold("b")
+    run = server.start("top", names=["a", "b"], levels=2)
+    server.pid("b")
+    os.kill(int(server.below(run)["middle"]["infrastructure_pid"]), signal.SIGKILL)
+    wait_for(lambda: server.below(run)["middle"]["run_count"] == 2, 60)
+    os.kill(server.pid("b"), signal.SIGKILL)
+    wait_for(lambda: server.attempts("b") == 2, 60)
+    server.release("b")
+
+    server.wait(run, "COMPLETED")
+
+    assert server.attempts("a") == 1
+
+
+@pytest.mark.timeout(300)
+def test_g04_resume_after_everything_was_killed_at_once(tmp_path: Path) -> None:
+    """As after a reboot: server, workers and flow runs are gone; the database is what is left."""
+    home, signals = tmp_path / "home", tmp_path / "signals"
+    signals.mkdir()
+    with running_stack(home, pool="default-pool", workers=2) as stack:
+        deploy(stack, home)
+        server = Server(stack, signals)
+        server.hold("b")
+        run = server.start("top", names=["a", "b"], levels=2)
+        server.pid("b")
+        wait_for(lambda: server.below(run)["leaf/a"]["state_type"] == "COMPLETED", 60)
+        os.kill(stack.pid, signal.SIGKILL)
+        wait_for(lambda: not is_alive(server.pid("b")), 30)
+    server.release("b")
+
+    with running_stack(home, pool="default-pool", workers=2) as stack:
+        server = Server(stack, signals)
+        wait_for(lambda: server.read(run)["state_type"] == "CRASHED", 60)
+        server.retry(run)
+        server.wait(run, "COMPLETED")
+
+    assert server.attempts("a") == 1
+    assert server.attempts("b") == 2
+
+
+# ── 5. Never twice ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_g05_a_second_batch_of_the_project_is_refused_and_names_the_first(
+    stack: StackInfo, stack_shell: Shell, tmp_path: Path
+) -> None:
+    import fcntl
+
+    project = write_project(stack_shell.project, source=SHOP)
+    project.warehouse.mkdir(parents=True)
+    with (project.warehouse / "writer.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # keeps the first batch in its last phase
+        with stack_shell.start("-m", "phasewise", "run-distributed") as first:
+            server = Server(stack, tmp_path)
+            mains = {
+                "flows": {"name": {"any_": ["main-etl-job"]}},
+                "flow_runs": {"state": {"type": {"any_": ["RUNNING"]}}},
+            }
+            wait_for(lambda: bool(server.call("/flow_runs/filter", mains)) or first.poll() is not None, 60)
+            [running] = server.call("/flow_runs/filter", mains)
+            wait_for(lambda: "sub-etl-job" in server.below(running["id"]), 60)
+
+            second = stack_shell.phasewise("run-distributed")
+
+            fcntl.flock(lock, fcntl.LOCK_UN)
+            output, _ = first.communicate(timeout=120)
+
+    assert second.returncode == 7
+    assert running["id"] in second.stdout
+    assert first.returncode == 0, output
+
+
+def test_g05_two_triggers_of_one_step_are_one_run(deployed: StackInfo, server: Server) -> None:
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    from phasewise import trigger_subflow, wait_for_flow_runs
+
+    async def trigger_both() -> list[str]:
+        parameters = {"name": "once", "folder": str(server.signals)}
+        keys = [trigger_subflow("leaf/leaf-deployment", parameters, key=f"{server.signals}") for _ in range(2)]
+        ids = await asyncio.gather(*keys)
+        await wait_for_flow_runs(ids)
+        return ids
+
+    with temporary_settings({PREFECT_API_URL: deployed.api_url}):
+        first, second = asyncio.run(trigger_both())
+
+    assert first == second
+    assert server.attempts("once") == 1
+
+
+# ── 6. Never a deadlock ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_g06_three_levels_complete_with_a_table_limit_of_one(server: Server) -> None:
+    queue = server.call(f"/work_pools/{server.stack.pool}/queues/tables")
+    path = f"/work_pools/{server.stack.pool}/queues/tables"
+    server.call(path, {"concurrency_limit": 1}, "PATCH")
+    try:
+        run = server.start("apex", names=["a", "b", "c"])
+        server.wait(run, "COMPLETED", 120)
+    finally:
+        server.call(path, {"concurrency_limit": queue["concurrency_limit"]}, "PATCH")
+
+    assert [server.attempts(name) for name in ("a", "b", "c", "last")] == [1, 1, 1, 1]
+
+
+# ── 7. Waiting is exact ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.timeout(300)
+def test_g07_a_server_killed_in_the_middle_of_a_phase_loses_nothing(own_stack: tuple[Server, Path]) -> None:
+    server, home = own_stack
+    server.hold("a", "b")
+    run = server.start("top", names=["a", "b"], levels=2)
+    server.pid("a"), server.pid("b")
+
+    os.kill(server_pid(server), signal.SIGKILL)
+    server.release("a")  # ends while nobody is there to hear of it
+    wait_for(lambda: find_stack(home) is not None, 60)
+    server.release("b")
+
+    assert server.wait(run, "COMPLETED", 120)["run_count"] == 1
+    assert [server.attempts(name) for name in ("a", "b", "last")] == [1, 1, 1]
+
+
+# ── 8. Lost children are found ───────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.timeout(300)
+def test_g08_a_run_whose_worker_died_is_found_and_run_again(own_stack: tuple[Server, Path]) -> None:
+    server, _ = own_stack
+    server.hold("a")
+    run = server.start("top", names=["a"])
+    first = server.pid("a")
+    worker = server.read(server.below(run)["leaf/a"]["id"])["labels"]["prefect.worker.name"]
+
+    os.kill(worker_pid(first), signal.SIGKILL)
+    wait_for(lambda: not is_alive(first), 30)
+    wait_for(lambda: server.read(run)["state_type"] == "CRASHED" or server.attempts("a") == 2, 60)
+    server.release("a")
+    if server.read(run)["state_type"] == "CRASHED":  # the worker had the top in hand as well
+        server.retry(run)
+
+    server.wait(run, "COMPLETED")
+    assert worker.startswith("worker-")
+    assert server.attempts("a") == 2
+
+
+# ── 9. Timeouts ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_g09_a_step_that_exceeds_its_timeout_is_cancelled_and_counts_as_timed_out(server: Server) -> None:
+    server.hold("a")
+
+    run = server.start("top", names=["a"], timeout=3)
+
+    message = server.wait(run, "FAILED")["state"]["message"]
+    assert "leaf/a TimedOut" in message
+    assert "exceeded its timeout of 3 s" in message
+    assert server.below(run)["leaf/a"]["state_type"] == "CANCELLED"
+
+
+# ── 10. Order ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_g10_children_start_in_the_order_of_their_requests(server: Server) -> None:
+    names = [f"n{number}" for number in range(12)]
+
+    run = server.start("top", names=names)
+
+    server.wait(run, "COMPLETED", 120)
+    runs = {name: one for name, one in server.below(run).items() if name.startswith("leaf/")}
+    planned = sorted(runs, key=lambda name: runs[name]["expected_start_time"])
+    assert planned == [f"leaf/{name}" for name in names]
+
+
+# ── 11. Scale ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+# The calls and the memory of a parent of 2,000 children: tests/integration/test_scale.py.
+
+
+# ── 12. Small results come back ──────────────────────────────────────────────────────────────────────────────────
+
+
+def test_g12_outcomes_carry_the_summary_in_the_order_asked_for(deployed: StackInfo, server: Server) -> None:
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    from phasewise import trigger_subflow, wait_for_flow_runs
+
+    async def run() -> list[dict[str, Any]]:
+        ids = [
+            await trigger_subflow("leaf/leaf-deployment", {"name": name, "folder": str(server.signals)})
+            for name in ("long-name", "x")
+        ]
+        outcomes = await wait_for_flow_runs(list(reversed(ids)))
+        return [dict(outcome.summary) for outcome in outcomes]
+
+    with temporary_settings({PREFECT_API_URL: deployed.api_url}):
+        summaries = asyncio.run(run())
+
+    assert [(one["name"], one["rows"]) for one in summaries] == [("x", 1), ("long-name", 9)]
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def parent_pid(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def worker_pid(run_pid: int) -> int:
+    """Return the worker above a flow run's process: run → forkserver → worker."""
+    return parent_pid(parent_pid(run_pid))
+
+
+def server_pid(server: Server) -> int:
+    """Return the process that listens on the server's port, a child of the stack's supervisor."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            line = (folder / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if b"phasewise.server" in line and parent_pid(int(folder.name)) == server.stack.pid:
+            return int(folder.name)
+    raise AssertionError("the stack has no server process")
