@@ -53,8 +53,10 @@ class Record:
 def main(argv: Sequence[str] | None = None) -> int:
     systems = load_systems()
     options = parse(argv, list(systems))
-    # SIGTERM ends the benchmark as Ctrl-C does: by unwinding, which stops what was started.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Both end the benchmark by unwinding, which stops what was started. Ctrl-C too is set here: a shell that starts
+    # a command in the background lets it ignore the signal.
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.default_int_handler)
     records: list[Record] = []
     with _folder(options.keep) as folder:
         try:

@@ -23,8 +23,8 @@ def create_run(api: str, deployment: str, parameters: Mapping[str, Any]) -> str:
 def run_topology(api: str, load: Load) -> Measured:
     """Run ``bench-main/bench`` and return its times as the server recorded them."""
     run_id = create_run(api, "bench-main/bench", {"tables": load.tables, "seconds": load.seconds})
-    # Four looks a second cost the server 1 % of a core; the times are its own, so it costs no precision.
-    run = wait_until(lambda: _final(api, run_id), "bench-main", seconds=900, pause=0.25)
+    # The times are the server's own, so looking rarely costs no precision, and looking often would cost it CPU time.
+    run = wait_until(lambda: _final(api, run_id), "bench-main", seconds=900, pause=1)
     if run["state"]["type"] != "COMPLETED":
         raise Broken(f"bench-main ended {run['state']['name']}: {run['state']['message']}")
     return Measured(submitted=seconds(run["created"]), completed=seconds(run["end_time"]))

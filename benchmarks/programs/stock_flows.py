@@ -21,15 +21,18 @@ def pause(seconds: float) -> None:
 async def main(tables: int, seconds: float) -> None:
     short = {"seconds": seconds / 3}
     sub_parameters = {"tables": tables, "seconds": seconds}
-    await asyncio.gather(run_deployment("bench-pre/bench", short), run_deployment("bench-sub/bench", sub_parameters))
-    await run_deployment("bench-final/bench", short)
+    await asyncio.gather(
+        run_deployment("bench-pre/bench", parameters=short),
+        run_deployment("bench-sub/bench", parameters=sub_parameters),
+    )
+    await run_deployment("bench-final/bench", parameters=short)
 
 
 @flow(name="bench-sub")
 async def sub(tables: int, seconds: float) -> None:
-    await asyncio.gather(*(run_deployment("bench-table/bench", {"seconds": seconds}) for _ in range(tables)))
+    await asyncio.gather(*(run_deployment("bench-table/bench", parameters={"seconds": seconds}) for _ in range(tables)))
     short = {"seconds": seconds / 3}
-    await asyncio.gather(*(run_deployment(f"bench-cleanup{number}/bench", short) for number in (1, 2)))
+    await asyncio.gather(*(run_deployment(f"bench-cleanup{number}/bench", parameters=short) for number in (1, 2)))
 
 
 @flow(name="bench-table")

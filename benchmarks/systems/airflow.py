@@ -92,7 +92,7 @@ def _run(base: str, token: str, load: Load) -> Measured:
         run: dict[str, Any] = processes.request(f"{runs}/{run_id}", token=token)
         return run if run["state"] in ("success", "failed") else None
 
-    run = processes.wait_until(final, load.name, seconds=900, pause=0.25)
+    run = processes.wait_until(final, load.name, seconds=900, pause=1)
     if run["state"] != "success":
         raise processes.Broken(f"{load.name} ended {run['state']}")
     return Measured(submitted=seconds(run["queued_at"]), completed=seconds(run["end_date"]))

@@ -1,0 +1,112 @@
+"""The benchmark's own parts; nothing here is timed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import topology
+from benchmarks.harness import meter, processes
+from benchmarks.harness.load import Load, Measured
+from benchmarks.systems import load_systems
+
+_BURN = "import time; end = time.process_time() + 0.4\nwhile time.process_time() < end: pass"
+
+
+def test_arguments_are_lists_separated_by_commas() -> None:
+    options = topology.parse(["--systems", "floor,luigi", "--tables", "20,100", "--seconds", "1,0"], ["floor", "luigi"])
+
+    assert options.systems == ["floor", "luigi"]
+    assert options.tables == [20, 100]
+    assert options.seconds == [1.0, 0.0]
+    assert options.repeat == 3
+
+
+def test_an_unknown_system_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        topology.parse(["--systems", "florr"], ["floor"])
+
+    assert "unknown: florr" in capsys.readouterr().err
+
+
+def test_all_systems_of_the_documentation_exist() -> None:
+    readme = (Path(topology.__file__).parent / "README.md").read_text()
+
+    assert all(f"| `{name}` |" in readme for name in load_systems())
+
+
+def test_the_critical_path_of_one_second_is_five_thirds() -> None:
+    load = Load(tables=20, seconds=1.0, parallel=20)
+
+    assert load.seconds + 2 * load.short == pytest.approx(5 / 3)
+    assert load.steps == 24
+
+
+def test_a_record_has_the_documented_fields_in_json(tmp_path: Path) -> None:
+    file = tmp_path / "out.json"
+
+    code = topology.main(
+        ["--systems", "floor", "--tables", "2", "--seconds", "0", "--repeat", "1", "--json", str(file)]
+    )
+
+    [record] = json.loads(file.read_text())
+    assert code == 0
+    assert list(record) == [
+        "system", "version", "tables", "seconds", "repeat", "makespan_s", "cpu_s", "flow_runs",
+    ]  # fmt: skip
+    assert record["flow_runs"] == 6
+
+
+def test_the_summary_shows_medians() -> None:
+    shared = {"system": "floor", "version": "1", "tables": 2, "seconds": 1.0, "cpu_s": 0.6, "flow_runs": 6}
+    records = [
+        topology.Record(**shared, repeat=number, makespan_s=makespan) for number, makespan in enumerate([9.0, 2.0, 3.0])
+    ]
+
+    assert "| floor | 1 | 2 | 1 | 3 | 3.00 | 0.6 | 0.100 |" in topology.summarise(records)
+
+
+def test_the_makespan_runs_from_submission_to_completion() -> None:
+    assert Measured(submitted=10.0, completed=12.5).makespan == 2.5
+
+
+def test_cpu_time_of_a_grandchild_whose_parent_ended_is_counted(tmp_path: Path) -> None:
+    orphan = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {_BURN!r}])"
+    stays = f"import subprocess, sys, time; subprocess.run([sys.executable, '-c', {orphan!r}]); time.sleep(600)"
+    before = meter.tree_cpu_seconds()
+
+    with processes.service([sys.executable, "-c", stays], log=tmp_path / "log", env=dict(os.environ), cwd=tmp_path):
+        used = processes.wait_until(
+            lambda: (used := meter.tree_cpu_seconds() - before) > 0.4 and used, "the CPU time", seconds=30
+        )
+
+    assert used < 1.5
+
+
+def test_nothing_is_left_when_the_benchmark_is_killed(tmp_path: Path) -> None:
+    inner = f"""
+import os, sys, time
+from pathlib import Path
+from benchmarks.harness import processes
+child = "import os, subprocess, sys, time; subprocess.Popen(['sleep', '600'], start_new_session=True); "
+child += "print(os.getpid(), flush=True); time.sleep(600)"
+with processes.service([sys.executable, "-c", child], log=Path({str(tmp_path / "log")!r}), env=dict(os.environ),
+                       cwd=Path.cwd()) as guard:
+    print(guard.pid, flush=True)
+    time.sleep(600)
+"""
+    root = Path(topology.__file__).parents[1]
+    with subprocess.Popen([sys.executable, "-c", inner], cwd=root, stdout=subprocess.PIPE, text=True) as benchmark:
+        assert benchmark.stdout is not None
+        guard = int(benchmark.stdout.readline())
+        processes.wait_until(lambda: len(meter.descendants(guard)) == 2, "both processes", seconds=30)
+        below = meter.descendants(guard)
+
+        benchmark.kill()
+
+    processes.wait_until(
+        lambda: not any(Path(f"/proc/{pid}").exists() for pid in [guard, *below]), "their end", seconds=30
+    )
