@@ -32,6 +32,15 @@ def add_batch_commands(app: App, choose_server: Callable[[], Settings]) -> None:
         print(f"Resume it with: phasewise resume {found.run_id}")
 
     @app.command
+    def why(run: Annotated[str, Parameter(help="Id of the flow run.")], /) -> None:
+        """Say why a flow run has not started yet, and what would start it."""
+        choose_server()
+        from phasewise.preflight import explain_waiting
+
+        for reason in asyncio.run(explain_waiting(run)):
+            print(reason)
+
+    @app.command
     def resume(batch: _Batch = None, /) -> None:
         """Run a batch that did not complete again: only what did not complete is run."""
         project = find_project(choose_server())

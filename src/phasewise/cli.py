@@ -139,9 +139,10 @@ def deploy_flows(settings: Settings) -> str:
     from phasewise.pipeline import load_phases
 
     print("🚀 Deploying flows to work pool...")
-    planned = plan_deployments(load_phases(project.root, project.pipeline.phases), project.root)
+    phases = load_phases(project.root, project.pipeline.phases)
+    planned = plan_deployments(phases, project.root)
     environment = {"PHASEWISE_PROJECT": str(project.root)}
-    done = _run_async(deploy_all(planned, pool=_pool_name(), settings=settings, environment=environment))
+    done = _run_async(deploy_all(planned, pool=_pool_name(), settings=settings, phases=phases, environment=environment))
     for deployed in done:
         print(f"✅ Deployed: {deployed.deployment.flow_name}")
     print(f"🎉 All {len(done)} deployments created successfully!")

@@ -23,6 +23,7 @@ from prefect.workers.utilities import get_default_base_job_template_for_infrastr
 
 from phasewise.errors import DeploymentMissing, NoWorkerOnline, OrchestrationError, PipelineInvalid
 from phasewise.pipeline import Phase
+from phasewise.preflight import check_deadlock, read_limits
 from phasewise.settings import Settings
 
 DEFAULT_POOL = "default-pool"
@@ -100,19 +101,38 @@ async def deploy(
     *,
     pool: str,
     settings: Settings,
+    phases: Sequence[Phase] = (),
     environment: Mapping[str, str] = MappingProxyType({}),
 ) -> list[Deployed]:
     """Create or update *deployments* on the server, with the work pool and its two queues where they are missing.
 
     What is there already as it should be is left alone, so deploying twice changes nothing. *environment* is what
     the flow runs need to find their project; it must hold no secrets, since deployments are readable by everyone.
+    *phases* is what ``main_etl`` will run with them.
 
     Raises:
+        PipelineInvalid: with the limits of the server, *phases* could wait for themselves for ever.
         PipelineInvalid: the code of a step cannot be loaded, or its flow has another name than its deployment.
     """
     async with get_client() as client:
         await _ensure_pool(client, pool, settings)
+        deployments = list(deployments)
+        if phases:
+            await _check_deadlock(client, pool, phases, deployments)
         return [await _apply(client, deployment, pool, environment) for deployment in deployments]
+
+
+async def _check_deadlock(
+    client: PrefectClient, pool: str, phases: Sequence[Phase], deployments: Sequence[Deployment]
+) -> None:
+    limits = await read_limits(client, pool)
+    check_deadlock(
+        phases,
+        limits.queues,
+        limits.pool,
+        deployment_limits=limits.deployments,
+        work_queues={deployment.full_name: deployment.work_queue for deployment in deployments},
+    )
 
 
 async def check_ready(deployments: Iterable[Deployment], *, pool: str) -> None:

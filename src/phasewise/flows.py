@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from typing import Any, Literal, ParamSpec, TypeVar
 
@@ -22,12 +22,20 @@ from prefect.settings import get_current_settings
 from phasewise import audit, cleanup, lake, marts, publish, sources, staging
 from phasewise.batch_report import BatchData, write_batch_report
 from phasewise.batches import claim_batch
-from phasewise.errors import AuditFailed, NothingStaged, OrchestrationError, PhasewiseError, SourceUnavailable
+from phasewise.errors import (
+    AuditFailed,
+    NothingStaged,
+    OrchestrationError,
+    PhasewiseError,
+    SourceError,
+    SourceUnavailable,
+)
 from phasewise.flow_runs import FlowRuns, PrefectFlowRuns, current_logger, report_summary
-from phasewise.history import read_batch_runs
+from phasewise.history import read_batch_runs, read_durations
 from phasewise.orchestrator import run_phases, start_phase
 from phasewise.outcomes import StepOutcome
 from phasewise.pipeline import BATCH, FanOut, Phase, Step, load_phases
+from phasewise.plan import order_longest_first
 from phasewise.project import Project, find_project, load_project, redact_url, resolve_table
 from phasewise.settings import Settings
 
@@ -171,10 +179,23 @@ async def sub_etl(batch_id: str | None = None) -> dict[str, Any]:
     batch = batch_id or _own_run_id() or staging.new_batch_id()
     tables = sources.list_project_tables(project, sources.open_source(project, settings))
     tables = list(staging.begin_batch(project, batch, tables).tables)
+    tables = _order(project, settings, tables)
     with staging.open_snapshot(project, settings, batch):
         failed = await _stage_tables(project, settings, batch, tables)
     await _clean_up(batch, settings)
     return {"completed_tables": len(tables) - failed} | ({"failed_tables": failed} if failed else {})
+
+
+def _order(project: Project, settings: Settings, tables: list[str]) -> list[str]:
+    """Return *tables* with those first that will take longest: by past batches, else by the rows of the source."""
+    durations = read_durations("process-table-etl", max_runs=3 * len(tables)) if _has_server() and tables else {}
+    source = sources.open_source(project, settings)
+    sizes: dict[str, int] = {}
+    for table in tables:
+        with suppress(SourceError):  # its own flow run reports what is wrong with it
+            estimate = source.describe_table(table).row_estimate
+            sizes |= {table: estimate} if estimate is not None else {}
+    return order_longest_first(tables, durations=durations, sizes=sizes)
 
 
 async def _stage_tables(project: Project, settings: Settings, batch: str, tables: list[str]) -> int:

@@ -91,6 +91,7 @@ class SqliteSource:
             columns = connection.execute(
                 'SELECT name, type, "notnull", pk, hidden FROM pragma_table_xinfo(?) WHERE hidden <> 1', (name,)
             ).fetchall()
+            rows = _estimate_rows(connection, name) if kind else None
         if kind is None or kind[0] != name:
             raise TableMissing(name, hint=f"Looked in {self.url}. {self._list_for_hint()}")
         key = sorted((pk, column) for column, _, _, pk, _ in columns if pk)
@@ -98,6 +99,7 @@ class SqliteSource:
             name=name,
             columns=tuple(_describe_column(*column) for column in columns),
             key=tuple(column for _, column in key),
+            row_estimate=rows,
         )
 
     def can_carry(self, column: Column, type_name: str) -> bool:
@@ -259,6 +261,15 @@ def _find_path(url: str, root: Path) -> Path:
             hint="Write sqlite:///relative/to/project.db or sqlite:////absolute.db.",
         )
     return (root / parts.path[1:].replace("%23", "#")).absolute()
+
+
+def _estimate_rows(connection: sqlite3.Connection, name: str) -> int | None:
+    """Return the largest rowid, which one look at the end of the table finds; None for tables without one."""
+    try:
+        row = connection.execute(f"SELECT max(rowid) FROM {quote_identifier(name)}").fetchone()
+    except sqlite3.Error:  # a view, or a table WITHOUT ROWID
+        return None
+    return row[0] if isinstance(row[0], int) and row[0] >= 0 else None
 
 
 def _describe_column(name: str, declared: str, not_null: int, pk: int, hidden: int) -> Column:
