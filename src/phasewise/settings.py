@@ -53,7 +53,7 @@ class Settings(BaseSettings):
     lock_timeout: float = Field(
         default=300.0, ge=0, description="Seconds to wait while another process writes to the warehouse."
     )
-    workers: int = Field(default=2, ge=1, description="Workers that the embedded stack starts.")
+    workers: int = Field(default=1, ge=1, description="Workers that the embedded stack starts.")
     table_concurrency: int = Field(
         default=8, ge=1, description="Flow runs of the work queue `tables` that may run at the same time."
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import time
@@ -308,6 +309,7 @@ def test_g04_resume_after_the_top_was_killed(server: Server) -> None:
     wait_for(lambda: server.below(run)["leaf/a"]["state_type"] == "COMPLETED", 60)
     os.kill(int(server.read(run)["infrastructure_pid"]), signal.SIGKILL)
     server.wait(run, "CRASHED", 30)
+    wait_for(lambda: server.below(run)["leaf/b"]["state_type"] == "CANCELLED", 30)
     server.release("b")
 
     server.retry(run)
@@ -497,7 +499,52 @@ def test_g10_children_start_in_the_order_of_their_requests(server: Server) -> No
 
 # ── 11. Scale ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-# The calls and the memory of a parent of 2,000 children: tests/integration/test_scale.py.
+
+@pytest.mark.timeout(400)  # 2,000 runs are created and driven through their states one by one by the server
+def test_g11_a_parent_of_2000_children_stays_small_and_its_calls_linear(
+    deployed: StackInfo, stack_shell: Shell, tmp_path: Path
+) -> None:
+    """The children are never started: their states are set from outside, so that only the parent is looked at."""
+    count = 2000
+    server = Server(deployed, tmp_path)
+    leaf = server.call("/deployments/name/leaf/leaf-deployment")
+    pool = f"/work_pools/{deployed.pool}/queues"
+    server.call(f"{pool}/", {"name": "paused", "is_paused": True})
+    server.call(
+        "/deployments/",
+        {
+            "name": "never-started",
+            "flow_id": leaf["flow_id"],
+            "entrypoint": leaf["entrypoint"],
+            "work_pool_name": deployed.pool,
+            "work_queue_name": "paused",
+        },
+    )
+    with stack_shell.start(
+        "tests/acceptance/scale_parent.py", str(count), str(tmp_path), PREFECT_API_URL=deployed.api_url
+    ) as parent:
+        assert parent.stdout is not None
+        triggering = json.loads(parent.stdout.readline())["triggering"]
+        for state in ("PENDING", "RUNNING", "COMPLETED"):
+            before = {"PENDING": "SCHEDULED", "RUNNING": "PENDING", "COMPLETED": "RUNNING"}[state]
+            body = {
+                "flow_runs": {
+                    "state": {"type": {"any_": [before]}},
+                    "deployment_id": {"any_": [server.call("/deployments/name/leaf/never-started")["id"]]},
+                },
+                "state": {"type": state},
+                "force": True,
+            }
+            while server.call("/flow_runs/bulk_set_state", body)["results"]:
+                pass
+        output, _ = parent.communicate(timeout=120)
+
+    measured = json.loads(output.strip().splitlines()[-1])
+    print(f"{triggering} calls to trigger, {measured['waiting']} to wait, {measured['peak_mib']:.0f} MiB")
+    assert measured["completed"] == count
+    assert triggering <= 2 * count
+    assert measured["waiting"] <= count
+    assert measured["peak_mib"] < 300
 
 
 # ── 12. Small results come back ──────────────────────────────────────────────────────────────────────────────────
