@@ -267,6 +267,16 @@ class WarmProcessWorker(ProcessWorker):
         stdio = (1, 2) if configuration.stream_output else (self._devnull, self._devnull)
         return _Job(entrypoint=entrypoint, cwd=cwd, env=env, stdio=stdio, known=_known(configuration, flow_run))
 
+    async def _propose_crashed_state(
+        self, flow_run: FlowRun, message: str, client: PrefectClient | None = None
+    ) -> None:
+        # The base class reports the exit code of a run once more. By then its parent may have scheduled it again, and
+        # the second report would crash an attempt that has not begun.
+        if flow_run.id in self._executors.reported:
+            self._executors.reported.discard(flow_run.id)
+            return
+        await super()._propose_crashed_state(flow_run, message, client)
+
     async def drain(self, seconds: float) -> None:
         """Claim nothing more, let running flow runs finish for *seconds*, then stop and reschedule the others."""
         self._draining = True
@@ -627,6 +637,10 @@ class _Executors:
         self._proposer.released.discard(flow_run.id)
         return ProcessWorkerResult(status_code=code, identifier=str(execution.handle.pid))
 
+    @property
+    def reported(self) -> set[UUID]:
+        return self._proposer.reported
+
     async def reschedule(self, flow_run_id: UUID) -> None:
         """Stop a flow run and schedule it again, for whichever worker is there then."""
         status = await self._channel.signal(flow_run_id, "reschedule")
@@ -705,9 +719,14 @@ class _Proposer(StateProposer):
     def __init__(self, *, client: PrefectClient) -> None:
         super().__init__(client=client)
         self.released: set[UUID] = set()
+        #: Runs whose crash is on the server.
+        self.reported: set[UUID] = set()
 
     async def propose_crashed(self, flow_run: FlowRun, message: str) -> State[Any] | None:
-        return None if flow_run.id in self.released else await super().propose_crashed(flow_run, message)
+        if flow_run.id in self.released:
+            return None
+        self.reported.add(flow_run.id)
+        return await super().propose_crashed(flow_run, message)
 
 
 class _Processes(ProcessManager):
