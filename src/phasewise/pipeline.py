@@ -183,12 +183,12 @@ def count_allowed(allow_failed: int | str, total: int) -> int:
     """
     text = str(allow_failed)
     try:
-        allowed = int(total * float(text[:-1]) / 100) if text.endswith("%") else int(text)
+        allowed = total * float(text[:-1]) / 100 if text.endswith("%") else int(text)
     except ValueError:
         allowed = -1
     if allowed < 0 or (text.endswith("%") and allowed > total):
         raise PipelineInvalid(f'allow_failed = "{allow_failed}" is neither a number nor a share such as "10%".')
-    return allowed
+    return int(allowed)
 
 
 def validate_phases(phases: Sequence[Phase]) -> None:

@@ -1,12 +1,14 @@
 """Flows that the guarantees are tried on: they wait until told to go on, fail when told to, nest three levels deep.
 
-A run looks for files in the folder SIGNALS: ``<name>.fail`` makes it fail, ``<name>.hold`` makes it wait until that is
-removed. It leaves ``<name>.<attempt>.pid`` there.
+A run looks for files in the folder SIGNALS: ``<name>.fail`` makes it fail, ``<name>.fail-once`` makes its first
+attempt fail, ``<name>.hold`` makes it wait until that is removed, ``<name>.stubborn`` makes it ignore SIGTERM. It
+leaves ``<name>.<attempt>.pid`` there.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -22,10 +24,14 @@ def act(folder: str, name: str) -> dict[str, Any]:
     """Do what the signals for *name* say."""
     signals = Path(folder)
     (signals / f"{name}.{flow_run.run_count}.pid").write_text(str(os.getpid()))
+    if (signals / f"{name}.stubborn").exists():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     while (signals / f"{name}.hold").exists():
         time.sleep(0.02)
     if (signals / f"{name}.fail").exists():
         raise ValueError(f"{name} was told to fail")
+    if (signals / f"{name}.fail-once").exists() and flow_run.run_count == 1:
+        raise ValueError(f"{name} was told to fail once")
     summary = {"name": name, "rows": len(name), "attempt": flow_run.run_count}
     report_summary(summary)
     return summary
@@ -76,6 +82,12 @@ async def top(
     phases = [Phase(steps=[work], on_failure=on_failure), Phase(steps=[end])]  # type: ignore[arg-type]
     outcome = await run_phases(phases, batch=str(flow_run.id), flow_runs=patient())
     return {"tolerated": [step.item for step in outcome.phases[0].tolerated]}
+
+
+@flow(name="again", retries=1)
+async def again(folder: str, names: list[str]) -> None:
+    """Prefect runs it again in the same process when it fails."""
+    await run_phases([Phase(steps=[leaves(folder, *names)])], batch=str(flow_run.id), flow_runs=patient())
 
 
 @flow(name="apex")

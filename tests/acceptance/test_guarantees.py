@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -98,7 +100,13 @@ def deploy(stack: StackInfo, home: Path) -> None:
     from phasewise.settings import Settings
 
     folder = Path(__file__).parent
-    queues = {"leaf": "tables", "middle": "orchestrators", "top": "orchestrators", "apex": "orchestrators"}
+    queues = {
+        "leaf": "tables",
+        "again": "orchestrators",
+        "middle": "orchestrators",
+        "top": "orchestrators",
+        "apex": "orchestrators",
+    }
     deployments = [
         Deployment(
             flow_name=name,
@@ -287,6 +295,41 @@ def test_g03_a_top_that_crashed_ends_everything_below(server: Server) -> None:
     wait_for(lambda: not is_alive(server.pid("a")), 10)
 
 
+def test_g03_a_process_that_ignores_sigterm_is_killed_after_the_grace_time(server: Server) -> None:
+    (server.signals / "a.stubborn").touch()
+    server.hold("a")
+    run = server.start("top", names=["a"])
+    pid = server.pid("a")
+
+    server.set_state(run, "CANCELLING", "Cancelling")
+
+    wait_for(lambda: not is_alive(pid), 30)
+    wait_for(lambda: server.below(run)["leaf/a"]["state_type"] == "CANCELLED", 30)
+    server.wait(run, "CANCELLED", 30)
+
+
+def test_g03_and_g04_cancelled_and_resumed_from_the_command_line(stack: StackInfo, stack_shell: Shell) -> None:
+    project = write_project(stack_shell.project, source=SHOP)
+    project.warehouse.mkdir(parents=True)
+    with (project.warehouse / "writer.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # holds the batch in its last phase
+        with stack_shell.start("-m", "phasewise", "run-distributed") as first:
+            wait_for(lambda: len(list(project.staging.glob("*/*/manifest.json"))) == 3 or first.poll() is not None, 60)
+            cancelled = stack_shell.phasewise("cancel")
+            output, _ = first.communicate(timeout=60)
+        fcntl.flock(lock, fcntl.LOCK_UN)
+    assert cancelled.returncode == 0, cancelled.stdout
+    assert first.returncode == 7, output
+
+    resumed = stack_shell.phasewise("resume")
+
+    assert resumed.returncode == 0, resumed.stdout
+    catalog = project.warehouse / "catalog.sqlite"
+    wait_for(
+        lambda: catalog.exists() and "1 row" in stack_shell.phasewise("query", "select 1 from stock limit 1").stdout
+    )
+
+
 # ── 4. Resume ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -300,6 +343,15 @@ def test_g04_a_retry_runs_only_what_did_not_complete(server: Server) -> None:
 
     server.wait(run, "COMPLETED")
     assert [server.attempts(name) for name in ("a", "b", "c", "last")] == [1, 2, 1, 1]
+
+
+def test_g04_a_retry_of_prefect_itself_runs_only_what_did_not_complete(server: Server) -> None:
+    (server.signals / "b.fail-once").touch()
+
+    run = server.start("again", names=["a", "b"])
+
+    server.wait(run, "COMPLETED")
+    assert [server.attempts(name) for name in ("a", "b")] == [1, 2]
 
 
 def test_g04_resume_after_the_top_was_killed(server: Server) -> None:
@@ -363,12 +415,12 @@ def test_g04_resume_after_everything_was_killed_at_once(tmp_path: Path) -> None:
 # ── 5. Never twice ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_g05_a_second_batch_of_the_project_is_refused_and_names_the_first(
-    stack: StackInfo, stack_shell: Shell, tmp_path: Path
+@pytest.mark.parametrize("on_overlap", ["refuse", "wait"])
+def test_g05_a_second_batch_of_the_project_waits_or_is_refused_and_names_the_first(
+    stack: StackInfo, stack_shell: Shell, tmp_path: Path, on_overlap: str
 ) -> None:
-    import fcntl
-
-    project = write_project(stack_shell.project, source=SHOP)
+    toml = f'[pipeline]\non_overlap = "{on_overlap}"\n'
+    project = write_project(stack_shell.project, source=SHOP, toml=toml)
     project.warehouse.mkdir(parents=True)
     with (project.warehouse / "writer.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # keeps the first batch in its last phase
@@ -382,14 +434,19 @@ def test_g05_a_second_batch_of_the_project_is_refused_and_names_the_first(
             [running] = server.call("/flow_runs/filter", mains)
             wait_for(lambda: "sub-etl-job" in server.below(running["id"]), 60)
 
-            second = stack_shell.phasewise("run-distributed")
+            with stack_shell.start("-m", "phasewise", "run-distributed") as second:
+                if on_overlap == "refuse":
+                    said, _ = second.communicate(timeout=60)
+                else:
+                    wait_for(lambda: len(server.call("/flow_runs/filter", mains)) == 2, 60)
+                fcntl.flock(lock, fcntl.LOCK_UN)
+                output, _ = first.communicate(timeout=120)
+                if on_overlap == "wait":
+                    said, _ = second.communicate(timeout=120)
 
-            fcntl.flock(lock, fcntl.LOCK_UN)
-            output, _ = first.communicate(timeout=120)
-
-    assert second.returncode == 7
-    assert running["id"] in second.stdout
     assert first.returncode == 0, output
+    assert second.returncode == (7 if on_overlap == "refuse" else 0), said
+    assert (running["id"] in said) == (on_overlap == "refuse")
 
 
 def test_g05_two_triggers_of_one_step_are_one_run(deployed: StackInfo, server: Server) -> None:
@@ -425,6 +482,25 @@ def test_g06_three_levels_complete_with_a_table_limit_of_one(server: Server) -> 
         server.call(path, {"concurrency_limit": queue["concurrency_limit"]}, "PATCH")
 
     assert [server.attempts(name) for name in ("a", "b", "c", "last")] == [1, 1, 1, 1]
+
+
+def test_g06_a_configuration_that_can_deadlock_is_refused_at_deploy_time(
+    stack: StackInfo, stack_shell: Shell, tmp_path: Path
+) -> None:
+    write_project(stack_shell.project, source=SHOP)
+    server = Server(stack, tmp_path)
+    assert stack_shell.phasewise("deploy").returncode == 0
+    path = f"/work_pools/{stack.pool}/queues/orchestrators"
+    limit = server.call(path)["concurrency_limit"]
+    server.call(path, {"concurrency_limit": 1}, "PATCH")
+    try:
+        refused = stack_shell.phasewise("deploy")
+    finally:
+        server.call(path, {"concurrency_limit": limit}, "PATCH")
+
+    assert refused.returncode == 8
+    assert "orchestrators" in refused.stdout
+    assert "main_etl" in refused.stdout
 
 
 # ── 7. Waiting is exact ──────────────────────────────────────────────────────────────────────────────────────────
@@ -467,6 +543,60 @@ def test_g08_a_run_whose_worker_died_is_found_and_run_again(own_stack: tuple[Ser
     server.wait(run, "COMPLETED")
     assert worker.startswith("worker-")
     assert server.attempts("a") == 2
+
+
+@pytest.mark.timeout(300)
+def test_g08_a_run_whose_worker_died_on_another_machine_is_found_by_its_heartbeats(
+    own_stack: tuple[Server, Path], shell: Shell
+) -> None:
+    server, _ = own_stack
+    server.call(f"/work_pools/{server.stack.pool}/queues/", {"name": "remote"})
+    leaf = server.call("/deployments/name/leaf/leaf-deployment")
+    server.call(f"/deployments/{leaf['id']}", {"work_queue_name": "remote"}, "PATCH")
+    start = ["-m", "prefect", "worker", "start", "--type", "warm-process", "--pool", server.stack.pool]
+    start += ["--work-queue", "remote", "--name"]
+    server.hold("a")
+    run = server.start("top", names=["a"])
+    with shell.start(*start, "far-away", PREFECT_API_URL=server.stack.api_url) as worker:
+        first = server.pid("a")
+        worker.kill()
+        worker.wait()
+        killed = time.monotonic()
+        wait_for(lambda: not is_alive(first), 10)
+
+    wait_for(lambda: server.read(server.below(run)["leaf/a"]["id"])["state_type"] != "RUNNING", 60)
+    found = time.monotonic() - killed
+    server.release("a")
+    with shell.start(*start, "another", PREFECT_API_URL=server.stack.api_url) as worker:
+        server.wait(run, "COMPLETED")
+        worker.terminate()
+        worker.wait(60)
+
+    print(f"found after {found:.1f} s")
+    assert found < 45  # 30 s, and what a busy machine adds
+    assert server.attempts("a") == 2
+
+
+@pytest.mark.timeout(300)
+def test_g08_nobody_is_declared_dead_when_the_machine_stalls_for_10_s(own_stack: tuple[Server, Path]) -> None:
+    server, _ = own_stack
+    server.hold("a")
+    run = server.start("top", names=["a"])
+    server.pid("a")
+    everything = [server.stack.pid, *descendants(server.stack.pid)]
+
+    for pid in everything:
+        os.kill(pid, signal.SIGSTOP)
+    threading.Event().wait(10)  # the stall itself, not a wait for something
+    for pid in everything:
+        os.kill(pid, signal.SIGCONT)
+    wait_for(lambda: server.read(run)["state_type"] == "RUNNING", 60)
+    # Long enough for every worker to have looked at the heartbeats of the others.
+    threading.Event().wait(10)
+    server.release("a")
+
+    server.wait(run, "COMPLETED")
+    assert server.attempts("a") == 1
 
 
 # ── 9. Timeouts ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -578,6 +708,18 @@ def is_alive(pid: int) -> bool:
 
 def parent_pid(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def descendants(pid: int) -> list[int]:
+    children = [int(folder.name) for folder in Path("/proc").glob("[0-9]*") if is_child(int(folder.name), pid)]
+    return children + [below for child in children for below in descendants(child)]
+
+
+def is_child(pid: int, parent: int) -> bool:
+    try:
+        return parent_pid(pid) == parent
+    except FileNotFoundError:
+        return False
 
 
 def worker_pid(run_pid: int) -> int:

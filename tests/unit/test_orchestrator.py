@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from phasewise import BATCH, FanOut, FlowRunsFailed, Phase, Step, run_phases, trigger_subflow, wait_for_flow_runs
-from phasewise.errors import DeploymentMissing
-from phasewise.testing import MemoryFlowRuns
+from phasewise.errors import DeploymentMissing, PipelineInvalid
+from phasewise.pipeline import count_allowed
+from phasewise.testing import MemoryFlowRuns, ProcessDied
 
 
 class Recorder:
@@ -169,3 +170,88 @@ async def test_an_empty_fan_out_completes(flow_runs: MemoryFlowRuns) -> None:
     outcome = await run_phases([Phase(steps=[tables()])], batch="b1", flow_runs=flow_runs)
 
     assert outcome.is_completed
+
+
+async def test_a_failure_budget_lets_the_phase_complete_and_names_what_failed(
+    recorder: Recorder, flow_runs: MemoryFlowRuns
+) -> None:
+    recorder.broken = {"b"}
+    fan_out = FanOut(name="tables", deployment="load/d", over="table", items=("a", "b", "c", "d"), allow_failed="25%")
+
+    outcome = await run_phases([Phase(steps=[fan_out]), Phase(steps=[publish()])], batch="b1", flow_runs=flow_runs)
+
+    assert outcome.is_completed
+    assert [step.item for step in outcome.phases[0].tolerated] == ["b"]
+    assert "end publish" in recorder.log
+
+
+async def test_one_failure_more_than_the_budget_fails_the_phase(recorder: Recorder, flow_runs: MemoryFlowRuns) -> None:
+    recorder.broken = {"a", "b"}
+    fan_out = FanOut(name="tables", deployment="load/d", over="table", items=("a", "b", "c"), allow_failed=1)
+
+    with pytest.raises(FlowRunsFailed) as caught:
+        await run_phases([Phase(steps=[fan_out])], batch="b1", flow_runs=flow_runs)
+
+    assert [outcome.item for outcome in caught.value.outcomes] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("allow_failed", "total", "count"),
+    [(0, 9, 0), (2, 9, 2), ("2", 9, 2), ("10%", 27, 2), ("10%", 9, 0), ("100%", 3, 3)],
+)
+def test_a_budget_is_a_number_or_a_share_rounded_down(allow_failed: int | str, total: int, count: int) -> None:
+    assert count_allowed(allow_failed, total) == count
+
+
+@pytest.mark.parametrize("allow_failed", [-1, "few", "120%", "-5%", ""])
+def test_a_budget_that_is_neither_is_refused(allow_failed: int | str) -> None:
+    with pytest.raises(PipelineInvalid, match="neither a number nor a share"):
+        count_allowed(allow_failed, 10)
+
+
+async def test_a_step_that_exceeds_its_timeout_is_cancelled_and_counts_as_timed_out(flow_runs: MemoryFlowRuns) -> None:
+    slow = Step(name="slow", deployment="stuck/d", timeout=0.02)
+
+    with pytest.raises(FlowRunsFailed) as caught:
+        await run_phases([Phase(steps=[slow, publish()])], batch="b1", flow_runs=flow_runs)
+
+    [outcome] = caught.value.outcomes
+    assert (outcome.step, outcome.state_name) == ("slow", "TimedOut")
+    assert "exceeded its timeout of 0.02 s" in outcome.message
+    assert flow_runs.find("load").outcome is not None
+
+
+async def test_the_timeout_of_the_pipeline_bounds_all_phases_together(flow_runs: MemoryFlowRuns) -> None:
+    phases = [Phase(steps=[publish()]), Phase(steps=[Step(name="slow", deployment="stuck/d")])]
+
+    with pytest.raises(FlowRunsFailed, match="TimedOut"):
+        await run_phases(phases, batch="b1", timeout=0.05, flow_runs=flow_runs)
+
+
+async def test_a_crashed_step_is_run_again_once_before_it_counts(flow_runs: MemoryFlowRuns) -> None:
+    crashes = iter([ProcessDied("killed")])
+
+    async def fragile() -> None:
+        for crash in crashes:
+            raise crash
+
+    runs = MemoryFlowRuns({"fragile/d": fragile})
+    outcome = await run_phases(
+        [Phase(steps=[Step(name="fragile", deployment="fragile/d")])], batch="b1", crash_retries=1, flow_runs=runs
+    )
+
+    assert outcome.is_completed
+    assert runs.find("fragile").attempts == 2
+
+
+async def test_a_step_that_keeps_crashing_fails_after_its_retries() -> None:
+    async def fragile() -> None:
+        raise ProcessDied("killed")
+
+    runs = MemoryFlowRuns({"fragile/d": fragile})
+    with pytest.raises(FlowRunsFailed, match="Crashed"):
+        await run_phases(
+            [Phase(steps=[Step(name="fragile", deployment="fragile/d")])], batch="b1", crash_retries=2, flow_runs=runs
+        )
+
+    assert runs.find("fragile").attempts == 3
