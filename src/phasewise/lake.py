@@ -182,24 +182,6 @@ def prepare_lake(project: Project, settings: Settings) -> None:
         )
 
 
-def query_lake(project: Project, settings: Settings, sql: str) -> tuple[list[str], list[tuple[object, ...]]]:
-    """Run one query on the published warehouse; return its column names and rows.
-
-    Tables are found by their names, marts as ``marts.<name>``.
-
-    Raises:
-        LakeError: nothing was published yet, or DuckDB refuses the query; its words are in the message.
-    """
-    with open_session(settings) as connection:
-        attach_lake(connection, project, read_only=True)
-        connection.execute("USE lake")
-        try:
-            result = connection.execute(sql)
-            return [column[0] for column in result.description or ()], result.fetchall()
-        except duckdb.Error as exc:
-            raise LakeError(f"The query failed: {exc}") from exc
-
-
 def list_snapshots(connection: duckdb.DuckDBPyConnection, name: str = "lake") -> list[Snapshot]:
     """Return the snapshots that the attached lake still has, oldest first."""
     rows = connection.execute(
