@@ -72,7 +72,7 @@ def test_pre_etl_reports_every_failure_at_once(shop: Shell) -> None:
     toml = shop.project / "phasewise.toml"
     toml.write_text(
         toml.read_text()
-        + '[table.orders.columns]\namount = "BOOLEAN"\n[table.stock.columns]\nplace = "VARCHAR"\n[table.suppliers]\n'
+        + '[table.orders.columns]\namount = "DATE"\n[table.stock.columns]\nplace = "VARCHAR"\n[table.suppliers]\n'
     )
 
     done = shop.python(FLOWS + "pre_etl()")
