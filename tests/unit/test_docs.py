@@ -1,0 +1,240 @@
+"""The documentation says what the code has: commands, settings, keys, exit codes, flows, modules, tests, links."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import cyclopts
+import pytest
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from phasewise.cli import EXIT_CODES, app
+from phasewise.deployments import BUILT_IN
+from phasewise.project import _ProjectFile, load_project
+from phasewise.settings import Settings
+from phasewise.sources import _BUILT_IN as SOURCES
+
+CHECKOUT = Path(__file__).parents[2]
+DOCS = CHECKOUT / "docs"
+README = CHECKOUT / "README.md"
+PAGES = sorted([*CHECKOUT.glob("*.md"), *DOCS.rglob("*.md"), *CHECKOUT.glob("examples/*/README.md")])
+CODE = CHECKOUT / "src" / "phasewise"
+
+
+def read(name: str) -> str:
+    return (DOCS / name).read_text(encoding="utf-8")
+
+
+def read_table(text: str, *, header: str) -> list[list[str]]:
+    """Return the rows of the first table whose header line begins with *header*, without the marks of code."""
+    lines = text[text.index(f"\n| {header}") :].strip().splitlines()
+    rows = []
+    for line in lines[2:]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip().replace("`", "") for cell in line.strip("|").split("|")])
+    return rows
+
+
+def find_blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def name_page(page: Path) -> str:
+    return str(page.relative_to(CHECKOUT))
+
+
+# ── what the code has stands in the reference ────────────────────────────────────────────────────────────────────
+
+
+def test_every_command_and_option_is_in_the_reference() -> None:
+    text = read("reference/cli.md")
+    sections = {
+        heading.split()[1]: section
+        for heading, section in re.findall(r"^### `(phasewise [^`]*)`\n(.*?)(?=^##|\Z)", text, re.M | re.S)
+    }
+    missing = [name for name in app if not name.startswith("-") and name not in sections]
+    for name in set(app) & set(sections):
+        for argument in app[name].assemble_argument_collection():
+            options = [option for option in argument.names if option.startswith("--")]
+            missing += [f"{name} {option}" for option in options if f"`{option}`" not in sections[name]]
+
+    assert not missing, f"add to docs/reference/cli.md: {missing}"
+    assert not set(sections) - set(app), "docs/reference/cli.md has commands that do not exist"
+
+
+def test_the_arguments_of_a_command_are_named_as_the_command_names_them() -> None:
+    text = read("reference/cli.md")
+    for name in app:
+        if name.startswith("-"):
+            continue
+        arguments = [argument for argument in app[name].assemble_argument_collection() if argument.names[0][0] != "-"]
+        words = [argument.name if argument.required else f"[{argument.name}]" for argument in arguments]
+        assert f"### `{' '.join(['phasewise', name, *words])}`" in text
+
+
+def test_the_exit_codes_are_those_of_the_command() -> None:
+    documented = {int(code): meaning for code, meaning in read_table(read("reference/cli.md"), header="code | meaning")}
+
+    assert documented == {code: meaning for code, _, meaning in EXIT_CODES}
+
+
+def test_every_setting_is_in_the_reference_with_its_default() -> None:
+    text = read("reference/settings.md")
+    documented = {
+        cells[0]: cells[1]
+        for line in text.splitlines()
+        if line.startswith("| `PHASEWISE_")
+        for cells in [[cell.strip().replace("`", "") for cell in line.strip("|").split("|")]]
+    }
+    defaults = {f"PHASEWISE_{name.upper()}": field.default for name, field in Settings.model_fields.items()}
+
+    assert sorted(documented) == sorted(defaults)
+    for name, default in defaults.items():
+        assert default is None or documented[name] == str(default), name
+
+
+def test_every_key_of_the_project_file_is_in_the_reference_with_its_default() -> None:
+    documented = {row[0]: row[1] for row in read_table(read("reference/project-file.md"), header="key | default")}
+    keys = dict(list_keys(_ProjectFile))
+
+    assert sorted(documented) == sorted(keys)
+    for key, field in keys.items():
+        shown = documented[key]
+        assert (shown == "–") == field.is_required(), key
+        if isinstance(field.default, str | int) and field.default != "":
+            assert shown == (f'"{field.default}"' if isinstance(field.default, str) else str(field.default)), key
+
+
+def list_keys(model: type[BaseModel], section: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Yield ``section.key`` of every key that phasewise.toml may have; a table's own section is ``table.<name>``."""
+    for name, field in model.model_fields.items():
+        inner = find_model(field.annotation)
+        if inner is None:
+            yield f"{section}{name}", field
+        else:
+            if section:  # a list of records within a section is a key of it, too
+                yield f"{section}{name}", field
+            yield from list_keys(inner, f"{name}.<name>." if name == "table" and not section else f"{name}.")
+
+
+def find_model(annotation: object) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    found = [find_model(argument) for argument in getattr(annotation, "__args__", ())]
+    return next((model for model in found if model is not None), None)
+
+
+def test_every_scheme_of_a_source_is_in_the_reference() -> None:
+    text = read("reference/sources.md")
+
+    # postgres:// is the short form of postgresql://
+    assert not [scheme for scheme in SOURCES if f"{scheme}:" not in text and scheme != "postgres"]
+
+
+def test_every_make_target_is_in_the_reference_and_no_other() -> None:
+    targets = re.findall(r"^([a-z-]+):.*##", (CHECKOUT / "Makefile").read_text(), flags=re.MULTILINE)
+    documented = [row[0].removeprefix("make ") for row in read_table(read("reference/cli.md"), header="target |")]
+
+    assert sorted(documented) == sorted(targets)
+
+
+def test_the_flows_of_the_readme_are_those_that_are_deployed() -> None:
+    rows = read_table(README.read_text(encoding="utf-8"), header="function | flow")
+    deployed = {(one.entrypoint.rpartition(".")[2], one.flow_name, one.name, one.work_queue) for one in BUILT_IN}
+
+    assert len(rows) == len(deployed)
+    assert {tuple(row[:4]) for row in rows} == deployed
+
+
+def test_the_architecture_names_every_module_and_no_other() -> None:
+    documented = {row[0] for row in read_table(read("architecture.md"), header="module |")}
+    modules = {path.stem for path in CODE.glob("*.py")} | {path.parent.name for path in CODE.glob("*/__init__.py")}
+
+    assert {name for name in documented if not name.startswith("**")} == modules - {"__init__", "__main__"}
+
+
+def test_the_layers_of_the_architecture_are_those_that_are_checked() -> None:
+    checked = (CHECKOUT / ".importlinter").read_text()
+    layers = checked[checked.index("layers =\n") :].partition("\n\n")[0].splitlines()[1:]
+    rows = [re.findall(r"[a-z_]+", layer) for layer in layers]
+    drawn = [block for block in find_blocks(read("architecture.md"), "") if "pipeline  outcomes" in block]
+
+    assert [[word.split() for word in block.splitlines()] for block in drawn] == [rows]
+
+
+def test_every_test_that_the_documents_point_to_exists() -> None:
+    tests = "".join(path.read_text(encoding="utf-8") for path in (CHECKOUT / "tests").rglob("test_*.py"))
+    existing = set(re.findall(r"def (test_\w+)\(", tests))
+    named = {name for page in DOCS.rglob("*.md") for name in re.findall(r"`(test_\w+)`", page.read_text("utf-8"))}
+
+    assert named <= existing
+
+
+# ── what the documentation says is valid ─────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_page)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+://|mailto:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        found = (page.parent / path).resolve() if path else page
+        assert found.exists(), f"{name_page(page)} links to {target}"
+        assert not anchor or anchor in list_anchors(found), f"{name_page(page)} links to {target}"
+
+
+def list_anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+def test_every_page_is_linked_from_another() -> None:
+    linked = set()
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8")):
+            linked.add((page.parent / target).resolve())
+    pages = [page for page in DOCS.rglob("*.md") if page.parent.name != "decisions"]
+
+    assert not [name_page(page) for page in pages if page not in linked]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_page)
+def test_commands_are_such_as_the_command_line_takes(page: Path) -> None:
+    for block in find_blocks(page.read_text(encoding="utf-8"), "sh"):
+        for line in block.splitlines():
+            words = shlex.split(line, comments=True)
+            while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+                words.pop(0)
+            if words and words[0] == "phasewise":
+                try:
+                    app.parse_args(words[1:], exit_on_error=False, print_error=False)
+                except cyclopts.CycloptsError as exc:
+                    pytest.fail(f"{line}: {exc}")
+            if words and words[0] == "make":
+                assert re.search(rf"^{words[1]}:", (CHECKOUT / "Makefile").read_text(), flags=re.MULTILINE), line
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_page)
+def test_project_files_that_are_shown_are_valid(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHOP_PASSWORD", "secret")
+    for block in find_blocks(page.read_text(encoding="utf-8"), "toml"):
+        if "[project.entry-points" in block:
+            continue  # a pyproject.toml
+        start = "" if "[project]" in block else '[project]\nname = "x"\n[source]\nurl = "sqlite:///x"\n'
+        (tmp_path / "phasewise.toml").write_text(start + block, encoding="utf-8")
+        load_project(tmp_path)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_page)
+def test_variables_that_are_named_exist(page: Path) -> None:
+    settings = {f"PHASEWISE_{name.upper()}" for name in Settings.model_fields}
+    named = set(re.findall(r"PHASEWISE_[A-Z_]*[A-Z]", page.read_text(encoding="utf-8")))
+
+    assert named <= settings
