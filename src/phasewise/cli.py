@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import httpx
 from cyclopts import App, CycloptsError, Parameter
+from pydantic import ValidationError
 
 from phasewise import __version__
 from phasewise.batch_commands import add_batch_commands
@@ -41,7 +42,7 @@ DEFAULT_API_URL = "http://127.0.0.1:4200/api"
 EXIT_CODES: tuple[tuple[int, tuple[type[BaseException], ...], str], ...] = (
     (0, (), "done; for run and run-distributed: the warehouse was published"),
     (2, (CycloptsError,), "the command line was not understood"),
-    (3, (ProjectError,), "phasewise.toml is missing, malformed or names a table that is not there"),
+    (3, (ProjectError,), "phasewise.toml or a setting is missing or malformed, or names a table that is not there"),
     (4, (SourceError,), "the source database does not answer or is not as declared"),
     (5, (StagingError, LakeError), "staging or the warehouse cannot be read or written"),
     (6, (AuditFailed,), "a blocking audit failed; nothing was published"),
@@ -85,6 +86,13 @@ def run_command(command: Callable[[], Any]) -> int:
     except PhasewiseError as exc:
         print(f"Error: {exc}", file=sys.stderr)
         return find_exit_code(exc)
+    except ValidationError as exc:
+        if exc.title != Settings.__name__:
+            raise
+        for error in exc.errors():
+            name = f"PHASEWISE_{error['loc'][0]}".upper()
+            print(f"Error: {name} = {error['input']!r}: {error['msg']}.", file=sys.stderr)
+        return 3
     return result if isinstance(result, int) else 0
 
 
@@ -252,7 +260,7 @@ def query(
 
 
 add_warehouse_commands(app)
-add_batch_commands(app, lambda: choose_server())
+add_batch_commands(app, lambda: _reach_server())
 
 
 def check_server_answers() -> str:
@@ -280,6 +288,12 @@ def choose_server() -> Settings:
 
         stack = find_stack(find_home(settings))
         _use_server(settings, stack.api_url if stack else DEFAULT_API_URL)
+    return settings
+
+
+def _reach_server() -> Settings:
+    settings = choose_server()
+    check_server_answers()
     return settings
 
 

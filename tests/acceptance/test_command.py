@@ -144,6 +144,21 @@ def test_a_broken_project_is_explained(shell: Shell, toml: str | None, code: int
     assert message in done.stdout
 
 
+def test_a_setting_that_is_no_number_is_named(shop: Shell) -> None:
+    done = shop.phasewise("query", "select 1", PHASEWISE_THREADS="many")
+
+    assert done.returncode == 3
+    assert "PHASEWISE_THREADS = 'many'" in done.stdout
+
+
+@pytest.mark.parametrize("command", [["cancel"], ["resume"], ["why", "0"], ["deploy"]])
+def test_a_command_without_a_server_says_how_to_start_one(shop: Shell, command: list[str]) -> None:
+    done = shop.phasewise(*command, PREFECT_API_URL=f"http://127.0.0.1:{free_port()}/api")
+
+    assert done.returncode == 8
+    assert "make up" in done.stdout
+
+
 def test_help_shows_every_command_and_the_exit_codes(shell: Shell) -> None:
     done = shell.phasewise("--help")
 
