@@ -203,6 +203,10 @@ async def watch_runs(
     try:
         suspects = list(pending)
         while pending:
+            if len(suspects) == len(pending):
+                # Only a read of all winds the slow clock up again: while events about others keep coming, a run
+                # whose own event was lost must not wait for the last of them.
+                look_at = asyncio.get_running_loop().time() + poll_seconds
             try:
                 outcomes = await read(suspects)
             except httpx.HTTPError as exc:
@@ -215,19 +219,19 @@ async def watch_runs(
                     del pending[outcome.run_id]
                     yield outcome
             if pending:
-                suspects = await _next_suspects(hints, pending, poll_seconds)
+                suspects = await _next_suspects(hints, pending, look_at)
     finally:
         listener.cancel()
         with suppress(asyncio.CancelledError):
             await listener
 
 
-async def _next_suspects(hints: asyncio.Queue[str | None], pending: Collection[str], poll_seconds: float) -> list[str]:
-    """Return the runs that hints named, or all that are pending when the slow clock or a reconnect says so."""
-    deadline = asyncio.get_running_loop().time() + poll_seconds
+async def _next_suspects(hints: asyncio.Queue[str | None], pending: Collection[str], look_at: float) -> list[str]:
+    """Return the runs that hints named, or all that are pending at *look_at* (the loop's time) or on a reconnect."""
+    loop = asyncio.get_running_loop()
     while True:
         try:
-            async with asyncio.timeout_at(deadline):
+            async with asyncio.timeout_at(look_at):
                 named = {await hints.get()}
         except TimeoutError:
             return list(pending)
@@ -235,7 +239,8 @@ async def _next_suspects(hints: asyncio.Queue[str | None], pending: Collection[s
         await asyncio.sleep(_COALESCE_PAUSE)
         while not hints.empty():
             named.add(hints.get_nowait())
-        suspects = list(pending) if None in named else [run_id for run_id in pending if run_id in named]
+        is_due = None in named or loop.time() >= look_at
+        suspects = list(pending) if is_due else [run_id for run_id in pending if run_id in named]
         if suspects:
             return suspects
 

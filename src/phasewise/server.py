@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
-from prefect.server.database.configurations import AioSqliteConfiguration
+from prefect.server.database.configurations import SQLITE_BEGIN_MODE, AioSqliteConfiguration
 from prefect.server.database.dependencies import set_database_config
 from prefect.settings import PREFECT_API_DATABASE_CONNECTION_URL, get_current_settings
 from sqlalchemy.engine import make_url
@@ -53,7 +53,14 @@ class OneWriterAtATime(AioSqliteConfiguration):
             self._writer = task
             try:
                 async with super().begin_transaction(session, with_for_update=True) as transaction:
-                    yield transaction
+                    # Begin now, and let what else this task opens begin as a reader: the server reads through a
+                    # second session within a transaction (pausing a work queue does), which must not wait for it.
+                    await session.connection()
+                    mode = SQLITE_BEGIN_MODE.set("DEFERRED")
+                    try:
+                        yield transaction
+                    finally:
+                        SQLITE_BEGIN_MODE.reset(mode)
             finally:
                 self._writer = None
 

@@ -58,6 +58,17 @@ async def test_a_pool_without_a_worker_is_named(idle: Idle) -> None:
     ]
 
 
+async def test_what_is_paused_is_named_with_the_command_that_resumes_it(idle: Idle) -> None:
+    run = await idle.schedule("people")
+    await idle.runs.client.update_work_queue(idle.queue, is_paused=True)
+    await idle.runs.client.update_work_pool(idle.pool, WorkPoolUpdate(is_paused=True))
+
+    reasons = await explain_waiting(str(run.id))
+
+    assert f'The work pool "{idle.pool}" is paused. Go on: prefect work-pool resume {idle.pool}' in reasons
+    assert f'The work queue "tables" is paused. Go on: prefect work-queue resume tables --pool {idle.pool}' in reasons
+
+
 async def test_a_limit_that_is_reached_is_named_with_the_runs_that_hold_its_slots(idle: Idle) -> None:
     await idle.start("parks")
     run = await idle.schedule("people")

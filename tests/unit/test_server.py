@@ -79,3 +79,15 @@ def test_an_existing_database_is_left_alone(tmp_path: Path) -> None:
     create_database(path)
 
     assert path.read_bytes() == b"as it was"
+
+
+async def test_a_transaction_may_read_through_a_second_session(database: OneWriterAtATime) -> None:
+    engine = await database.engine()
+    outer, inner = await database.session(engine), await database.session(engine)
+
+    async with outer, database.begin_transaction(outer), asyncio.timeout(10):
+        await outer.execute(sa.text("update counter set value = 5"))
+        async with inner:
+            value = (await inner.execute(sa.text("select value from counter"))).scalar_one()
+
+    assert value == 0

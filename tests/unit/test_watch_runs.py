@@ -152,7 +152,6 @@ def weathers(draw: st.DrawFn) -> Weather:
 LOST_AMONG_OTHERS = [Fate(final_at=1.0)] + [Fate(final_at=5.0 * n, told_at=(5.0 * n,)) for n in range(1, 40)]
 
 
-@pytest.mark.xfail(reason="the slow clock starts anew with each event about another run")
 @settings(deadline=None)
 @given(drawn=st.lists(fates(), max_size=12), weather=weathers())
 @example(drawn=LOST_AMONG_OTHERS, weather=Weather())
