@@ -55,7 +55,7 @@ class OneWriterAtATime(AioSqliteConfiguration):
                 async with super().begin_transaction(session, with_for_update=True) as transaction:
                     # Begin now, and let what else this task opens begin as a reader: the server reads through a
                     # second session within a transaction (pausing a work queue does), which must not wait for it.
-                    await session.connection()
+                    _ = await session.connection()
                     mode = SQLITE_BEGIN_MODE.set("DEFERRED")
                     try:
                         yield transaction
