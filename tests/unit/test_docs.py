@@ -41,7 +41,8 @@ def read_table(text: str, *, header: str) -> list[list[str]]:
 
 
 def find_blocks(text: str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    return [block for kind, block in blocks if kind == language]
 
 
 def name_page(page: Path) -> str:
