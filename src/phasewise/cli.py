@@ -141,6 +141,7 @@ def deploy() -> None:
 def deploy_flows(settings: Settings) -> str:
     """Deploy, print one line per deployment, and return the server's API URL."""
     project = load_project(find_project(settings))
+    _make_demo_source(project.root)
     url = check_server_answers()
     from phasewise.deployments import deploy as deploy_all
     from phasewise.deployments import plan_deployments
@@ -166,6 +167,7 @@ def run() -> None:
 def run_main(settings: Settings) -> None:
     """Check that a run could start, then run ``main_etl`` in this process."""
     project = load_project(find_project(settings))
+    _make_demo_source(project.root)
     check_server_answers()
     from phasewise.deployments import check_ready, plan_deployments
     from phasewise.pipeline import load_phases
@@ -237,7 +239,8 @@ def _make_demo_source(root: Path) -> bool:
 
     source = build_demo_source(target)
     if source.was_built:
-        print(f"Made the example database: {source.tables} tables, {source.rows:,} rows in {source.path}")
+        text = f"Made the example database: {source.tables} tables, {source.rows:,} rows in {source.path}"
+        print(text, file=sys.stderr)  # what deploy writes to standard output is fixed
     return True
 
 

@@ -222,7 +222,10 @@ class SqliteSource:
     def _open(self) -> Iterator[sqlite3.Connection]:
         """Open read-only, for questions about the schema; a missing file is never created."""
         if not self._path.exists():
-            raise self._unavailable("does not exist", "Check [source] url in phasewise.toml, or create the database.")
+            raise self._unavailable(
+                "does not exist",
+                "Check [source] url in phasewise.toml, or create the database (that of the example: phasewise demo-data).",
+            )
         if not self._path.is_file():
             raise self._unavailable("is not a file", "Check [source] url in phasewise.toml.")
         try:
