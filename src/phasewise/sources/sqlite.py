@@ -224,7 +224,7 @@ class SqliteSource:
         if not self._path.exists():
             raise self._unavailable(
                 "does not exist",
-                "Check [source] url in phasewise.toml, or create the database (that of the example: phasewise demo-data).",
+                "Check [source] url in phasewise.toml, or create it (the example's: phasewise demo-data).",
             )
         if not self._path.is_file():
             raise self._unavailable("is not a file", "Check [source] url in phasewise.toml.")
