@@ -9,6 +9,7 @@ import os
 import signal
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import pytest
 from phasewise.samples import change_source, write_project
 from phasewise.stack import StackInfo, find_stack, running_stack
 from tests.acceptance.conftest import SHOP, Shell, wait_for
+from tests.integration.test_source_postgres import is_reachable, psql
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -306,6 +308,32 @@ def test_g03_a_process_that_ignores_sigterm_is_killed_after_the_grace_time(serve
     wait_for(lambda: not is_alive(pid), 30)
     wait_for(lambda: server.below(run)["leaf/a"]["state_type"] == "CANCELLED", 30)
     server.wait(run, "CANCELLED", 30)
+
+
+@pytest.mark.skipif(not is_reachable(), reason="no PostgreSQL on its usual port")
+def test_g03_a_query_in_flight_is_interrupted_at_the_source(
+    stack: StackInfo, stack_shell: Shell, tmp_path: Path
+) -> None:
+    schema = f"slow_{uuid.uuid4().hex[:10]}"
+    psql(f"CREATE SCHEMA {schema}")
+    try:
+        psql(f"CREATE VIEW {schema}.slow AS SELECT pg_sleep(300)::text AS nothing")
+        (stack_shell.project / "phasewise.toml").write_text(
+            f'[project]\nname = "slow"\n[source]\nurl = "postgresql://postgres@127.0.0.1/test?schema={schema}"\n'
+            '[tables]\ninclude = ["slow"]\n'
+        )
+        running = f"SELECT count(*) FROM pg_stat_activity WHERE state = 'active' AND query LIKE '%{schema}%' "
+        running += "AND pid <> pg_backend_pid()"
+        with stack_shell.start("-m", "phasewise", "run-distributed") as process:
+            wait_for(lambda: int(psql(running)) > 0 or process.poll() is not None, 60)
+            assert process.poll() is None, process.stdout and process.stdout.read()
+
+            assert stack_shell.phasewise("cancel").returncode == 0
+
+            process.communicate(timeout=60)
+        wait_for(lambda: psql(running).strip() == "0", 20)
+    finally:
+        psql(f"DROP SCHEMA {schema} CASCADE")
 
 
 def test_g03_and_g04_cancelled_and_resumed_from_the_command_line(stack: StackInfo, stack_shell: Shell) -> None:

@@ -199,6 +199,13 @@ class PostgresSource:
             "SET LOCAL extra_float_digits = 1; SET LOCAL bytea_output = 'hex'; SET LOCAL lc_monetary = 'C'; "
             "SET LOCAL idle_in_transaction_session_timeout = 0",
         )
+        # A server notices that its client is gone when it writes to it, which a long query may not do for hours.
+        # From version 14 on, on Linux, it can look.
+        _execute(
+            connection,
+            "DO $$ BEGIN PERFORM set_config('client_connection_check_interval', '2s', true); "
+            "EXCEPTION WHEN OTHERS THEN NULL; END $$",
+        )
 
     @contextmanager
     def _open(self) -> Iterator[duckdb.DuckDBPyConnection]:
