@@ -252,7 +252,7 @@ def query(
     format: Annotated[Literal["table", "csv", "json"], Parameter(help="How to print the rows.")] = "table",  # noqa: A002
     at: Annotated[str | None, Parameter(help="Read it as this batch left it (see: phasewise snapshots).")] = None,
 ) -> None:
-    """Read the published warehouse with SQL. Tables by their names, marts as marts.<name>."""
+    """Read the published warehouse with SQL. Tables by their names, marts in the schema `marts`."""
     from phasewise.console import render_rows
     from phasewise.snapshots import query_warehouse
 

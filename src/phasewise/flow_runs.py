@@ -52,6 +52,7 @@ _READ_SIZE = 200
 _COALESCE_PAUSE = 0.05
 _UNREACHABLE_PAUSE = 1.0
 _CANCELLING_SECONDS = 40.0
+_BUSY_PAUSES = (0.5, 1.0, 2.0, 4.0)
 
 R = TypeVar("R")
 
@@ -360,12 +361,20 @@ def _describe(request: RunRequest, parent: UUID | None, rank: int) -> dict[str, 
 async def _create_bulk(client: PrefectClient, deployment_id: UUID, bodies: list[dict[str, Any]]) -> list[str]:
     # The path is a format string of the client's typed routes; this route is younger than that list.
     path: Any = f"/deployments/{deployment_id}/create_flow_run/bulk"
-    response = await client.request("POST", path, json=bodies)
-    response.raise_for_status()
-    results = response.json()["results"]
-    for body, result in zip(bodies, results, strict=True):
-        if result["status"] != "CREATED":
+    for pause in (*_BUSY_PAUSES, None):
+        response = await client.request("POST", path, json=bodies)
+        response.raise_for_status()
+        results = response.json()["results"]
+        refused = [
+            (body, result) for body, result in zip(bodies, results, strict=True) if result["status"] != "CREATED"
+        ]
+        if not refused:
+            break
+        body, result = refused[0]
+        # A stock server on SQLite says so run by run, under a status of success. All have keys: asking again is safe.
+        if pause is None or "database is locked" not in str(result["error"]):
             raise OrchestrationError(f"The server refused the flow run {body.get('name', '')}: {result['error']}")
+        await asyncio.sleep(pause)
     return [result["flow_run_id"] for result in results]
 
 

@@ -24,11 +24,15 @@ from phasewise.batch_report import BatchData, write_batch_report
 from phasewise.batches import claim_batch
 from phasewise.errors import (
     AuditFailed,
+    FlowRunsFailed,
     NothingStaged,
     OrchestrationError,
     PhasewiseError,
+    SchemaDrift,
     SourceError,
     SourceUnavailable,
+    TableMissing,
+    UnfaithfulValue,
 )
 from phasewise.flow_runs import FlowRuns, PrefectFlowRuns, current_logger, report_summary
 from phasewise.history import read_batch_runs, read_durations
@@ -186,6 +190,10 @@ async def sub_etl(batch_id: str | None = None) -> dict[str, Any]:
     return {"completed_tables": len(tables) - failed} | ({"failed_tables": failed} if failed else {})
 
 
+#: Errors that no retry mends before someone has changed the source.
+_SOURCE_AT_FAULT = (TableMissing.__name__, SchemaDrift.__name__, UnfaithfulValue.__name__)
+
+
 def _order(project: Project, settings: Settings, tables: list[str]) -> list[str]:
     """Return *tables* with those first that will take longest: by past batches, else by the rows of the source."""
     durations = read_durations("process-table-etl", max_runs=3 * len(tables)) if _has_server() and tables else {}
@@ -215,7 +223,12 @@ async def _stage_tables(project: Project, settings: Settings, batch: str, tables
         phase, batch=batch, crash_retries=settings.crash_retries, flow_runs=_flow_runs(settings)
     )
     logger.info("Waiting for all %d ETL subflows to complete...", len(tables))
-    failed = (await started.wait()).tolerated
+    try:
+        failed = (await started.wait()).tolerated
+    except FlowRunsFailed as exc:
+        if any(name in outcome.message for outcome in exc.outcomes for name in _SOURCE_AT_FAULT):
+            staging.forget_snapshot(project, batch)
+        raise
     staging.give_up_tables(project, batch, {run.item: run.describe() for run in failed if run.item})
     if failed:
         logger.warning("%d of %d ETL subflows failed, within the budget", len(failed), len(tables))
@@ -349,9 +362,18 @@ def _publish(project: Project, settings: Settings, batch: str, *, is_partial: bo
     except AuditFailed as exc:
         _write_report(replace(data, runs=_batch_runs(batch)), status="failed", message=str(exc))
         raise
+    moments = {manifest.snapshot for manifest in manifests}
+    is_consistent = len(manifests) == 1 or (len(moments) == 1 and None not in moments)
+    message = "" if is_consistent else _MOMENTS
     publication = publish.publish_batch(project, settings, batch, without=given_up, is_partial=is_partial)
     current_logger().info("Published %d tables as snapshot %d", len(publication.tables), publication.snapshot)
-    return _report(project, settings, replace(data, publication=publication), status="published")
+    return _report(project, settings, replace(data, publication=publication), status="published", message=message)
+
+
+_MOMENTS = (
+    "The tables were not read at one moment of the source: the batch was resumed after the source was mended, or this "
+    "source cannot hold a moment for all tables. Each table is consistent for itself."
+)
 
 
 def _renew(project: Project, settings: Settings) -> dict[str, Any]:
@@ -366,13 +388,18 @@ def _renew(project: Project, settings: Settings) -> dict[str, Any]:
 
 
 def _report(
-    project: Project, settings: Settings, data: BatchData, *, status: Literal["published", "renewed"]
+    project: Project,
+    settings: Settings,
+    data: BatchData,
+    *,
+    status: Literal["published", "renewed"],
+    message: str = "",
 ) -> dict[str, Any]:
     """Write the report and return what the flow returns."""
     with _open_warehouse(project, settings) as connection:
         built = data.publication.marts if data.publication else ()
         mart_data = [marts.read_mart(connection, mart) for mart in project.marts if mart.name in built]
-    html = _write_report(replace(data, marts=mart_data, runs=_batch_runs(data.batch)), status=status)
+    html = _write_report(replace(data, marts=mart_data, runs=_batch_runs(data.batch)), status=status, message=message)
     publication = data.publication
     assert publication is not None  # both callers have published
     return {

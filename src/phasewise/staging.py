@@ -254,6 +254,11 @@ def _check_age(token: SnapshotToken, settings: Settings, source: Source) -> None
         )
 
 
+def forget_snapshot(project: Project, batch: str) -> None:
+    """Drop the moment that ``open_snapshot`` kept for a resume: the source must be mended, so it is read anew."""
+    shutil.rmtree(_batch_folder(project, batch) / ".source", ignore_errors=True)
+
+
 def _read_token(folder: Path) -> SnapshotToken | None:
     try:
         token: SnapshotToken | None = json.loads((folder / _SNAPSHOT).read_text(encoding="utf-8"))
