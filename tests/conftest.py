@@ -32,6 +32,8 @@ def _isolate(environ: os._Environ[str]) -> None:
 
 
 _isolate(os.environ)
+# A shell that starts us in the background has us ignore Ctrl-C, and what we start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_unconfigure() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import socket
@@ -191,18 +192,21 @@ def test_a_password_is_never_printed_or_deployed(stack: StackInfo, stack_shell: 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_an_interrupted_run_leaves_no_process_and_nothing_half_published(shop: Shell, how: signal.Signals) -> None:
     before = set(marked_processes())
-    with shop.start("-m", "phasewise", "run-distributed") as process:
-        # As soon as tables are being staged: server, workers and flow runs are all there.
-        wait_for(lambda: any((shop.project / ".phasewise" / "staging").glob("*/*")) or process.poll() is not None)
-        assert process.poll() is None, process.stdout and process.stdout.read()
+    warehouse = shop.project / "warehouse"
+    warehouse.mkdir()
+    with (warehouse / "writer.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # holds the batch before it publishes
+        with shop.start("-m", "phasewise", "run-distributed") as process:
+            # As soon as tables are being staged: server, workers and flow runs are all there.
+            wait_for(lambda: any((shop.project / ".phasewise" / "staging").glob("*/*")) or process.poll() is not None)
+            assert process.poll() is None, process.stdout and process.stdout.read()
 
-        os.kill(process.pid, how)
-        process.communicate(timeout=60)
+            os.kill(process.pid, how)
+            process.communicate(timeout=60)
 
-    wait_for(lambda: set(marked_processes()) <= before, seconds=30)
+        wait_for(lambda: set(marked_processes()) <= before, seconds=30)
     assert process.returncode in (130, -how)
-    catalog = shop.project / "warehouse" / "catalog.sqlite"
-    assert not catalog.exists() or "orders" not in shop.phasewise("query", "show tables").stdout
+    assert not (warehouse / "catalog.sqlite").exists() or "orders" not in shop.phasewise("query", "show tables").stdout
 
 
 @pytest.mark.timeout(200)

@@ -578,7 +578,7 @@ def test_g08_a_run_whose_worker_died_on_another_machine_is_found_by_its_heartbea
     own_stack: tuple[Server, Path], shell: Shell
 ) -> None:
     server, _ = own_stack
-    server.call(f"/work_pools/{server.stack.pool}/queues/", {"name": "remote"})
+    server.call(f"/work_pools/{server.stack.pool}/queues", {"name": "remote"})
     leaf = server.call("/deployments/name/leaf/leaf-deployment")
     server.call(f"/deployments/{leaf['id']}", {"work_queue_name": "remote"}, "PATCH")
     start = ["-m", "prefect", "worker", "start", "--type", "warm-process", "--pool", server.stack.pool]
@@ -667,7 +667,7 @@ def test_g11_a_parent_of_2000_children_stays_small_and_its_calls_linear(
     server = Server(deployed, tmp_path)
     leaf = server.call("/deployments/name/leaf/leaf-deployment")
     pool = f"/work_pools/{deployed.pool}/queues"
-    server.call(f"{pool}/", {"name": "paused", "is_paused": True})
+    server.call(pool, {"name": "paused", "is_paused": True})
     server.call(
         "/deployments/",
         {
