@@ -4,10 +4,14 @@ import asyncio
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from prefect import flow, runtime, task
 
 from phasewise import FanOut, Phase, Step, run_phases
+
+if TYPE_CHECKING:
+    from phasewise.deployments import Deployment
 
 
 @task
@@ -69,15 +73,13 @@ def _run_id() -> str:
     return str(run_id)
 
 
-def deploy(pool: str) -> None:
+def list_deployments() -> "list[Deployment]":
     from phasewise.deployments import ORCHESTRATORS, TABLES, Deployment
-    from phasewise.deployments import deploy as deploy_all
-    from phasewise.settings import Settings
 
     file = Path(__file__)
     queues = {"main": ORCHESTRATORS, "pre": ORCHESTRATORS, "sub": ORCHESTRATORS, "final": ORCHESTRATORS}
     queues |= {"table": TABLES, "cleanup1": TABLES, "cleanup2": TABLES}
-    wanted = [
+    return [
         Deployment(
             flow_name=f"bench-{name}",
             name="bench",
@@ -87,7 +89,13 @@ def deploy(pool: str) -> None:
         )
         for name, queue in queues.items()
     ]
-    asyncio.run(deploy_all(wanted, pool=pool, settings=Settings()))
+
+
+def deploy(pool: str) -> None:
+    from phasewise.deployments import deploy as deploy_all
+    from phasewise.settings import Settings
+
+    asyncio.run(deploy_all(list_deployments(), pool=pool, settings=Settings()))
 
 
 if __name__ == "__main__":

@@ -6,10 +6,11 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from importlib.metadata import version
+from pathlib import Path
 
 from benchmarks.harness import postgresql, prefect_api, processes
-from benchmarks.systems import Context, Submit, Unavailable
-from benchmarks.systems.programs import PROGRAMS
+from benchmarks.systems import Context, Submit
+from benchmarks.systems.programs import PROGRAMS, Program
 from phasewise.stack import client_environment, running_stack
 
 POOL = "bench"
@@ -51,10 +52,17 @@ class PhasewisePostgresql(Phasewise):
                 yield submit
 
 
-class PhasewiseLocal(Phasewise):
-    """The same phases in one process tree, without a server."""
+class PhasewiseLocal(Program):
+    """The same phases in one process tree, without a server: a program that is warm, as those of the peers are."""
 
-    @contextlib.contextmanager
-    def running(self, context: Context) -> Iterator[Submit]:
-        raise Unavailable(f"phasewise {self.version()} cannot run phases without a server yet")
-        yield
+    name = "phasewise_local"
+
+    def version(self) -> str:
+        return Phasewise().version()
+
+    def python(self, context: Context) -> Path:
+        return Path(sys.executable)
+
+    def environment(self, context: Context) -> dict[str, str]:
+        home = context.home / "prefect"
+        return {"PHASEWISE_TABLE_CONCURRENCY": str(context.parallel), "PREFECT_HOME": str(home)}

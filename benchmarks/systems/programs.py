@@ -28,7 +28,7 @@ class Program:
 
     @contextlib.contextmanager
     def running(self, context: Context) -> Iterator[Submit]:
-        env = processes.clean_environment(**self.environment(context.home))
+        env = processes.clean_environment(**self.environment(context))
         command = [self.python(context), PROGRAMS / f"{self.name}_program.py"]
         log = context.home / f"{self.name}.log"
         with processes.service(command, log=log, env=env, cwd=context.home, piped=True) as program:
@@ -38,7 +38,7 @@ class Program:
     def python(self, context: Context) -> Path:
         return environments.ensure(self.name, context.environments) / "bin" / "python"
 
-    def environment(self, home: Path) -> dict[str, str]:
+    def environment(self, context: Context) -> dict[str, str]:
         return {}
 
 
@@ -80,7 +80,7 @@ class Dagster(Program):
 
     name = "dagster"
 
-    def environment(self, home: Path) -> dict[str, str]:
-        (home / "dagster.yaml").write_text("telemetry:\n  enabled: false\n")
+    def environment(self, context: Context) -> dict[str, str]:
+        (context.home / "dagster.yaml").write_text("telemetry:\n  enabled: false\n")
         # The steps' forkserver imports the program by its name.
-        return {"DAGSTER_HOME": str(home), "PYTHONPATH": str(PROGRAMS)}
+        return {"DAGSTER_HOME": str(context.home), "PYTHONPATH": str(PROGRAMS)}

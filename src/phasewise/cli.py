@@ -29,6 +29,7 @@ from phasewise.errors import (
     ServerUnreachable,
     SourceError,
     StagingError,
+    UnknownBatch,
 )
 from phasewise.project import find_project, load_project
 from phasewise.settings import Settings, find_checkout, find_home
@@ -159,9 +160,33 @@ def deploy_flows(settings: Settings) -> str:
 
 
 @app.command
-def run() -> None:
+def run(
+    *,
+    local: Annotated[
+        bool, Parameter(negative="", help="Without a server: flow runs are processes below this one.")
+    ] = False,
+    resume: Annotated[str | None, Parameter(help="With --local: the batch to go on with.")] = None,
+) -> None:
     """Run main_etl in this process, its subflows through the work pool of the server."""
-    run_main(choose_server())
+    if local:
+        run_local(Settings(), resume)
+    elif resume is not None:
+        raise UnknownBatch("--resume goes with --local.", hint=f"On the server: phasewise resume {resume}")
+    else:
+        run_main(choose_server())
+
+
+def run_local(settings: Settings, resume: str | None = None) -> None:
+    """Run ``main_etl`` and everything below it in one process tree, without a server."""
+    project = load_project(find_project(settings))
+    _make_demo_source(project.root)
+    os.environ.pop("PREFECT_API_URL", None)
+    _keep_home_clean(settings)
+    os.environ["PHASEWISE_PROJECT"] = str(project.root)
+    from phasewise.flows import run_local
+
+    _run_async(run_local(resume))
+    print("The warehouse was published.")
 
 
 def run_main(settings: Settings) -> None:
@@ -302,6 +327,10 @@ def _reach_server() -> Settings:
 
 def _use_server(settings: Settings, api_url: str) -> None:
     os.environ["PREFECT_API_URL"] = api_url
+    _keep_home_clean(settings)
+
+
+def _keep_home_clean(settings: Settings) -> None:
     if not (Path.home() / ".prefect").exists():
         # Someone without a Prefect profile of his own should not get one by trying this.
         os.environ.setdefault("PREFECT_HOME", str(find_home(settings) / "prefect"))

@@ -1,7 +1,7 @@
 """The seam to Prefect's flow runs: submit many, watch them end, cancel them.
 
 ``FlowRuns`` is the protocol that the orchestrator works with; ``PrefectFlowRuns`` is its adapter to a Prefect server,
-``phasewise.testing.MemoryFlowRuns`` the one for tests.
+``phasewise.local.LocalFlowRuns`` the one that needs no server, ``phasewise.testing.MemoryFlowRuns`` the one for tests.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -97,6 +98,29 @@ class FlowRuns(Protocol):
     async def cancel(self, run_ids: Collection[str]) -> None:
         """Ask each run that is not final, and everything below all of them, to end; final ones stay as they are."""
         ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalRun:
+    """The flow run that this code runs in, where a process tree stands in for the server (``phasewise.local``)."""
+
+    run_id: str
+    #: Where the runs below it live.
+    flow_runs: FlowRuns
+    #: Returns all flow runs of the batch, parents before children.
+    read_runs: Callable[[], list[StepOutcome]]
+    #: What ``report_summary`` was told.
+    summary: dict[str, Any] = field(default_factory=dict)
+
+
+#: Set while code runs below ``phasewise run --local``; None where a server records the runs, and outside of runs.
+LOCAL_RUN: ContextVar[LocalRun | None] = ContextVar("LOCAL_RUN", default=None)
+
+
+def current_flow_runs(*, poll_seconds: float = 15.0) -> FlowRuns:
+    """Return where flow runs live that are triggered now: in this process tree, or on the server of the settings."""
+    local = LOCAL_RUN.get()
+    return PrefectFlowRuns(poll_seconds=poll_seconds) if local is None else local.flow_runs
 
 
 class PrefectFlowRuns:
@@ -301,14 +325,16 @@ def report_summary(summary: Mapping[str, Any]) -> None:
     """Keep small results (numbers, short texts) of the current flow run on the server, for its parent to read.
 
     They travel as labels of the flow run, so no result storage has to be shared between machines. Outside of a flow
-    run on a server this does nothing.
+    run this does nothing.
     """
+    small = {key: value for key, value in summary.items() if isinstance(value, (str, int, float, bool))}
+    if (local := LOCAL_RUN.get()) is not None:
+        local.summary.update(small)
+        return
     context = FlowRunContext.get()
     if context is None or context.flow_run is None:
         return
-    labels: KeyValueLabels = {
-        f"{SUMMARY_PREFIX}{key}": value for key, value in summary.items() if isinstance(value, (str, int, float, bool))
-    }
+    labels: KeyValueLabels = {f"{SUMMARY_PREFIX}{key}": value for key, value in small.items()}
     with get_client(sync_client=True) as client:
         client.update_flow_run_labels(context.flow_run.id, labels)
 

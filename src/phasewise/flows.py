@@ -1,17 +1,19 @@
 """The seven flows. The only module that imports both planes: Prefect around, DuckDB inside.
 
 Each flow also runs alone, as a plain call: with ``PREFECT_API_URL`` set it is recorded on that server, without a
-server it just runs in this process.
+server it just runs in this process; those that wait for others run them in a process tree below it.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any, Literal, ParamSpec, TypeVar
+from uuid import uuid4
 
 import duckdb
 from prefect import Flow, Task, task
@@ -22,20 +24,22 @@ from prefect.settings import get_current_settings
 from phasewise import audit, cleanup, lake, marts, publish, sources, staging
 from phasewise.batch_report import BatchData, write_batch_report
 from phasewise.batches import claim_batch
+from phasewise.deployments import plan_deployments
 from phasewise.errors import (
     AuditFailed,
     FlowRunsFailed,
     NothingStaged,
-    OrchestrationError,
     PhasewiseError,
     SchemaDrift,
     SourceError,
     SourceUnavailable,
     TableMissing,
     UnfaithfulValue,
+    UnknownBatch,
 )
-from phasewise.flow_runs import FlowRuns, PrefectFlowRuns, current_logger, report_summary
+from phasewise.flow_runs import LOCAL_RUN, FlowRuns, current_flow_runs, current_logger, report_summary
 from phasewise.history import read_batch_runs, read_durations
+from phasewise.local import LocalFlowRuns, hold_project
 from phasewise.orchestrator import run_phases, start_phase
 from phasewise.outcomes import StepOutcome
 from phasewise.pipeline import BATCH, FanOut, Phase, Step, load_phases
@@ -53,7 +57,10 @@ class _EtlFlow(Flow[P, R]):
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Any:  # type: ignore[override]  # Prefect overloads it
         if _has_server():
             return super().__call__(*args, **kwargs)
-        return self.fn(*args, **kwargs)
+        function: Callable[[], Any] = partial(self.fn, *args, **kwargs)
+        if self.isasync and LOCAL_RUN.get() is None:  # those that wait for other flows
+            return _run_locally(self.name, function, str(uuid4()))
+        return function()
 
 
 def _etl_flow(name: str, **options: Any) -> Callable[[Callable[P, R]], _EtlFlow[P, R]]:
@@ -65,6 +72,8 @@ def _etl_flow(name: str, **options: Any) -> Callable[[Callable[P, R]], _EtlFlow[
 
 
 def _has_server() -> bool:
+    if LOCAL_RUN.get() is not None:
+        return False
     return FlowRunContext.get() is not None or get_current_settings().api.url is not None
 
 
@@ -106,12 +115,60 @@ def _load() -> tuple[Project, Settings]:
 
 
 def _own_run_id() -> str | None:
+    if (local := LOCAL_RUN.get()) is not None:
+        return local.run_id
     context = FlowRunContext.get()
     return str(context.flow_run.id) if context is not None and context.flow_run is not None else None
 
 
 def _flow_runs(settings: Settings) -> FlowRuns:
-    return PrefectFlowRuns(poll_seconds=settings.poll_seconds)
+    return current_flow_runs(poll_seconds=settings.poll_seconds)
+
+
+async def run_local(resume: str | None = None) -> dict[str, Any]:
+    """Run ``main_etl`` and everything below it in one process tree, without a server.
+
+    *resume* is the id of a batch that did not complete, or the beginning of it: what it staged is not extracted again.
+    Returns what ``main_etl`` returns.
+
+    Raises:
+        FlowRunsFailed: a step did not complete; no later phase was started.
+        BatchRunning: another local batch of the project is running.
+        UnknownBatch: nothing is staged for *resume*.
+    """
+    batch = str(uuid4()) if resume is None else _find_local_batch(resume)
+    return await _run_locally(main_etl.name, main_etl.fn, batch)
+
+
+def _find_local_batch(prefix: str) -> str:
+    project, _ = _load()
+    found = [batch.id for batch in staging.list_batches(project) if batch.id.startswith(prefix.lower())]
+    if len(found) != 1:
+        raise UnknownBatch(
+            f'{len(found) or "No"} batches in {project.staging} begin with "{prefix}".',
+            hint="Name one of the folders there.",
+        )
+    return found[0]
+
+
+async def _run_locally(name: str, function: Callable[[], Awaitable[dict[str, Any]]], run_id: str) -> dict[str, Any]:
+    """Await *function* as the flow run *run_id*, with a process tree for the flow runs below it."""
+    project, settings = _load()
+    deployments = plan_deployments(load_phases(project.root, project.pipeline.phases), project.root)
+    flow_runs = LocalFlowRuns(
+        {deployment.full_name: deployment for deployment in deployments},
+        table_concurrency=settings.table_concurrency,
+        cancel_grace_seconds=settings.cancel_grace_seconds,
+        preload=("duckdb", "phasewise.flows"),
+        setup=("phasewise.lake:preload_extensions",),
+        environment={"PHASEWISE_PROJECT": str(project.root)},
+    )
+    async with (
+        hold_project(project.staging, run_id, on_overlap=project.pipeline.on_overlap),
+        flow_runs,
+        flow_runs.running(name, run_id),
+    ):
+        return await function()
 
 
 @_etl_flow("main-etl-job")
@@ -128,12 +185,9 @@ async def main_etl() -> dict[str, Any]:
     logger.info("Starting ETL flow...")
     project, settings = _load()
     batch = _own_run_id()
-    if batch is None:
-        raise OrchestrationError(
-            "main_etl runs its phases on a Prefect server, and PREFECT_API_URL is not set.",
-            hint="Run it with: make run-distributed",
-        )
-    await claim_batch(batch, project.root, on_overlap=project.pipeline.on_overlap)
+    assert batch is not None, "without a server it is called within a local run"
+    if LOCAL_RUN.get() is None:  # which holds the project already
+        await claim_batch(batch, project.root, on_overlap=project.pipeline.on_overlap)
     outcome = await run_phases(
         load_phases(project.root, project.pipeline.phases),
         batch=batch,
@@ -433,6 +487,8 @@ def _open_warehouse(project: Project, settings: Settings) -> Iterator[duckdb.Duc
 
 def _batch_runs(batch: str) -> list[StepOutcome]:
     """Return the flow runs of a batch that a ``main_etl`` run stands for; none where no server recorded them."""
+    if (local := LOCAL_RUN.get()) is not None:
+        return local.read_runs()
     if not _has_server() or batch.startswith("manual-"):
         return []
     return read_batch_runs(batch)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from phasewise.errors import FlowRunsFailed
-from phasewise.flow_runs import FlowRuns, PrefectFlowRuns, RunRequest, current_logger
+from phasewise.flow_runs import FlowRuns, RunRequest, current_flow_runs, current_logger
 from phasewise.outcomes import PhaseOutcome, RunOutcome, StepOutcome
 from phasewise.pipeline import BATCH, FanOut, Phase, Step, validate_phases
 
@@ -32,7 +32,7 @@ async def trigger_subflow(
         DeploymentMissing: there is no such deployment.
     """
     request = RunRequest(deployment=deployment, parameters=parameters or {}, name=name, key=key)
-    [run_id] = await (flow_runs or PrefectFlowRuns()).submit([request])
+    [run_id] = await (flow_runs or current_flow_runs()).submit([request])
     current_logger().info("Triggered subflow %s (run_id: %s)", deployment, run_id)
     return run_id
 
@@ -54,7 +54,7 @@ async def wait_for_flow_runs(
         FlowRunsFailed: at least one did not complete; it names each with its state, message and id.
         TimeoutError: not all of them were final in time; they go on running.
     """
-    runs = flow_runs or PrefectFlowRuns()
+    runs = flow_runs or current_flow_runs()
     outcomes: dict[str, StepOutcome] = {}
     async with asyncio.timeout(timeout):
         async for outcome in _watch(runs, run_ids, crash_retries):
@@ -122,7 +122,7 @@ async def start_phase(
     phase: Phase, *, batch: str, crash_retries: int = 1, flow_runs: FlowRuns | None = None
 ) -> StartedPhase:
     """Trigger the steps of one phase and return at once; ``await started.wait()`` waits for them."""
-    runs = flow_runs or PrefectFlowRuns()
+    runs = flow_runs or current_flow_runs()
     planned = [(step, item, request) for step in phase.steps for item, request in plan_requests(step, batch=batch)]
     run_ids = await runs.submit([request for _, _, request in planned])
     for (_, _, request), run_id in zip(planned, run_ids, strict=True):
