@@ -343,7 +343,7 @@ class WarmProcessWorker(ProcessWorker):
         self._claims.set()
 
     def _slot_freed(self) -> None:
-        # Asking after every run that ends would be a read a run; the last answer tells whether it can help.
+        # On a worker that has nothing to do, asking after every run that ends would be a read a run for nothing.
         if self._may_have_more:
             self._claims.set()
 
@@ -362,7 +362,9 @@ class WarmProcessWorker(ProcessWorker):
             return [] if self._draining else await super().get_and_submit_flow_runs()
 
     async def _submit_scheduled_flow_runs(self, flow_run_response: list[WorkerFlowRunResponse]) -> list[FlowRun]:
-        self._may_have_more = bool(flow_run_response)
+        # An empty answer may mean that a limit is reached. Who holds its slots is likely one of ours, so as long as we
+        # have any run the next slot that is freed is a reason to ask again: else what waits would wait for the poll.
+        self._may_have_more = bool(flow_run_response or self._jobs or self._submitting_flow_run_ids)
         # What is read from here on is at least as new as these runs, so they may share it, but no older reads.
         self._reads = {}
         return await super()._submit_scheduled_flow_runs(flow_run_response)

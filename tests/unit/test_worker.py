@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from uuid import uuid4
 
 import pytest
 
@@ -101,3 +102,28 @@ def test_the_working_directory_of_a_run_is_gone_after_it(tmp_path: Path) -> None
     with worker._working_directory(worker.WarmProcessJobConfiguration(env={}, working_dir=tmp_path)) as folder:
         assert Path(folder) == tmp_path.resolve()
     assert tmp_path.exists()
+
+
+async def test_a_freed_slot_is_asked_for_again_while_runs_hold_the_slots_of_a_limit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one = worker.WarmProcessWorker(work_pool_name="pool")
+    asked: list[None] = []
+    monkeypatch.setattr(one._claims, "set", lambda: asked.append(None))
+
+    one._submitting_flow_run_ids.add(uuid4())
+    await one._submit_scheduled_flow_runs([])  # the limit is reached, so nothing more is handed out
+    one._slot_freed()
+
+    assert len(asked) == 1
+
+
+async def test_an_idle_worker_does_not_ask_after_every_run_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = worker.WarmProcessWorker(work_pool_name="pool")
+    asked: list[None] = []
+    monkeypatch.setattr(one._claims, "set", lambda: asked.append(None))
+
+    await one._submit_scheduled_flow_runs([])
+    one._slot_freed()
+
+    assert asked == []
