@@ -24,7 +24,7 @@ from prefect.events import Event
 from prefect.logging import get_logger
 from prefect.states import AwaitingRetry, Cancelled, Crashed
 
-from phasewise.flow_runs import CANCELLED_FROM_ABOVE, cancel_runs
+from phasewise.flow_runs import CANCELLED_FROM_ABOVE, cancel_runs, read_runs
 
 _LABEL = "prefect.worker.name"
 _PAGE = 200
@@ -69,12 +69,19 @@ class Caretaker:
             while not self._ended.empty():
                 run_ids.add(self._ended.get_nowait())
             try:
-                await cancel_runs(self._client, run_ids)
+                await self._cancel_below(run_ids)
             except httpx.HTTPError as exc:
                 self._logger.warning("Could not cancel what is below %d flow runs (%s); again.", len(run_ids), exc)
                 await asyncio.sleep(1)
                 for run_id in run_ids:
                     self._ended.put_nowait(run_id)
+
+    async def _cancel_below(self, run_ids: Collection[UUID]) -> None:
+        # After a reconnect the events of the last minute come again, and one that failed to be handled is tried again:
+        # a run that was resumed meanwhile, and what it has started since, must not be ended by how it ended before.
+        runs = await read_runs(self._client, run_ids)
+        ended = [run.id for run in runs if run.state and (run.state.is_final() or run.state.is_cancelling())]
+        await cancel_runs(self._client, ended)
 
     async def find_lost(self) -> None:
         """Look, for ever, for runs whose worker died: those of our own name at first, then those of the others."""

@@ -177,7 +177,7 @@ class PrefectFlowRuns:
         async with get_client() as client:
 
             async def read(wanted: Sequence[str]) -> list[StepOutcome]:
-                runs = {str(run.id): run for run in await _read_by_id(client, wanted)}
+                runs = {str(run.id): run for run in await read_runs(client, wanted)}
                 return [describe_run(runs[run_id]) if run_id in runs else _lost(run_id) for run_id in wanted]
 
             listen = partial(_listen, run_ids)
@@ -186,7 +186,7 @@ class PrefectFlowRuns:
 
     async def restart(self, run_ids: Collection[str]) -> None:
         async def restart(client: PrefectClient) -> None:
-            runs = await _read_by_id(client, list(run_ids))
+            runs = await read_runs(client, run_ids)
             await asyncio.gather(*(_restart(client, run) for run in runs if _must_restart(run)))
 
         await self._call(restart)
@@ -294,7 +294,7 @@ async def cancel_runs(client: PrefectClient, run_ids: Collection[UUID], *, below
     end.
     """
     asked: list[UUID] = []
-    level = await _read_by_id(client, [str(run_id) for run_id in run_ids])
+    level = await read_runs(client, run_ids)
     while level:
         living = [run for run in level if run.state and not run.state.is_final() and not run.state.is_cancelling()]
         await asyncio.gather(*(_cancel_one(client, run) for run in living))
@@ -412,10 +412,12 @@ async def _read_by_key(client: PrefectClient, keys: Sequence[str]) -> dict[str, 
     return {run.idempotency_key: run for run in runs if run.idempotency_key}
 
 
-async def _read_by_id(client: PrefectClient, run_ids: Sequence[str]) -> list[FlowRun]:
+async def read_runs(client: PrefectClient, run_ids: Collection[str] | Collection[UUID]) -> list[FlowRun]:
+    """Return the flow runs that the server knows of *run_ids*, in no order; a read for each 200."""
+    ids = [UUID(str(run_id)) for run_id in run_ids]
     runs: list[FlowRun] = []
-    for start in range(0, len(run_ids), _READ_SIZE):
-        id_filter = FlowRunFilterId(any_=[UUID(run_id) for run_id in run_ids[start : start + _READ_SIZE]])
+    for start in range(0, len(ids), _READ_SIZE):
+        id_filter = FlowRunFilterId(any_=ids[start : start + _READ_SIZE])
         runs += await client.read_flow_runs(flow_run_filter=FlowRunFilter(id=id_filter), limit=_READ_SIZE)
     return runs
 

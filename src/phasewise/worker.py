@@ -663,9 +663,15 @@ class _Executors:
 
     def cancel_soon(self, flow_run_id: UUID) -> None:
         if flow_run_id not in self._cancelling:
-            task = asyncio.create_task(self._cancellation.cancel_by_id(flow_run_id))
+            task = asyncio.create_task(self._cancel(flow_run_id))
             self._cancelling[flow_run_id] = task
             task.add_done_callback(lambda _: self._cancelling.pop(flow_run_id, None))
+
+    async def _cancel(self, flow_run_id: UUID) -> None:
+        # After a reconnect the events of the last minute come again: one of them may be of an attempt before this one.
+        flow_run = await self._client.read_flow_run(flow_run_id)
+        if flow_run.state is not None and (flow_run.state.is_cancelling() or flow_run.state.is_cancelled()):
+            await self._cancellation.cancel(flow_run)
 
 
 @dataclass(frozen=True)
