@@ -106,9 +106,24 @@ async def cancel_batch(run_id: str) -> int:
 
 
 async def resume_batch(run_id: str) -> None:
-    """Schedule a batch that did not complete again: it runs what did not complete, and nothing else."""
+    """Schedule a batch that did not complete again: it runs what did not complete, and nothing else.
+
+    Raises:
+        BatchRunning: it has not ended yet; a second process of it would get into the first one's way.
+        UnknownBatch: there is nothing to resume: it completed, or no worker can run it.
+    """
     async with get_client() as client:
         run = await client.read_flow_run(UUID(run_id))
+        if run.state is None or not run.state.is_final():
+            raise BatchRunning(
+                f"Batch {run_id} has not ended: it is {run.state.name if run.state else 'without a state'}.",
+                hint=f"End it first if it hangs: phasewise cancel {run_id}",
+            )
+        if run.state.is_completed():
+            raise UnknownBatch(
+                f"Batch {run_id} is complete, so there is nothing to resume.",
+                hint="Start a new one: make run-distributed",
+            )
         if run.deployment_id is None:
             raise UnknownBatch(
                 f"Batch {run_id} was not started as a deployment, so no worker can run it again.",
