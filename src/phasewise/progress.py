@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.states import Cancelling
 
+from phasewise.errors import ServerUnreachable
 from phasewise.flow_runs import describe_run
 from phasewise.history import read_batch_runs
 from phasewise.outcomes import StepOutcome
@@ -18,6 +20,8 @@ from phasewise.outcomes import StepOutcome
 _LOOK_SECONDS = 1.0
 #: Seconds that a cancelled run gets to end before we leave it to its worker.
 _CANCEL_SECONDS = 15.0
+#: Seconds that a server gets to come back: one that died is started again, which takes less.
+_PATIENCE_SECONDS = 120.0
 
 
 def run_deployment(name: str, *, show: Callable[[Sequence[StepOutcome]], None]) -> StepOutcome:
@@ -25,6 +29,9 @@ def run_deployment(name: str, *, show: Callable[[Sequence[StepOutcome]], None]) 
 
     *show* gets the run and all runs below it, about once a second. Interrupted (Ctrl-C), the run is cancelled
     before the interruption goes on.
+
+    Raises:
+        ServerUnreachable: the server went away and did not come back.
     """
     with get_client(sync_client=True) as client:
         deployment = client.read_deployment_by_name(name)
@@ -37,10 +44,17 @@ def run_deployment(name: str, *, show: Callable[[Sequence[StepOutcome]], None]) 
 
 
 def _follow(client: SyncPrefectClient, run: FlowRun, show: Callable[[Sequence[StepOutcome]], None]) -> StepOutcome:
+    heard = time.monotonic()
     while True:
         try:
             runs = read_batch_runs(str(run.id))
-        except httpx.HTTPError:  # a server that restarts is asked again; the run itself does not depend on us
+            heard = time.monotonic()
+        except httpx.HTTPError as exc:  # a server that restarts is asked again; the run itself does not depend on us
+            if time.monotonic() - heard > _PATIENCE_SECONDS:
+                raise ServerUnreachable(
+                    f"The Prefect server has not answered for {_PATIENCE_SECONDS:g} s ({type(exc).__name__}).",
+                    hint=f"Start it again (make up), then: phasewise resume {run.id}",
+                ) from exc
             runs = []
         if runs:
             show(runs)
@@ -50,6 +64,11 @@ def _follow(client: SyncPrefectClient, run: FlowRun, show: Callable[[Sequence[St
 
 
 def _cancel(client: SyncPrefectClient, run: FlowRun) -> None:
+    with suppress(httpx.HTTPError):  # without a server nothing can be cancelled, and the interruption goes on
+        _cancel_and_wait(client, run)
+
+
+def _cancel_and_wait(client: SyncPrefectClient, run: FlowRun) -> None:
     client.set_flow_run_state(run.id, Cancelling(message="The command that started it was interrupted."))
     deadline = time.monotonic() + _CANCEL_SECONDS
     while time.monotonic() < deadline and not describe_run(client.read_flow_run(run.id)).is_final:
