@@ -31,7 +31,7 @@ from phasewise.errors import (
     StagingError,
     UnknownBatch,
 )
-from phasewise.project import find_project, load_project
+from phasewise.project import Project, find_project, load_project
 from phasewise.settings import Settings, find_checkout, find_home
 from phasewise.warehouse_commands import add_warehouse_commands
 
@@ -47,7 +47,7 @@ EXIT_CODES: tuple[tuple[int, tuple[type[BaseException], ...], str], ...] = (
     (4, (SourceError,), "the source database does not answer or is not as declared"),
     (5, (StagingError, LakeError), "staging or the warehouse cannot be read or written"),
     (6, (AuditFailed,), "a blocking audit failed; nothing was published"),
-    (7, (FlowRunsFailed,), "flow runs did not complete; nothing was published"),
+    (7, (FlowRunsFailed,), "flow runs did not complete; nothing was published, unless the message says so"),
     (8, (OrchestrationError,), "the server, the deployments or the workers are missing or refused"),
     (1, (Exception,), "any other error"),
     (130, (KeyboardInterrupt,), "interrupted (Ctrl-C or SIGTERM); what was started has been stopped"),
@@ -227,8 +227,11 @@ def _run_distributed(settings: Settings, root: Path) -> int:
     os.environ["PHASEWISE_PROJECT"] = str(root)
     deploy_flows(settings)
     from phasewise.console import show_progress
+    from phasewise.deployments import check_ready
     from phasewise.progress import run_deployment
 
+    # A server of the user's own may have no worker, and the run would wait for one without a word.
+    _run_async(check_ready((), pool=_pool_name()))
     with show_progress() as progress:
         outcome = run_deployment("main-etl-job/main-etl-deployment", show=progress.update)
     project = load_project(root)
@@ -239,8 +242,17 @@ def _run_distributed(settings: Settings, root: Path) -> int:
         print("The warehouse was published.")
         return 0
     print(f"Error: {outcome.describe()}", file=sys.stderr)
-    print("Nothing was published; readers still see the last good version.", file=sys.stderr)
+    print(_describe_warehouse(project, outcome.run_id), file=sys.stderr)
     return find_exit_code(FlowRunsFailed([outcome]))
+
+
+def _describe_warehouse(project: Project, batch: str) -> str:
+    """Say what readers see after *batch* did not complete: what failed may have come after the publishing."""
+    from phasewise.staging import list_batches
+
+    if any(known.id == batch and known.is_published for known in list_batches(project)):
+        return "Its tables were published before that: readers see them."
+    return "Nothing was published; readers still see the last good version."
 
 
 @app.command
@@ -327,6 +339,8 @@ def _reach_server() -> Settings:
 
 def _use_server(settings: Settings, api_url: str) -> None:
     os.environ["PREFECT_API_URL"] = api_url
+    # As in the stack's own processes: nothing calls home.
+    os.environ.setdefault("DO_NOT_TRACK", "1")
     _keep_home_clean(settings)
 
 
