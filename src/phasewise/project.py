@@ -230,6 +230,10 @@ def redact_url(url: str) -> str:
     """Return *url* without its password and without values of its query that may be secrets."""
     parts = urlsplit(url)
     netloc = parts.netloc
+    rest = url.partition("://")[2].removeprefix(netloc)
+    if ":" in netloc and "@" in rest:
+        # A "/", "?" or "#" that was not escaped in a password ends the authority too early: hide up to the last "@".
+        return redact_url(f"{parts.scheme}://{netloc.partition(':')[0]}:***@{rest.rpartition('@')[2]}")
     if "@" in netloc:
         userinfo, _, host = netloc.rpartition("@")
         user = userinfo.split(":", 1)[0]

@@ -108,6 +108,11 @@ def test_a_missing_environment_variable_is_named(tmp_path: Path, monkeypatch: py
         ("mysql://db/shop?user=etl&password=s3cret", "mysql://db/shop?user=etl&password=***"),
         ("sqlite:///data/shop.db", "sqlite:///data/shop.db"),
         ("sqlite:////var/shop.db", "sqlite:////var/shop.db"),
+        ("sqlite:///data/a:b@c.db", "sqlite:///data/a:b@c.db"),
+        ("postgresql://etl:s3/cret@db/shop", "postgresql://etl:***@db/shop"),
+        ("postgresql://etl:s3#cret@db:5432/shop", "postgresql://etl:***@db:5432/shop"),
+        ("postgresql://etl:12?cret@db/shop?sslmode=require", "postgresql://etl:***@db/shop?sslmode=require"),
+        ("postgresql://etl:a@b/cret@db/shop", "postgresql://etl:***@db/shop"),
     ],
 )
 def test_a_redacted_url_has_no_password(url: str, redacted: str) -> None:
