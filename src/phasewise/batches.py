@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,30 +31,46 @@ MAIN_FLOW = "main-etl-job"
 PROJECT_LABEL = "phasewise-project"
 _PAGE = 200
 _WAIT_SECONDS = 2.0
+#: Seconds in which a run that began says which project it is of, and between two looks whether it has.
+_LABEL_SECONDS = 10.0
+_LOOK_SECONDS = 0.2
 
 
 async def claim_batch(run_id: str, project: Path, *, on_overlap: Literal["refuse", "wait"] = "refuse") -> None:
     """Make *run_id* the one batch of *project* that runs; with ``on_overlap="wait"`` once the others have ended.
 
-    Two that start at the same moment see each other: the one that began to run first goes on.
+    Two that start at the same moment see each other: the one that began to run first goes on. The other waits until
+    that one has said which project it is of.
 
     Raises:
         BatchRunning: another batch of the project is running; it is named.
     """
     async with get_client() as client:
         await client.update_flow_run_labels(UUID(run_id), {PROJECT_LABEL: str(project)})
-        while rivals := await _find_rivals(client, run_id, project):
-            if on_overlap == "refuse":
+        patience = time.monotonic() + _LABEL_SECONDS
+        while True:
+            earlier = await _find_earlier(client, run_id)
+            rivals = [run for run in earlier if run.labels.get(PROJECT_LABEL) == str(project)]
+            if rivals and on_overlap == "refuse":
                 raise _explain_rival(rivals[0])
-            await asyncio.sleep(_WAIT_SECONDS)
+            # One that began this instant has not said yet which project it is of.
+            is_unclear = any(PROJECT_LABEL not in run.labels for run in earlier) and time.monotonic() < patience
+            if not rivals and not is_unclear:
+                return
+            await asyncio.sleep(_WAIT_SECONDS if rivals else _LOOK_SECONDS)
 
 
-async def _find_rivals(client: PrefectClient, run_id: str, project: Path) -> list[FlowRun]:
-    active = [StateType.RUNNING, StateType.CANCELLING]
-    runs = [run for run in await _read_main_runs(client, active) if run.labels.get(PROJECT_LABEL) == str(project)]
+async def _find_earlier(client: PrefectClient, run_id: str) -> list[FlowRun]:
+    """Return the main_etl runs, of whatever project, that began to run before *run_id*, or are being cancelled."""
+    runs = await _read_main_runs(client, [StateType.RUNNING, StateType.CANCELLING])
     own = next((run for run in runs if str(run.id) == run_id), None)
     since = _running_since(own) if own else (datetime.max.replace(tzinfo=UTC), run_id)
-    return [run for run in runs if str(run.id) != run_id and _running_since(run) < since]
+    # For one that is being cancelled the time is that of its cancelling; what it began runs on until that is through.
+    return [run for run in runs if run is not own and (_running_since(run) < since or _is_cancelling(run))]
+
+
+def _is_cancelling(run: FlowRun) -> bool:
+    return run.state is not None and run.state.is_cancelling()
 
 
 def _running_since(run: FlowRun) -> tuple[datetime, str]:
