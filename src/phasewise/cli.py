@@ -232,8 +232,9 @@ def _run_distributed(settings: Settings, root: Path) -> int:
 
     # A server of the user's own may have no worker, and the run would wait for one without a word.
     _run_async(check_ready((), pool=_pool_name()))
+    environment = {"PHASEWISE_PROJECT": str(root)}
     with show_progress() as progress:
-        outcome = run_deployment("main-etl-job/main-etl-deployment", show=progress.update)
+        outcome = run_deployment("main-etl-job/main-etl-deployment", environment=environment, show=progress.update)
     project = load_project(root)
     report = project.reports / f"{outcome.run_id}.html"
     if report.is_file():

@@ -15,6 +15,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Protocol, TypeVar
 from uuid import UUID, uuid4
 
@@ -54,6 +55,8 @@ _COALESCE_PAUSE = 0.05
 _UNREACHABLE_PAUSE = 1.0
 _CANCELLING_SECONDS = 40.0
 _BUSY_PAUSES = (0.5, 1.0, 2.0, 4.0)
+
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 R = TypeVar("R")
 
@@ -117,10 +120,12 @@ class LocalRun:
 LOCAL_RUN: ContextVar[LocalRun | None] = ContextVar("LOCAL_RUN", default=None)
 
 
-def current_flow_runs(*, poll_seconds: float = 15.0) -> FlowRuns:
+def current_flow_runs(*, poll_seconds: float = 15.0, environment: Mapping[str, str] = _NOTHING) -> FlowRuns:
     """Return where flow runs live that are triggered now: in this process tree, or on the server of the settings."""
     local = LOCAL_RUN.get()
-    return PrefectFlowRuns(poll_seconds=poll_seconds) if local is None else local.flow_runs
+    if local is not None:
+        return local.flow_runs
+    return PrefectFlowRuns(poll_seconds=poll_seconds, environment=environment)
 
 
 class PrefectFlowRuns:
@@ -128,11 +133,20 @@ class PrefectFlowRuns:
 
     Inside a flow the runs become its children: linked to it, so that the UI nests them. A server that does not
     answer is waited for: *patience_seconds* in calls that change something, without end while watching.
+
+    *environment* is set for each run that is created, over what its deployment says; it must hold no secrets.
     """
 
-    def __init__(self, *, poll_seconds: float = 15.0, patience_seconds: float = 90.0) -> None:
+    def __init__(
+        self,
+        *,
+        poll_seconds: float = 15.0,
+        patience_seconds: float = 90.0,
+        environment: Mapping[str, str] = _NOTHING,
+    ) -> None:
         self._poll_seconds = poll_seconds
         self._patience_seconds = patience_seconds
+        self._job_variables = {"env": dict(environment)} if environment else {}
         self._deployment_ids: dict[str, UUID] = {}
 
     async def submit(self, requests: Sequence[RunRequest]) -> list[str]:
@@ -168,7 +182,7 @@ class PrefectFlowRuns:
             mine = [index for index, request in enumerate(requests) if request.deployment == deployment]
             for start in range(0, len(mine), _BULK_SIZE):
                 chunk = mine[start : start + _BULK_SIZE]
-                bodies = [_describe(requests[index], parents[index], index) for index in chunk]
+                bodies = [_describe(requests[index], parents[index], index, self._job_variables) for index in chunk]
                 created = await _create_bulk(client, self._deployment_ids[deployment], bodies)
                 run_ids.update(zip(chunk, created, strict=True))
         return [run_ids[index] for index in range(len(requests))]
@@ -375,12 +389,19 @@ def _stand_in() -> None:
     """The body of the task run that stands for a child; the child's own states are copied to it by the server."""
 
 
-def _describe(request: RunRequest, parent: UUID | None, rank: int) -> dict[str, Any]:
+def _describe(
+    request: RunRequest, parent: UUID | None, rank: int, job_variables: Mapping[str, Any] = _NOTHING
+) -> dict[str, Any]:
     # Workers take the earliest first: a microsecond apart, runs start in the order of the requests.
     scheduled = (datetime.now(UTC) + timedelta(microseconds=rank)).isoformat()
     state = {"type": "SCHEDULED", "state_details": {"scheduled_time": scheduled}}
     body: dict[str, Any] = {"parameters": dict(request.parameters), "state": state}
-    optional = {"name": request.name, "idempotency_key": request.key, "parent_task_run_id": parent and str(parent)}
+    optional: dict[str, Any] = {
+        "name": request.name,
+        "idempotency_key": request.key,
+        "parent_task_run_id": parent and str(parent),
+        "job_variables": dict(job_variables),
+    }
     return body | {key: value for key, value in optional.items() if value}
 
 

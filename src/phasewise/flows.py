@@ -121,8 +121,11 @@ def _own_run_id() -> str | None:
     return str(context.flow_run.id) if context is not None and context.flow_run is not None else None
 
 
-def _flow_runs(settings: Settings) -> FlowRuns:
-    return current_flow_runs(poll_seconds=settings.poll_seconds)
+def _flow_runs(project: Project, settings: Settings) -> FlowRuns:
+    # All projects of a server share the deployments, which name the project that was deployed last: what belongs to
+    # a batch is told which project the batch is of.
+    environment = {"PHASEWISE_PROJECT": str(project.root)}
+    return current_flow_runs(poll_seconds=settings.poll_seconds, environment=environment)
 
 
 async def run_local(resume: str | None = None) -> dict[str, Any]:
@@ -193,7 +196,7 @@ async def main_etl() -> dict[str, Any]:
         batch=batch,
         timeout=project.pipeline.timeout,
         crash_retries=settings.crash_retries,
-        flow_runs=_flow_runs(settings),
+        flow_runs=_flow_runs(project, settings),
     )
     logger.info("ETL flow completed successfully.")
     steps = [step for phase in outcome.phases for step in phase.steps]
@@ -240,7 +243,7 @@ async def sub_etl(batch_id: str | None = None) -> dict[str, Any]:
     tables = _order(project, settings, tables)
     with staging.open_snapshot(project, settings, batch):
         failed = await _stage_tables(project, settings, batch, tables)
-    await _clean_up(batch, settings)
+    await _clean_up(project, settings, batch)
     return {"completed_tables": len(tables) - failed} | ({"failed_tables": failed} if failed else {})
 
 
@@ -274,7 +277,7 @@ async def _stage_tables(project: Project, settings: Settings, batch: str, tables
     logger.info("Triggering %d instances of %s...", len(tables), fan_out.flow_name)
     phase = Phase(name="tables", steps=[fan_out])
     started = await start_phase(
-        phase, batch=batch, crash_retries=settings.crash_retries, flow_runs=_flow_runs(settings)
+        phase, batch=batch, crash_retries=settings.crash_retries, flow_runs=_flow_runs(project, settings)
     )
     logger.info("Waiting for all %d ETL subflows to complete...", len(tables))
     try:
@@ -291,12 +294,12 @@ async def _stage_tables(project: Project, settings: Settings, batch: str, tables
     return len(failed)
 
 
-async def _clean_up(batch: str, settings: Settings) -> None:
+async def _clean_up(project: Project, settings: Settings, batch: str) -> None:
     current_logger().info("Starting cleanup subflows...")
     steps = [_cleanup_step("cleanup_flow1", "cleanup-flow-1"), _cleanup_step("cleanup_flow2", "cleanup-flow-2")]
     phase = Phase(name="cleanup", steps=steps)
     started = await start_phase(
-        phase, batch=batch, crash_retries=settings.crash_retries, flow_runs=_flow_runs(settings)
+        phase, batch=batch, crash_retries=settings.crash_retries, flow_runs=_flow_runs(project, settings)
     )
     await started.wait()
     current_logger().info("Cleanup completed")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 
 import httpx
@@ -24,18 +24,22 @@ _CANCEL_SECONDS = 15.0
 _PATIENCE_SECONDS = 120.0
 
 
-def run_deployment(name: str, *, show: Callable[[Sequence[StepOutcome]], None]) -> StepOutcome:
+def run_deployment(
+    name: str, *, environment: Mapping[str, str], show: Callable[[Sequence[StepOutcome]], None]
+) -> StepOutcome:
     """Start a flow run of the deployment *name*, wait until it is final and return its outcome.
 
-    *show* gets the run and all runs below it, about once a second. Interrupted (Ctrl-C), the run is cancelled
-    before the interruption goes on.
+    *environment* is set for the run, over what the deployment says; it must hold no secrets. *show* gets the run and
+    all runs below it, about once a second. Interrupted (Ctrl-C), the run is cancelled before the interruption goes on.
 
     Raises:
         ServerUnreachable: the server went away and did not come back.
     """
     with get_client(sync_client=True) as client:
         deployment = client.read_deployment_by_name(name)
-        run = client.create_flow_run_from_deployment(deployment.id, name=name.partition("/")[0])
+        run = client.create_flow_run_from_deployment(
+            deployment.id, name=name.partition("/")[0], job_variables={"env": dict(environment)}
+        )
         try:
             return _follow(client, run, show)
         except BaseException:

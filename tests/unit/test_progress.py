@@ -17,7 +17,8 @@ class NoServer:
     def read_deployment_by_name(self, _name: str) -> Any:
         return FlowRun(id=uuid4(), flow_id=uuid4())  # all that is looked at is its id
 
-    def create_flow_run_from_deployment(self, _id: object, *, name: str) -> FlowRun:
+    def create_flow_run_from_deployment(self, _id: object, *, name: str, job_variables: object) -> FlowRun:
+        assert job_variables == {"env": {}}
         return FlowRun(id=uuid4(), flow_id=uuid4(), name=name)
 
     def set_flow_run_state(self, *_: object) -> NoReturn:
@@ -40,4 +41,4 @@ def test_a_server_that_does_not_come_back_ends_the_wait_with_what_to_do(monkeypa
     monkeypatch.setattr(progress, "_LOOK_SECONDS", 0.01)
 
     with pytest.raises(ServerUnreachable, match="phasewise resume"):
-        progress.run_deployment("main-etl-job/main-etl-deployment", show=lambda _: None)
+        progress.run_deployment("main-etl-job/main-etl-deployment", environment={}, show=lambda _: None)

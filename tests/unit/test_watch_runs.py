@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from prefect.client.orchestration import PrefectClient
 
 from phasewise import flow_runs
-from phasewise.flow_runs import PrefectFlowRuns, watch_runs
+from phasewise.flow_runs import PrefectFlowRuns, RunRequest, watch_runs
 from phasewise.orchestrator import plan_requests
 from phasewise.outcomes import FINAL_TYPES, StepOutcome
 from phasewise.pipeline import FanOut
@@ -232,6 +232,7 @@ class CountingServer:
     def __init__(self) -> None:
         self.calls: Counter[str] = Counter()
         self.created: dict[str, str] = {}
+        self.job_variables: list[object] = []
 
     def answer(self, request: httpx.Request) -> httpx.Response:
         path = request.url.path.removeprefix("/api")
@@ -252,6 +253,7 @@ class CountingServer:
     def _create(self, run: dict[str, Any]) -> dict[str, str]:
         run_id = str(uuid5(NAMESPACE, run["idempotency_key"]))
         self.created[run_id] = run["name"]
+        self.job_variables.append(run.get("job_variables"))
         return {"flow_run_id": run_id, "status": "CREATED"}
 
     @contextmanager
@@ -263,6 +265,15 @@ class CountingServer:
         with monkeypatch.context() as patch:
             patch.setattr(flow_runs, "get_client", connect)
             yield
+
+
+async def test_runs_are_told_their_environment_whatever_their_deployment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = CountingServer()
+    request = RunRequest(deployment="f/d", name="one", key="b/one")
+    with server.serving(monkeypatch):
+        await PrefectFlowRuns(environment={"PHASEWISE_PROJECT": "/shop"}).submit([request])
+
+    assert server.job_variables == [{"env": {"PHASEWISE_PROJECT": "/shop"}}]
 
 
 async def test_triggering_costs_much_less_than_two_calls_a_child_and_grows_no_faster_than_their_number(
