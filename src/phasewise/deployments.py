@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -22,7 +22,7 @@ from prefect.utilities.callables import parameter_schema
 from prefect.workers.utilities import get_default_base_job_template_for_infrastructure_type
 
 from phasewise.errors import DeploymentMissing, NoWorkerOnline, OrchestrationError, PipelineInvalid
-from phasewise.pipeline import Phase, Step
+from phasewise.pipeline import Phase, list_steps
 from phasewise.preflight import check_deadlock, read_limits
 from phasewise.settings import Settings
 
@@ -74,7 +74,7 @@ def plan_deployments(phases: Sequence[Phase], root: Path) -> list[Deployment]:
         PipelineInvalid: a step names a deployment that is none of the seven and brings no code.
     """
     planned = {deployment.full_name: deployment for deployment in BUILT_IN}
-    for step in _walk(phases):
+    for step in list_steps(phases):
         if step.entrypoint is not None:
             flow_name, _, name = step.deployment.partition("/")
             planned[step.deployment] = Deployment(
@@ -85,13 +85,6 @@ def plan_deployments(phases: Sequence[Phase], root: Path) -> list[Deployment]:
                 root=root if ".py:" in step.entrypoint else None,
             )
     return list(planned.values())
-
-
-def _walk(phases: Sequence[Phase]) -> Iterator[Step]:
-    """Yield the steps of *phases* and those that their own flows run, at any depth."""
-    for step in (step for phase in phases for step in phase.steps):
-        yield step
-        yield from _walk(step.phases)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
@@ -26,7 +26,8 @@ class Step:
         Step(name="export", deployment="export-marts/export-marts-deployment", entrypoint="pipeline.py:export")
     """
 
-    #: Unique in its pipeline; also the prefix of ``<name>_run_id`` in what the orchestrating flow returns.
+    #: Unique in its pipeline, with the steps of its steps; also the prefix of ``<name>_run_id`` in what the flow that
+    #: orchestrates them returns.
     name: str
     #: ``flow name/deployment name``, as Prefect writes it.
     deployment: str
@@ -203,10 +204,18 @@ def validate_phases(phases: Sequence[Phase]) -> None:
         raise PipelineInvalid("The pipeline cannot run: " + "; ".join(problems) + ".")
 
 
+def list_steps(phases: Sequence[Phase]) -> Iterator[Step]:
+    """Yield the steps of *phases* and those that their own flows run, at any depth."""
+    for step in (step for phase in phases for step in phase.steps):
+        yield step
+        yield from list_steps(step.phases)
+
+
 def _find_problems(phases: Sequence[Phase]) -> list[str]:
     problems = [] if phases else ["it has no phase"]
     problems += [f"phase {number} has no step" for number, phase in enumerate(phases, start=1) if not phase.steps]
-    steps = [step for phase in phases for step in phase.steps]
+    # At any depth: batch and name are the key of a flow run, so a second step of one name would be the first one's run.
+    steps = list(list_steps(phases))
     names = [step.name for step in steps]
     problems += [f'two steps have the name "{name}"' for name in sorted({n for n in names if names.count(n) > 1})]
     for step in steps:

@@ -35,6 +35,13 @@ def test_all_problems_of_a_pipeline_are_named_at_once() -> None:
     assert '"no-slash" is not written flow/deployment' in message
 
 
+def test_a_step_with_the_name_of_one_below_another_step_is_refused() -> None:
+    once_more = step("cleanup_flow1", deployment="cleanup-flow-1/cleanup-flow-1-deployment")
+
+    with pytest.raises(PipelineInvalid, match='two steps have the name "cleanup_flow1"'):
+        validate_phases([*PHASES, Phase(steps=[once_more])])
+
+
 def test_a_fan_out_with_an_item_twice_is_refused() -> None:
     fan_out = FanOut(name="load", deployment="load/load-deployment", over="table", items=["people", "people"])
 
