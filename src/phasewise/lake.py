@@ -191,11 +191,6 @@ def list_snapshots(connection: duckdb.DuckDBPyConnection, name: str = "lake") ->
     return [Snapshot(id=row[0], at=row[1], batch=_find_batch(row[3]), message=row[2]) for row in rows]
 
 
-def describe_publication(batch: str) -> str:
-    """Return the extra info of a commit that publishes *batch*; ``list_snapshots`` reads it back."""
-    return json.dumps({"batch": batch})
-
-
 @contextmanager
 def lock_lake(project: Project, *, timeout: float) -> Iterator[None]:
     """Be the one writer of the warehouse.

@@ -123,7 +123,7 @@ def test_a_snapshot_names_its_batch(project: Project):
         lake.attach_lake(connection, project)
         connection.execute("BEGIN")
         connection.execute("CREATE TABLE lake.t (a INTEGER)")
-        info = lake.quote_literal(lake.describe_publication("batch-1"))
+        info = lake.quote_literal(json.dumps({"batch": "batch-1"}))
         connection.execute(f"CALL lake.set_commit_message('phasewise', 'publish', extra_info => {info})")
         connection.execute("COMMIT")
 
