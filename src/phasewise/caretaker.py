@@ -34,6 +34,8 @@ _LOOK_SECONDS = 4.0
 _GATHER_SECONDS = 0.1
 #: Seconds after which a claimed run that no worker put its name to was left behind by a worker that died.
 _UNCLAIMED_SECONDS = 60.0
+#: Seconds that a worker gets to put its name to a run that it has claimed.
+_NAMING_SECONDS = 10.0
 
 
 class Caretaker:
@@ -104,7 +106,7 @@ class Caretaker:
         own = self._own_runs()
         for run in runs:
             worker = str(run.labels.get(_LABEL, ""))
-            if worker in dead and run.id not in own:
+            if worker in dead and run.id not in own and (worker == self._name or not _is_just_claimed(run)):
                 await self._give_up(run, f"Its worker {worker} died: {dead[worker]}.")
             elif not worker and _is_left_behind(run):
                 await self._client.set_flow_run_state(
@@ -169,7 +171,17 @@ def find_dead(workers: Sequence[Worker], own_name: str, lost_after_seconds: floa
     return dead
 
 
+def _is_just_claimed(run: FlowRun) -> bool:
+    """Tell whether the worker that the run names may be that of an attempt before: a new one comes after Pending."""
+    return _has_been_pending(run) < _NAMING_SECONDS
+
+
 def _is_left_behind(run: FlowRun) -> bool:
+    return _UNCLAIMED_SECONDS < _has_been_pending(run) < float("inf")
+
+
+def _has_been_pending(run: FlowRun) -> float:
+    """Return for how many seconds *run* has been claimed and not begun; infinity when it is not."""
     if run.state is None or not run.state.is_pending():
-        return False
-    return (datetime.now(UTC) - run.state.timestamp).total_seconds() > _UNCLAIMED_SECONDS
+        return float("inf")
+    return (datetime.now(UTC) - run.state.timestamp).total_seconds()
