@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import socket
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -21,6 +23,7 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.states import AwaitingRetry, Cancelled, Cancelling
+from prefect.types import KeyValueLabels
 
 from phasewise.errors import BatchRunning, UnknownBatch
 from phasewise.flow_runs import cancel_runs, describe_run
@@ -29,6 +32,8 @@ from phasewise.outcomes import StepOutcome
 MAIN_FLOW = "main-etl-job"
 #: Label of a main_etl run: the folder of its project.
 PROJECT_LABEL = "phasewise-project"
+#: Label of a main_etl run: the process that it runs in.
+PROCESS_LABEL = "phasewise-process"
 _PAGE = 200
 _WAIT_SECONDS = 2.0
 #: Seconds in which a run that began says which project it is of, and between two looks whether it has.
@@ -46,7 +51,8 @@ async def claim_batch(run_id: str, project: Path, *, on_overlap: Literal["refuse
         BatchRunning: another batch of the project is running; it is named.
     """
     async with get_client() as client:
-        await client.update_flow_run_labels(UUID(run_id), {PROJECT_LABEL: str(project)})
+        labels: KeyValueLabels = {PROJECT_LABEL: str(project), PROCESS_LABEL: identify_process(os.getpid())}
+        await client.update_flow_run_labels(UUID(run_id), labels)
         patience = time.monotonic() + _LABEL_SECONDS
         while True:
             earlier = await _find_earlier(client, run_id)
@@ -60,9 +66,30 @@ async def claim_batch(run_id: str, project: Path, *, on_overlap: Literal["refuse
             await asyncio.sleep(_WAIT_SECONDS if rivals else _LOOK_SECONDS)
 
 
+def identify_process(pid: int) -> str:
+    """Return ``host/pid/start``: *start* tells the process from a later one with the same number."""
+    return f"{socket.gethostname()}/{pid}/{_read_start(pid)}"
+
+
+def is_process_gone(identity: str) -> bool:
+    """Tell whether the process that ``identify_process`` named has ended; False where that cannot be known here."""
+    host, _, rest = identity.partition("/")
+    pid, _, start = rest.partition("/")
+    return host == socket.gethostname() and start.isdigit() and pid.isdigit() and _read_start(int(pid)) != start
+
+
+def _read_start(pid: int) -> str:
+    """Return when a process started, in the kernel's ticks; empty when there is none, or it is a zombie."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if fields[0] == "Z" else fields[19]
+
+
 async def _find_earlier(client: PrefectClient, run_id: str) -> list[FlowRun]:
     """Return the main_etl runs, of whatever project, that began to run before *run_id*, or are being cancelled."""
-    runs = await _read_main_runs(client, [StateType.RUNNING, StateType.CANCELLING])
+    runs = await read_main_runs(client, [StateType.RUNNING, StateType.CANCELLING])
     own = next((run for run in runs if str(run.id) == run_id), None)
     since = _running_since(own) if own else (datetime.max.replace(tzinfo=UTC), run_id)
     # For one that is being cancelled the time is that of its cancelling; what it began runs on until that is through.
@@ -93,7 +120,7 @@ async def find_batch(project: Path, batch: str | None = None, *, states: Sequenc
         UnknownBatch: there is none.
     """
     async with get_client() as client:
-        runs = await _read_main_runs(client, list(states) if batch is None else [])
+        runs = await read_main_runs(client, list(states) if batch is None else [])
     if batch is not None:
         found = [run for run in runs if str(run.id).startswith(batch.lower())]
         if len(found) != 1:
@@ -149,7 +176,7 @@ async def resume_batch(run_id: str) -> None:
         await client.set_flow_run_state(run.id, AwaitingRetry(message="Resumed."), force=True)
 
 
-async def _read_main_runs(client: PrefectClient, states: Sequence[StateType]) -> list[FlowRun]:
+async def read_main_runs(client: PrefectClient, states: Sequence[StateType]) -> list[FlowRun]:
     """Return the newest main_etl runs, those in *states* if any are given, newest first."""
     state_filter = FlowRunFilterState(type=FlowRunFilterStateType(any_=list(states))) if states else None
     return await client.read_flow_runs(

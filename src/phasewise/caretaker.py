@@ -24,6 +24,7 @@ from prefect.events import Event
 from prefect.logging import get_logger
 from prefect.states import AwaitingRetry, Cancelled, Crashed
 
+from phasewise.batches import PROCESS_LABEL, is_process_gone, read_main_runs
 from phasewise.flow_runs import CANCELLED_FROM_ABOVE, cancel_runs, read_runs
 
 _LABEL = "prefect.worker.name"
@@ -91,6 +92,7 @@ class Caretaker:
         while True:
             try:
                 await self._find_lost(is_first)
+                await self._find_orphans()
                 is_first = False
             except httpx.HTTPError as exc:
                 self._logger.debug("Could not look for lost flow runs: %s", exc)
@@ -112,6 +114,14 @@ class Caretaker:
                 await self._client.set_flow_run_state(
                     run.id, AwaitingRetry(message="Its worker died before it started.")
                 )
+
+    async def _find_orphans(self) -> None:
+        """Crash the batches whose process, one of a user's on this machine, is gone: no worker watches those."""
+        for run in await read_main_runs(self._client, [StateType.RUNNING, StateType.CANCELLING]):
+            if _LABEL not in run.labels and is_process_gone(str(run.labels.get(PROCESS_LABEL, ""))):
+                await self._give_up(run, "The process that ran it was killed.")
+                # Its events do not name our work pool, so nobody hears of it.
+                self._ended.put_nowait(run.id)
 
     async def _give_up(self, run: FlowRun, message: str) -> None:
         self._logger.warning("Flow run %s (%s) is lost. %s", run.name, run.id, message)

@@ -39,6 +39,10 @@ if TYPE_CHECKING:
     from phasewise.outcomes import StepOutcome
 
 
+#: How many flow runs an error describes in full: its text goes into the state of every run above.
+_DESCRIBED = 50
+
+
 class PhasewiseError(Exception):
     """Base of all errors that Phasewise raises on purpose.
 
@@ -162,5 +166,6 @@ class FlowRunsFailed(OrchestrationError):
         self.outcomes = tuple(outcomes)
         count = len(self.outcomes)
         noun = "flow run" if count == 1 else "flow runs"
-        details = "; ".join(outcome.describe() for outcome in self.outcomes)
-        super().__init__(f"{count} {noun} did not complete: {details}")
+        details = "; ".join(outcome.describe() for outcome in self.outcomes[:_DESCRIBED])
+        more = f"; and {count - _DESCRIBED} more" if count > _DESCRIBED else ""
+        super().__init__(f"{count} {noun} did not complete: {details}{more}")

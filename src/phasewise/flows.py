@@ -16,6 +16,7 @@ from typing import Any, Literal, ParamSpec, TypeVar
 from uuid import uuid4
 
 import duckdb
+import httpx
 from prefect import Flow, Task, task
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.context import FlowRunContext
@@ -253,7 +254,9 @@ _SOURCE_AT_FAULT = (TableMissing.__name__, SchemaDrift.__name__, UnfaithfulValue
 
 def _order(project: Project, settings: Settings, tables: list[str]) -> list[str]:
     """Return *tables* with those first that will take longest: by past batches, else by the rows of the source."""
-    durations = read_durations("process-table-etl", max_runs=3 * len(tables)) if _has_server() and tables else {}
+    durations: dict[str, float] = {}
+    with suppress(httpx.HTTPError):  # the order is not worth a batch
+        durations = read_durations("process-table-etl", max_runs=3 * len(tables)) if _has_server() and tables else {}
     source = sources.open_source(project, settings)
     sizes: dict[str, int] = {}
     for table in tables:
@@ -318,6 +321,7 @@ def process_table_etl(table: str, batch_id: str | None = None) -> dict[str, Any]
         "rows": manifest.rows,
         "size_bytes": manifest.size_bytes,
         "seconds": round(manifest.seconds, 3),
+        "manifest": staging.name_manifest(manifest),
     }
     report_summary(summary)
     return {"status": "table_complete", "batch_id": manifest.batch, **summary}

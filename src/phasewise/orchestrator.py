@@ -56,10 +56,12 @@ async def wait_for_flow_runs(
     """
     runs = flow_runs or current_flow_runs()
     outcomes: dict[str, StepOutcome] = {}
+    is_cancelled = False
     async with asyncio.timeout(timeout):
         async for outcome in _watch(runs, run_ids, crash_retries):
             outcomes[outcome.run_id] = outcome
-            if on_failure == "cancel" and not outcome.is_completed:
+            if on_failure == "cancel" and not outcome.is_completed and not is_cancelled:
+                is_cancelled = True
                 await runs.cancel([run_id for run_id in run_ids if run_id not in outcomes])
     in_order = [outcomes[run_id] for run_id in run_ids]
     failed = [outcome for outcome in in_order if not outcome.is_completed]
@@ -158,13 +160,17 @@ class StartedPhase:
             FlowRunsFailed: more steps did not complete than the phase allows.
         """
         pending = set(self.origins)
+        asked: set[str] = set()
         outcomes: dict[str, StepOutcome] = {}
         async with self._cancelling(pending), self._enforcing_timeouts(pending):
             async for final in _watch(self.flow_runs, list(self.origins), self.crash_retries):
                 pending.discard(final.run_id)
                 outcomes[final.run_id] = outcome = self._name(final)
                 if self.phase.on_failure == "cancel" and self._is_over_budget(outcomes.values(), outcome.step):
-                    await self.flow_runs.cancel(list(pending))
+                    # Each once: those that end because of it come by here as well.
+                    if new := [run_id for run_id in pending if run_id not in asked]:
+                        await self.flow_runs.cancel(new)
+                    asked |= pending
         return self._conclude([outcomes[run_id] for run_id in self.origins])
 
     @asynccontextmanager

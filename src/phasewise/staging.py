@@ -364,6 +364,11 @@ def staged_files(project: Project, manifest: Manifest) -> list[Path]:
     return [folder / name for name in manifest.files]
 
 
+def name_manifest(manifest: Manifest) -> str:
+    """Return the path of a manifest's file below the staging folder, which may have another name on each machine."""
+    return f"{manifest.batch}/{_folder_name(manifest.table)}/{_MANIFEST}"
+
+
 def find_batch_folder(project: Project, batch: str) -> Path:
     """Return the folder of *batch*, which need not exist.
 

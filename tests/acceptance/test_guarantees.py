@@ -274,6 +274,32 @@ def test_g03_cancelling_the_top_ends_everything_below_and_the_processes(server: 
     assert took < 10  # 2 s on a quiet machine; see benchmarks/
 
 
+def test_g03_a_main_that_was_killed_in_a_user_s_own_process_ends_everything_below(
+    stack: StackInfo, stack_shell: Shell, tmp_path: Path
+) -> None:
+    project = write_project(stack_shell.project, source=SHOP)
+    server = Server(stack, tmp_path)
+    assert stack_shell.phasewise("deploy").returncode == 0
+    project.warehouse.mkdir(parents=True)
+    with (project.warehouse / "writer.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # holds the batch in its last phase
+        with stack_shell.start("-m", "phasewise", "run") as process:
+            mains = {
+                "flows": {"name": {"any_": ["main-etl-job"]}},
+                "flow_runs": {"state": {"type": {"any_": ["RUNNING"]}}},
+            }
+            wait_for(lambda: bool(server.call("/flow_runs/filter", mains)) or process.poll() is not None, 60)
+            [running] = server.call("/flow_runs/filter", mains)
+            wait_for(lambda: "sub-etl-job" in server.below(running["id"]), 60)
+
+            process.kill()
+            process.communicate(timeout=10)
+
+        server.wait(running["id"], "CRASHED", 30)
+        final = {"COMPLETED", "CANCELLED"}
+        wait_for(lambda: {one["state_type"] for one in server.below(running["id"]).values()} <= final, 30)
+
+
 def test_g03_children_that_wait_for_a_slot_are_cancelled_too(server: Server) -> None:
     names = [f"n{number}" for number in range(20)]
     server.hold(*names)
