@@ -392,7 +392,11 @@ def test_a_tick_has_the_decimals_that_its_step_needs() -> None:
     assert format_tick(0, 500_000, 2_000_000) == "0"
 
 
-@given(st.floats(-1e299, 1e299), st.floats(-1e299, 1e299), st.integers(2, 10))
+# A step cannot be divided out of numbers that a float holds with a few bits only.
+_MEASURES = st.floats(-1e299, 1e299, allow_subnormal=False)
+
+
+@given(_MEASURES, _MEASURES, st.integers(2, 10))
 @PATIENTLY
 def test_ticks_enclose_what_they_measure(one: float, other: float, count: int) -> None:
     low, high = sorted((one, other))
