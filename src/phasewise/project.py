@@ -68,6 +68,12 @@ class Table(_Record):
     key: tuple[str, ...] = ()
     #: The contract: column → DuckDB type. Empty: whatever the source has.
     columns: dict[str, str] = Field(default_factory=dict)
+    #: Glob patterns of the only columns that are loaded. Empty: all.
+    only: tuple[str, ...] = ()
+    #: Glob patterns of columns that are not loaded.
+    exclude: tuple[str, ...] = ()
+    #: A condition in the SQL of the source; rows for which it does not hold are not loaded.
+    where: str | None = Field(default=None, min_length=1)
     references: tuple[Reference, ...] = ()
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import duckdb
 
-from phasewise.errors import PhasewiseError, TableMissing
+from phasewise.errors import PhasewiseError, SourceError, SourceUnavailable, TableMissing
 from phasewise.lake import open_session, quote_literal
 from phasewise.project import Project, load_project
 from phasewise.settings import Settings
@@ -88,6 +88,37 @@ class SourceContract:
             assert [str(column[1]) for column in result.description or ()] == [c.type for c in manifest.columns]
             assert [(int(row[0]), row[1]) for row in result.fetchall()] == ROWS
 
+    def test_a_condition_selects_the_rows_that_are_read_and_counted(self, tmp_path: Path) -> None:
+        project, _ = self._open(tmp_path, "[table.contract]\nwhere = \"id <> '1' and label <> ''  -- not the first\"\n")
+
+        manifest = extract_table(project, self.settings, batch="b1", table="contract")
+
+        assert (manifest.rows, manifest.source_rows) == (1, 1)
+
+    def test_a_condition_may_look_at_a_column_that_is_left_out(self, tmp_path: Path) -> None:
+        project, _ = self._open(tmp_path, '[table.contract]\nwhere = "label is null"\nexclude = ["lab*"]\n')
+
+        manifest = extract_table(project, self.settings, batch="b1", table="contract")
+
+        assert [column.name for column in manifest.columns] == ["id"]
+        assert (manifest.rows, manifest.source_rows) == (1, 1)
+
+    def test_a_condition_that_the_source_does_not_understand_is_an_error_that_no_retry_mends(
+        self, tmp_path: Path
+    ) -> None:
+        project, _ = self._open(tmp_path, '[table.contract]\nwhere = "id >"\n')
+
+        try:
+            extract_table(project, self.settings, batch="b1", table="contract")
+        except SourceError as exc:
+            raised: SourceError | None = exc
+        else:
+            raised = None
+
+        assert raised is not None
+        assert not isinstance(raised, SourceUnavailable)
+        assert '"contract"' in str(raised)
+
     def test_a_table_without_rows_keeps_its_columns(self, tmp_path: Path) -> None:
         project, _ = self._open(tmp_path)
 
@@ -144,10 +175,11 @@ class SourceContract:
         for shown in (source.url, repr(project), manifest.to_json(), json.dumps(token)):
             assert PASSWORD not in shown
 
-    def _open(self, tmp_path: Path) -> tuple[Project, Source]:
+    def _open(self, tmp_path: Path, more: str = "") -> tuple[Project, Source]:
         root = tmp_path / "project"
         root.mkdir()
         url = quote_literal(self.make_url(tmp_path)).replace("''", "%27")  # a TOML literal string
-        (root / "phasewise.toml").write_text(f"[project]\nname = 'contract'\n[source]\nurl = {url}\n", encoding="utf-8")
+        text = f"[project]\nname = 'contract'\n[source]\nurl = {url}\n{more}"
+        (root / "phasewise.toml").write_text(text, encoding="utf-8")
         project = load_project(root)
         return project, open_source(project, self.settings)

@@ -141,3 +141,38 @@ def test_the_reference_of_types_is_what_the_code_does():
     done = subprocess.run([sys.executable, str(script), "--check"], timeout=50, check=False)
 
     assert done.returncode == 0, "Run: python tools/write_types_reference.py"
+
+
+def test_only_and_exclude_select_columns_by_name_and_by_pattern():
+    table = SourceTable(name="t", columns=(column("a"), column("b1"), column("b2"), column("c")), key=("a",))
+
+    selected = sources.apply_contract(Memory(), table, Table(only=("a", "b*"), exclude=("b2",)))
+
+    assert [column.name for column in selected.columns] == ["a", "b1"]
+    assert selected.key == ("a",)
+
+
+def test_a_key_of_the_source_is_none_once_a_column_of_it_is_left_out():
+    table = SourceTable(name="t", columns=(column("a"), column("b")), key=("a", "b"))
+
+    assert sources.apply_contract(Memory(), table, Table(exclude=("b",))).key == ()
+
+
+def test_a_column_that_is_wanted_alone_and_missing_is_drift():
+    table = SourceTable(name="t", columns=(column("a"),))
+
+    with pytest.raises(SchemaDrift, match='"b" is missing'):
+        sources.apply_contract(Memory(), table, Table(only=("a", "b")))
+
+
+def test_a_column_of_the_contract_or_key_cannot_be_left_out():
+    table = SourceTable(name="t", columns=(column("a"), column("b")))
+
+    with pytest.raises(SchemaDrift, match='"b" is missing.*key column "b" is missing'):
+        sources.apply_contract(Memory(), table, Table(key=("b",), columns={"b": "BIGINT"}, exclude=("b",)))
+
+
+def test_conditions_are_anded_each_in_parentheses():
+    table = SourceTable(name="t", columns=(column("a"),), conditions=("a = 1 or a = 2", "a > 0 -- so"))
+
+    assert " ".join(table.where("b").split()) == "WHERE (a = 1 or a = 2 ) AND (a > 0 -- so ) AND (b )"

@@ -75,3 +75,13 @@ def test_json_files_keep_texts_and_nulls(tmp_path: Path):
     contract = SourceContract()
     contract.make_url = lambda tmp_path: f"file:///{folder}"
     contract.test_rows_arrive_as_they_are_in_the_types_described(tmp_path)
+
+
+def test_conditions_look_at_fields_of_json_that_are_left_out(tmp_path: Path):
+    folder = tmp_path / "files"
+    folder.mkdir()
+    (folder / "contract.json").write_text(json.dumps([{"id": i, "label": label} for i, label in ROWS]))
+
+    contract = SourceContract()
+    contract.make_url = lambda tmp_path: f"file:///{folder}"
+    contract.test_a_condition_may_look_at_a_column_that_is_left_out(tmp_path)

@@ -58,6 +58,14 @@ class SourceTable:
     key: tuple[str, ...] = ()
     #: Rows, roughly, where the source knows without counting.
     row_estimate: int | None = None
+    #: Conditions in the SQL of the source, all of which hold for the rows that are read and counted.
+    conditions: tuple[str, ...] = ()
+
+    def where(self, *more: str) -> str:
+        """Return the WHERE clause, a space before it, for the conditions and *more*; empty where there are none."""
+        # The line's end closes a comment that a user's condition may end with.
+        conditions = " AND ".join(f"({condition}\n)" for condition in (*self.conditions, *more))
+        return f" WHERE {conditions}" if conditions else ""
 
     def find_column(self, name: str) -> Column | None:
         return next((column for column in self.columns if column.name == name), None)
@@ -112,10 +120,13 @@ class Source(Protocol):
         """Begin the transaction in which *table* is read, at *snapshot* when one is held."""
 
     def select(self, table: SourceTable) -> str:
-        """Return the query whose rows are the table's, in the types of its columns."""
+        """Return the query whose rows are the table's, in the types of its columns: those that its conditions hold for.
+
+        The conditions are SQL of the source's own dialect, over all of its columns, also those that are not read.
+        """
 
     def count_rows(self, connection: duckdb.DuckDBPyConnection, table: SourceTable, rows_read: int) -> int:
-        """Return the table's rows as the source itself counts them, at the moment of the transaction.
+        """Return the rows that the conditions hold for, as the source counts them, at the moment of the transaction.
 
         *rows_read* is how many the scan gave, for a source that cannot count at the very same moment.
 
@@ -187,6 +198,7 @@ def describe_project_table(project: Project, source: Source, name: str) -> Sourc
 
 def apply_contract(source: Source, table: SourceTable, contract: Table) -> SourceTable:
     """Return *table* as *contract* wants it, or raise SchemaDrift naming everything that does not fit."""
+    table = _select_columns(table, contract)
     _check_columns(source, table)
     types = {name: normalize_type(text) for name, text in contract.columns.items()}
     problems = [problem for name, wanted in types.items() if (problem := _find_drift(source, table, name, wanted))]
@@ -195,13 +207,15 @@ def apply_contract(source: Source, table: SourceTable, contract: Table) -> Sourc
         for name in contract.key
         if name not in types and table.find_column(name) is None
     ]
+    problems += [f'the column "{name}" is missing' for name in contract.only if _is_missing(table, name, types)]
     if problems:
         raise SchemaDrift(
             f'Table "{table.name}" does not fit its contract: {"; ".join(problems)}.',
             hint=f'Change the source, or the section [table."{table.name}"] of phasewise.toml.',
         )
     columns = tuple(_carry(column, types.get(column.name, column.type)) for column in table.columns)
-    return dataclasses.replace(table, columns=columns, key=contract.key or table.key)
+    conditions = (*table.conditions, *((contract.where,) if contract.where else ()))
+    return dataclasses.replace(table, columns=columns, key=contract.key or table.key, conditions=conditions)
 
 
 def check_project(project: Project, settings: Settings) -> list[PhasewiseError]:
@@ -244,6 +258,22 @@ def _check_table(project: Project, source: Source, name: str) -> PhasewiseError 
     except PhasewiseError as exc:
         return exc
     return None
+
+
+def _select_columns(table: SourceTable, contract: Table) -> SourceTable:
+    """Return *table* with the columns that are loaded; without its key where a column of that is left out."""
+    columns = tuple(
+        column
+        for column in table.columns
+        if _matches(column.name, contract.only or ("*",)) and not _matches(column.name, contract.exclude)
+    )
+    names = {column.name for column in columns}
+    return dataclasses.replace(table, columns=columns, key=table.key if names.issuperset(table.key) else ())
+
+
+def _is_missing(table: SourceTable, pattern: str, types: Mapping[str, str]) -> bool:
+    is_name = not set(pattern) & set("*?[")
+    return is_name and pattern not in types and table.find_column(pattern) is None
 
 
 def _find_drift(source: Source, table: SourceTable, name: str, wanted: str) -> str | None:

@@ -136,10 +136,10 @@ class DuckdbSource:
             f"CAST({quote_identifier(column.name)} AS {column.type}) AS {quote_identifier(column.name)}"
             for column in table.columns
         )
-        return f"SELECT {columns} FROM {self._qualify(table)}"
+        return f"SELECT {columns} FROM {self._qualify(table)}{table.where()}"
 
     def count_rows(self, connection: duckdb.DuckDBPyConnection, table: SourceTable, rows_read: int) -> int:
-        row = connection.execute(f"SELECT count(*) FROM {self._qualify(table)}").fetchone()
+        row = connection.execute(f"SELECT count(*) FROM {self._qualify(table)}{table.where()}").fetchone()
         assert row is not None  # an aggregate has a row
         return int(row[0])
 

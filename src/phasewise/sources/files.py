@@ -92,10 +92,10 @@ class FilesSource:
 
     def select(self, table: SourceTable) -> str:
         columns = ", ".join(f"{_decode_or_fail(column)} AS {quote_identifier(column.name)}" for column in table.columns)
-        return f"SELECT {columns} FROM {self._read(table)}"
+        return f"SELECT {columns} FROM {self._read(table)}{table.where()}"
 
     def count_rows(self, connection: duckdb.DuckDBPyConnection, table: SourceTable, rows_read: int) -> int:
-        row = connection.execute(f"SELECT count(*) FROM {self._read(table)}").fetchone()
+        row = connection.execute(f"SELECT count(*) FROM {self._read(table)}{table.where()}").fetchone()
         assert row is not None  # an aggregate has a row
         return int(row[0])
 
@@ -112,7 +112,7 @@ class FilesSource:
             if column.source_type not in {"csv", "json"}:
                 continue
             value = quote_identifier(column.name)
-            bad = f"FROM {self._read(table)} WHERE {value} IS NOT NULL AND ({_decode(column)}) IS NULL"
+            bad = f"FROM {self._read(table)}{table.where(f'{value} IS NOT NULL AND ({_decode(column)}) IS NULL')}"
             row = connection.execute(f"SELECT count(*) {bad}").fetchone()
             if row and row[0]:
                 sample = connection.execute(f"SELECT {', '.join([value, *keys])} {bad} LIMIT 1").fetchone()
@@ -123,7 +123,9 @@ class FilesSource:
 
     def _read(self, table: SourceTable) -> str:
         files = self._find_files(table.name)
-        return _read_files(files, [column.name for column in table.columns])
+        # Conditions may look at columns that are not read; of JSON only those are there that are asked for.
+        columns = self.describe_table(table.name).columns if table.conditions else table.columns
+        return _read_files(files, [column.name for column in columns])
 
     def _find_files(self, name: str) -> _Files:
         tables = self._find_tables()

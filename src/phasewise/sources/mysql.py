@@ -161,9 +161,11 @@ class MysqlSource:
         try:
             found = self._find_unfaithful(connection, table)
         except duckdb.Error:
-            return SourceUnavailable(
-                f"The MySQL database {self.url} stopped answering: {error}", hint="Try again when it does."
-            )
+            if not _answers(connection):
+                return SourceUnavailable(
+                    f"The MySQL database {self.url} stopped answering: {error}", hint="Try again when it does."
+                )
+            found = None
         return found or SourceError(f'Table "{table.name}" of {self.url} cannot be read: {error}')
 
     def _find_unfaithful(self, connection: duckdb.DuckDBPyConnection, table: SourceTable) -> UnfaithfulValue | None:
@@ -217,8 +219,16 @@ def _query(sql: str) -> str:
     return f"SELECT * FROM mysql_query('source', {quote_literal(sql)})"
 
 
+def _answers(connection: duckdb.DuckDBPyConnection) -> bool:
+    try:
+        connection.execute(_query("SELECT 1 AS one")).fetchone()
+    except duckdb.Error:
+        return False
+    return True
+
+
 def _count(connection: duckdb.DuckDBPyConnection, table: SourceTable) -> int:
-    row = connection.execute(_query(f"SELECT count(*) AS n FROM {_quote_name(table.name)}")).fetchone()
+    row = connection.execute(_query(f"SELECT count(*) AS n FROM {_quote_name(table.name)}{table.where()}")).fetchone()
     assert row is not None  # an aggregate has a row
     return int(row[0])
 
@@ -257,7 +267,7 @@ def _find_type(declared: str, type_name: str) -> tuple[str, str | None]:
 def _read_printed(table: SourceTable) -> str:
     """Return a relation with the columns c0, c1, …, printed by the server where only text is faithful."""
     printed = ", ".join(f"{_print(column)} AS c{index}" for index, column in enumerate(table.columns))
-    return _query(f"SELECT {printed} FROM {_quote_name(table.name)}")
+    return _query(f"SELECT {printed} FROM {_quote_name(table.name)}{table.where()}")
 
 
 def _print(column: Column) -> str:

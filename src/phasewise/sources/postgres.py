@@ -163,13 +163,13 @@ class PostgresSource:
             names = ", ".join(quote_identifier(column.name) for column in table.columns)
             return f"SELECT {names} FROM source.{self._qualify(table)}"
         printed = ", ".join(f"{_print_column(column)} AS {quote_identifier(column.name)}" for column in table.columns)
-        return _query(f"SELECT {printed} FROM {self._qualify(table)}")
+        return _query(f"SELECT {printed} FROM {self._qualify(table)}{table.where()}")
 
     def count_rows(self, connection: duckdb.DuckDBPyConnection, table: SourceTable, rows_read: int) -> int:
         tests = [(column, test) for column in table.columns if (test := _find_unfaithful(column))]
         counts = ["count(*) AS c0"]
         counts += [f"count(*) FILTER (WHERE {test}) AS c{index}" for index, (_, test) in enumerate(tests, start=1)]
-        query = f"SELECT {', '.join(counts)} FROM {self._qualify(table)}"
+        query = f"SELECT {', '.join(counts)} FROM {self._qualify(table)}{table.where()}"
         row = connection.execute(_query(query)).fetchone()
         assert row is not None  # an aggregate has a row
         for (column, test), count in zip(tests, row[1:], strict=True):
@@ -183,9 +183,10 @@ class PostgresSource:
         except UnfaithfulValue as found:
             return found
         except duckdb.Error:
-            return SourceUnavailable(
-                f"The PostgreSQL database {self.url} stopped answering: {error}", hint="Try again when it does."
-            )
+            if not _answers(connection):
+                return SourceUnavailable(
+                    f"The PostgreSQL database {self.url} stopped answering: {error}", hint="Try again when it does."
+                )
         return SourceError(f'Table "{table.name}" of {self.url} cannot be read: {error}')
 
     def _begin(self, connection: duckdb.DuckDBPyConnection, snapshot: str | None = None) -> None:
@@ -233,7 +234,8 @@ class PostgresSource:
     def _is_scanned(self, table: SourceTable) -> bool:
         # The scanner divides a table by its pages; a parent's rows lie in the pages of its children.
         relation = self._read_catalogue()[table.name]
-        is_natural = table.columns == relation.table.columns
+        # The scanner's own conditions are SQL of DuckDB, and those of the table are the server's.
+        is_natural = not table.conditions and set(table.columns) <= set(relation.table.columns)
         return is_natural and relation.is_plain and relation.kind == "r" and not relation.has_children
 
     def _qualify(self, table: SourceTable) -> str:
@@ -246,7 +248,7 @@ class PostgresSource:
         shown = ", ".join(
             f"{quote_identifier(name)}::text AS c{index}" for index, name in enumerate([column.name, *names])
         )
-        query = f"SELECT {shown} FROM {self._qualify(table)} WHERE {test} LIMIT 1"
+        query = f"SELECT {shown} FROM {self._qualify(table)}{table.where(test)} LIMIT 1"
         sample = connection.execute(_query(query)).fetchone() or (None,) * (len(names) + 1)
         where = ", ".join(f"{name} = {value}" for name, value in zip(names, sample[1:], strict=True))
         return explain_unfaithful(table.name, column, count=count, value=str(sample[0]), where=where)
@@ -283,6 +285,14 @@ def _split_url(url: str, timeout: float) -> tuple[str, str, str | None]:
 
 def _query(sql: str) -> str:
     return f"SELECT * FROM postgres_query('source', {quote_literal(sql)})"
+
+
+def _answers(connection: duckdb.DuckDBPyConnection) -> bool:
+    try:
+        connection.execute(_query("SELECT 1 AS one")).fetchone()
+    except duckdb.Error:
+        return False
+    return True
 
 
 def _execute(connection: duckdb.DuckDBPyConnection, sql: str) -> None:

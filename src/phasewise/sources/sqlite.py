@@ -2,8 +2,8 @@
 
 SQLite gives a type to each value, a column only prefers one. So a table whose columns are all of the families
 INTEGER, REAL and TEXT is scanned directly: the scanner then refuses a value of another type by itself. Any other
-table (dates, decimals, blobs, untyped and generated columns, views, a contract that asks for another type) is
-read as text with the type of each value before it, and every value is decoded and checked in DuckDB.
+table (dates, decimals, blobs, untyped and generated columns, views, a contract that asks for another type or has
+a condition) is read as text with the type of each value before it, and every value is decoded and checked in DuckDB.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ class SqliteSource:
         connection.execute("BEGIN TRANSACTION")
 
     def select(self, table: SourceTable) -> str:
-        if all(_is_scanned(column) for column in table.columns):
+        if not table.conditions and all(_is_scanned(column) for column in table.columns):
             names = ", ".join(_scan_column(column) for column in table.columns)
             return f"SELECT {names} FROM source.{quote_identifier(table.name)}"
         decoded = ", ".join(
@@ -159,7 +159,7 @@ class SqliteSource:
         return f"SELECT {decoded} FROM (SELECT {checked} FROM {_read_tagged(table)})"
 
     def count_rows(self, connection: duckdb.DuckDBPyConnection, table: SourceTable, rows_read: int) -> int:
-        inner = quote_literal(f"SELECT count(*) FROM {quote_identifier(table.name)}")
+        inner = quote_literal(f"SELECT count(*) FROM {quote_identifier(table.name)}{table.where()}")
         row = connection.execute(f"SELECT columns(*)::BIGINT FROM sqlite_query('source', {inner})").fetchone()
         assert row is not None  # an aggregate has a row
         return int(row[0])
@@ -167,7 +167,10 @@ class SqliteSource:
     def explain(self, connection: duckdb.DuckDBPyConnection, table: SourceTable, error: Exception) -> PhasewiseError:
         if "database is locked" in str(error):
             return self._unavailable("is locked by another program", "Close it or try again later.")
-        found = self._find_unfaithful(connection, table)
+        try:
+            found = self._find_unfaithful(connection, table)
+        except duckdb.Error:
+            found = None  # such as for a condition that SQLite does not understand
         return found or SourceError(f'Table "{table.name}" of {self.url} cannot be read: {error}')
 
     def _find_unfaithful(self, connection: duckdb.DuckDBPyConnection, table: SourceTable) -> UnfaithfulValue | None:
@@ -349,7 +352,7 @@ def _read_tagged(table: SourceTable, *, text_as_hex: bool = False, extra: list[s
     tagged = ", ".join(
         f"{_tag(quote_identifier(name), text_as_hex=name in as_hex)} AS c{index}" for index, name in enumerate(names)
     )
-    inner = f"SELECT {tagged} FROM {quote_identifier(table.name)}"
+    inner = f"SELECT {tagged} FROM {quote_identifier(table.name)}{table.where()}"
     return f"sqlite_query('source', {quote_literal(inner)})"
 
 
