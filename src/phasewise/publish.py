@@ -21,6 +21,7 @@ from pathlib import Path
 import duckdb
 
 from phasewise.audit import group_by_table, read_parquet
+from phasewise.disk import sync_path
 from phasewise.errors import LakeError, NothingStaged, PublishConflict, StagingError
 from phasewise.lake import attach_lake, lock_lake, open_session, quote_identifier, quote_literal
 from phasewise.marts import MARTS_SCHEMA, build_marts, find_buildable, order_marts
@@ -302,22 +303,14 @@ def _link(file: Path, folder: Path) -> Path:
         if exc.errno not in _CANNOT_LINK:
             raise
         shutil.copyfile(file, target)
-        _sync(target)
+        sync_path(target)
     return target
 
 
 def _sync_folders(folders: Iterable[Path]) -> None:
     """Make the links durable: the commit that names them must not survive a power cut that they do not."""
     for folder in folders:
-        _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync_path(folder)
 
 
 def _link_past_files(connection: duckdb.DuckDBPyConnection, project: Project, snapshot: int) -> dict[str, list[Path]]:

@@ -29,6 +29,7 @@ from typing import Any
 
 import duckdb
 
+from phasewise.disk import explain_os_error, explain_write, sync_path, write_atomically, write_once
 from phasewise.errors import NothingStaged, PhasewiseError, SourceUnavailable, StagingError
 from phasewise.lake import open_session, quote_literal
 from phasewise.project import Project
@@ -146,7 +147,7 @@ def prepare_staging(project: Project, settings: Settings) -> None:
         probe.write_bytes(b"phasewise")
         probe.unlink()
     except OSError as exc:
-        raise _explain_os_error(project.staging, exc) from exc
+        raise explain_os_error(project.staging, exc) from exc
     free_bytes = shutil.disk_usage(project.staging).free
     if free_bytes < settings.min_free_bytes:
         raise StagingError(
@@ -165,9 +166,9 @@ def begin_batch(project: Project, batch: str, tables: Sequence[str]) -> BatchPla
     plan = BatchPlan(batch=batch, tables=tuple(tables), created_at=datetime.now(UTC))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write_once(folder / _PLAN, json.dumps(asdict(plan), default=datetime.isoformat))
+        write_once(folder / _PLAN, json.dumps(asdict(plan), default=datetime.isoformat))
     except OSError as exc:
-        raise _explain_os_error(folder, exc) from exc
+        raise explain_os_error(folder, exc) from exc
     stored = read_plan(project, batch)
     assert stored is not None  # it was written just now, or before
     return stored
@@ -201,9 +202,9 @@ def give_up_tables(project: Project, batch: str, reasons: Mapping[str, str]) -> 
     """
     folder = _batch_folder(project, batch)
     try:
-        _write_atomically(folder / _GIVEN_UP, json.dumps(dict(reasons)))
+        write_atomically(folder / _GIVEN_UP, json.dumps(dict(reasons)))
     except OSError as exc:
-        raise _explain_os_error(folder, exc) from exc
+        raise explain_os_error(folder, exc) from exc
 
 
 def read_given_up(project: Project, batch: str) -> dict[str, str]:
@@ -236,9 +237,9 @@ def open_snapshot(project: Project, settings: Settings, batch: str) -> Iterator[
         token = {"taken_at": datetime.now(UTC).isoformat(), **held} if held is not None else None
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _write_atomically(folder / _SNAPSHOT, json.dumps(token))
+            write_atomically(folder / _SNAPSHOT, json.dumps(token))
         except OSError as exc:
-            raise _explain_os_error(folder, exc) from exc
+            raise explain_os_error(folder, exc) from exc
         try:
             yield token
         finally:
@@ -353,9 +354,9 @@ def mark_published(project: Project, batch: str, snapshot: int) -> None:
     folder = _batch_folder(project, batch)
     marker = json.dumps({"snapshot": snapshot, "at": datetime.now(UTC).isoformat()})
     try:
-        _write_atomically(folder / _PUBLISHED, marker)
+        write_atomically(folder / _PUBLISHED, marker)
     except OSError as exc:
-        raise _explain_os_error(folder, exc) from exc
+        raise explain_os_error(folder, exc) from exc
 
 
 def staged_files(project: Project, manifest: Manifest) -> list[Path]:
@@ -412,10 +413,10 @@ def _extract(
     )
     try:
         # The manifest says that the files are there: it may reach the disk only after them.
-        _sync(path)
-        _write_atomically(folder / _MANIFEST, manifest.to_json())
+        sync_path(path)
+        write_atomically(folder / _MANIFEST, manifest.to_json())
     except OSError as exc:
-        raise _explain_os_error(folder, exc) from exc
+        raise explain_os_error(folder, exc) from exc
     return manifest
 
 
@@ -470,20 +471,7 @@ def _find_staging_error(path: Path, exc: Exception) -> StagingError | None:
         )
     if str(path.parent) not in text and "No space left" not in text:
         return None
-    return _explain_write(path.parent, text)
-
-
-def _explain_os_error(folder: Path, exc: OSError) -> StagingError:
-    return _explain_write(folder, exc.strerror or str(exc))
-
-
-def _explain_write(folder: Path, text: str) -> StagingError:
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
-    free_bytes = shutil.disk_usage(existing).free
-    return StagingError(
-        f"Staging {folder} cannot be written ({free_bytes} bytes free): {text.rstrip('.')}.",
-        hint="Free disk space or make the folder writable, then resume: what is staged is kept.",
-    )
+    return explain_write(path.parent, text)
 
 
 def _batch_folder(project: Project, batch: str) -> Path:
@@ -511,7 +499,7 @@ def _hold_folder(folder: Path, table: str) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as exc:
-        raise _explain_os_error(folder, exc) from exc
+        raise explain_os_error(folder, exc) from exc
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
@@ -564,35 +552,3 @@ def _read_snapshot(folder: Path) -> int | None:
         return int(json.loads((folder / _PUBLISHED).read_text(encoding="utf-8"))["snapshot"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def _write_once(path: Path, text: str) -> None:
-    """Write *path* unless it exists; of several writers at the same time one wins, whole."""
-    fresh = _write_aside(path, text)
-    try:
-        os.link(fresh, path)
-    except FileExistsError:
-        pass
-    finally:
-        fresh.unlink()
-    _sync(path.parent)
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    _write_aside(path, text).replace(path)
-    _sync(path.parent)
-
-
-def _write_aside(path: Path, text: str) -> Path:
-    fresh = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    fresh.write_text(text, encoding="utf-8")
-    _sync(fresh)
-    return fresh
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
