@@ -213,8 +213,10 @@ class StartedPhase:
 
     def _is_over_budget(self, outcomes: Iterable[StepOutcome], name: str | None) -> bool:
         step = next(step for step in self.phase.steps if step.name == name)
-        failed = sum(outcome.step == name and not outcome.is_completed for outcome in outcomes)
-        return failed > (step.count_allowed() if isinstance(step, FanOut) else 0)
+        failed = [outcome for outcome in outcomes if outcome.step == name and not outcome.is_completed]
+        if not isinstance(step, FanOut):
+            return bool(failed)
+        return len({step.find_whole(outcome.item) for outcome in failed if outcome.item}) > step.count_allowed()
 
     def _conclude(self, outcomes: list[StepOutcome]) -> PhaseOutcome:
         over = {step.name for step in self.phase.steps if self._is_over_budget(outcomes, step.name)}
@@ -242,7 +244,7 @@ def plan_requests(step: Step, *, batch: str) -> list[tuple[str | None, RunReques
             RunRequest(
                 deployment=step.deployment,
                 name=f"{step.flow_name}/{item}",
-                parameters=parameters | {step.over: item},
+                parameters={**parameters, **step.find_parameters(item)},
                 key=f"{prefix}/{item}",
                 group=prefix,
             ),

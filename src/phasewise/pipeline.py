@@ -55,8 +55,20 @@ class FanOut(Step):
     over: str
     #: In the order in which they are started.
     items: Sequence[str]
-    #: How many items may fail without failing the step: a number, or a share of them such as ``"10%"``.
+    #: The parameters of those items that are a part of something, such as a partition of a table: *over* among them,
+    #: which says of what. Any other item is itself the value of *over*.
+    parts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    #: How many items may fail without failing the step: a number, or a share of them such as ``"10%"``. The parts of
+    #: one thing count once.
     allow_failed: int | str = 0
+
+    def find_parameters(self, item: str) -> Mapping[str, Any]:
+        """Return the parameters that *item* has and others have not."""
+        return self.parts.get(item) or {self.over: item}
+
+    def find_whole(self, item: str) -> str:
+        """Return what *item* is a part of, or itself."""
+        return str(self.find_parameters(item)[self.over])
 
     def count_allowed(self) -> int:
         """Return how many items may fail; a share is rounded down.
@@ -64,7 +76,7 @@ class FanOut(Step):
         Raises:
             PipelineInvalid: *allow_failed* is neither a number nor a percentage.
         """
-        return count_allowed(self.allow_failed, len(self.items))
+        return count_allowed(self.allow_failed, len({self.find_whole(item) for item in self.items}))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -195,6 +195,37 @@ async def test_one_failure_more_than_the_budget_fails_the_phase(recorder: Record
     assert [outcome.item for outcome in caught.value.outcomes] == ["a", "b"]
 
 
+def parts_of(*names: str) -> dict[str, Mapping[str, Any]]:
+    """Return the parts 1 and 2 of each of *names*, as items with their parameters."""
+    return {f"{name} {number}": {"table": name, "batch_id": str(number)} for name in names for number in (1, 2)}
+
+
+async def test_a_part_gets_parameters_of_its_own_and_is_a_run_of_its_own(flow_runs: MemoryFlowRuns) -> None:
+    parts = parts_of("a")
+    fan_out = FanOut(name="tables", deployment="load/d", over="table", items=(*parts, "b"), parts=parts)
+
+    outcome = await run_phases([Phase(steps=[fan_out])], batch="b1", flow_runs=flow_runs)
+
+    steps = outcome.phases[0].steps
+    assert [step.name for step in steps] == ["load/a 1", "load/a 2", "load/b"]
+    assert [step.summary for step in steps] == [{"rows": 1, "batch": batch} for batch in ("1", "2", "")]
+
+
+async def test_parts_of_one_thing_count_as_one_failure(recorder: Recorder, flow_runs: MemoryFlowRuns) -> None:
+    recorder.broken = {"a"}
+    parts = parts_of("a", "b")
+    fan_out = FanOut(
+        name="tables", deployment="load/d", over="table", items=list(parts), parts=parts, allow_failed="50%"
+    )
+
+    outcome = await run_phases([Phase(steps=[fan_out])], batch="b1", flow_runs=flow_runs)
+
+    assert [step.item for step in outcome.phases[0].tolerated] == ["a 1", "a 2"]
+    recorder.broken = {"a", "b"}
+    with pytest.raises(FlowRunsFailed):
+        await run_phases([Phase(steps=[fan_out])], batch="b2", flow_runs=flow_runs)
+
+
 @pytest.mark.parametrize(
     ("allow_failed", "total", "count"),
     [(0, 9, 0), (2, 9, 2), ("2", 9, 2), ("10%", 27, 2), ("10%", 9, 0), ("100%", 3, 3)],
