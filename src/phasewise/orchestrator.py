@@ -89,23 +89,27 @@ async def run_phases(
     """
     validate_phases(phases)
     logger = current_logger()
-    deadline = None if timeout is None else time.monotonic() + timeout
+    deadline = None if timeout is None else Deadline(timeout=timeout, at=time.monotonic() + timeout)
     done: list[PhaseOutcome] = []
     for number, phase in enumerate(phases, start=1):
         names = _join_names([step.name for step in phase.steps])
         logger.info("Phase %d: Starting %s%s...", number, names, " in parallel" if len(phase.steps) > 1 else "")
-        bounded = _bound(phase, deadline)
-        done.append(await run_phase(bounded, batch=batch, crash_retries=crash_retries, flow_runs=flow_runs))
+        started = await start_phase(
+            phase, batch=batch, crash_retries=crash_retries, flow_runs=flow_runs, deadline=deadline
+        )
+        done.append(await started.wait())
         logger.info("Phase %d completed: %s finished", number, names)
     return RunOutcome(batch=batch, phases=done)
 
 
-def _bound(phase: Phase, deadline: float | None) -> Phase:
-    """Return *phase* with the timeouts of its steps cut to what is left until *deadline*."""
-    if deadline is None:
-        return phase
-    left = max(deadline - time.monotonic(), 0.001)
-    return replace(phase, steps=[replace(step, timeout=min(step.timeout or left, left)) for step in phase.steps])
+@dataclass(frozen=True, kw_only=True)
+class Deadline:
+    """When all phases of a pipeline together must have ended."""
+
+    #: The pipeline's own timeout, in seconds.
+    timeout: float
+    #: The end of it, on the clock of ``time.monotonic``.
+    at: float
 
 
 async def run_phase(
@@ -121,7 +125,12 @@ async def run_phase(
 
 
 async def start_phase(
-    phase: Phase, *, batch: str, crash_retries: int = 1, flow_runs: FlowRuns | None = None
+    phase: Phase,
+    *,
+    batch: str,
+    crash_retries: int = 1,
+    flow_runs: FlowRuns | None = None,
+    deadline: Deadline | None = None,
 ) -> StartedPhase:
     """Trigger the steps of one phase and return at once; ``await started.wait()`` waits for them."""
     runs = flow_runs or current_flow_runs()
@@ -130,7 +139,9 @@ async def start_phase(
     for (_, _, request), run_id in zip(planned, run_ids, strict=True):
         current_logger().info("Triggered subflow %s (run_id: %s)", request.deployment, run_id)
     origins = {run_id: _Origin(step, item) for (step, item, _), run_id in zip(planned, run_ids, strict=True)}
-    return StartedPhase(phase=phase, origins=origins, crash_retries=crash_retries, flow_runs=runs)
+    return StartedPhase(
+        phase=phase, origins=origins, crash_retries=crash_retries, flow_runs=runs, deadline=deadline
+    )
 
 
 @dataclass(frozen=True)
@@ -148,7 +159,9 @@ class StartedPhase:
     origins: Mapping[str, _Origin]
     flow_runs: FlowRuns
     crash_retries: int = 1
-    _timed_out: dict[str, float] = field(default_factory=dict)
+    deadline: Deadline | None = None
+    #: Run id → which timeout it was that ended it.
+    _timed_out: dict[str, str] = field(default_factory=dict)
 
     async def wait(self) -> PhaseOutcome:
         """Wait until all steps are final.
@@ -184,8 +197,14 @@ class StartedPhase:
     @asynccontextmanager
     async def _enforcing_timeouts(self, pending: set[str]) -> AsyncIterator[None]:
         clocks = [
-            asyncio.create_task(self._enforce(step, pending)) for step in self.phase.steps if step.timeout is not None
+            asyncio.create_task(self._enforce(step.timeout, [step], f"its timeout of {step.timeout:g} s", pending))
+            for step in self.phase.steps
+            if step.timeout is not None
         ]
+        if self.deadline is not None:
+            left = max(self.deadline.at - time.monotonic(), 0)
+            name = f"the timeout of {self.deadline.timeout:g} s that the whole pipeline has"
+            clocks.append(asyncio.create_task(self._enforce(left, self.phase.steps, name, pending)))
         try:
             yield
         finally:
@@ -194,21 +213,20 @@ class StartedPhase:
                 with suppress(asyncio.CancelledError):
                     await clock
 
-    async def _enforce(self, step: Step, pending: set[str]) -> None:
-        assert step.timeout is not None
-        await asyncio.sleep(step.timeout)
-        late = [run_id for run_id in pending if self.origins[run_id].step is step]
-        self._timed_out |= dict.fromkeys(late, step.timeout)
+    async def _enforce(self, seconds: float, steps: Sequence[Step], name: str, pending: set[str]) -> None:
+        await asyncio.sleep(seconds)
+        late = [run_id for run_id in pending if self.origins[run_id].step in steps]
+        self._timed_out = dict.fromkeys(late, name) | self._timed_out  # the first one is what ended it
         await self.flow_runs.cancel(late)
 
     def _name(self, final: StepOutcome) -> StepOutcome:
         """Say of which step *final* is the outcome, and whether it was its timeout that ended it."""
         origin = self.origins[final.run_id]
         outcome = replace(final, step=origin.step.name, item=origin.item)
-        seconds = self._timed_out.get(final.run_id)
-        if seconds is None or outcome.is_completed:
+        timeout = self._timed_out.get(final.run_id)
+        if timeout is None or outcome.is_completed:
             return outcome
-        message = f"It exceeded its timeout of {seconds:g} s and was cancelled."
+        message = f"It exceeded {timeout} and was cancelled."
         return replace(outcome, state_type="FAILED", state_name="TimedOut", message=message)
 
     def _is_over_budget(self, outcomes: Iterable[StepOutcome], name: str | None) -> bool:

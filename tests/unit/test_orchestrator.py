@@ -252,11 +252,25 @@ async def test_a_step_that_exceeds_its_timeout_is_cancelled_and_counts_as_timed_
     assert flow_runs.find("load").outcome is not None
 
 
-async def test_the_timeout_of_the_pipeline_bounds_all_phases_together(flow_runs: MemoryFlowRuns) -> None:
-    phases = [Phase(steps=[publish()]), Phase(steps=[Step(name="slow", deployment="stuck/d")])]
+@pytest.mark.parametrize("own", [None, 60.0])
+async def test_the_timeout_of_the_pipeline_bounds_all_phases_together_and_is_named_as_such(
+    flow_runs: MemoryFlowRuns, own: float | None
+) -> None:
+    phases = [Phase(steps=[publish()]), Phase(steps=[Step(name="slow", deployment="stuck/d", timeout=own)])]
 
-    with pytest.raises(FlowRunsFailed, match="TimedOut"):
+    with pytest.raises(FlowRunsFailed, match="TimedOut") as caught:
         await run_phases(phases, batch="b1", timeout=0.05, flow_runs=flow_runs)
+
+    assert "exceeded the timeout of 0.05 s that the whole pipeline has" in str(caught.value)
+
+
+async def test_a_step_that_exceeds_its_own_timeout_first_is_not_blamed_on_the_pipeline(
+    flow_runs: MemoryFlowRuns,
+) -> None:
+    slow = Step(name="slow", deployment="stuck/d", timeout=0.02)
+
+    with pytest.raises(FlowRunsFailed, match=r"exceeded its timeout of 0\.02 s"):
+        await run_phases([Phase(steps=[slow])], batch="b1", timeout=60, flow_runs=flow_runs)
 
 
 async def test_a_crashed_step_is_run_again_once_before_it_counts(flow_runs: MemoryFlowRuns) -> None:
