@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Collection, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 from uuid import UUID
 
 import httpx
@@ -25,14 +26,19 @@ from prefect.logging import get_logger
 from prefect.states import AwaitingRetry, Cancelled, Crashed
 
 from phasewise.batches import PROCESS_LABEL, is_process_gone, read_main_runs
-from phasewise.flow_runs import CANCELLED_FROM_ABOVE, cancel_runs, read_runs
+from phasewise.flow_runs import CANCELLED_FROM_ABOVE, cancel_below, read_runs
 
 _LABEL = "prefect.worker.name"
 _PAGE = 200
 #: Seconds between two looks at the heartbeats of the other workers.
-_LOOK_SECONDS = 4.0
+_LOOK_SECONDS = 3.0
 #: Seconds in which events are gathered, so that a burst of them costs one read.
-_GATHER_SECONDS = 0.1
+_GATHER_SECONDS = 0.03
+#: Seconds that the worker which has a run in hand gets to end what is below it, before the others look after it.
+_TURN_SECONDS = 0.5
+#: How many of our own heartbeats are remembered, and the longest pause in seconds that is usual between two.
+_BEATS = 100
+_LONGEST_PAUSE = 7.5
 #: Seconds after which a claimed run that no worker put its name to was left behind by a worker that died.
 _UNCLAIMED_SECONDS = 60.0
 #: Seconds that a worker gets to put its name to a run that it has claimed.
@@ -40,7 +46,11 @@ _NAMING_SECONDS = 10.0
 
 
 class Caretaker:
-    """Runs in the worker *name* of the work pool *pool*; *own_runs* returns the ids of the runs it has in hand."""
+    """Runs in the worker *name* of the work pool *pool*.
+
+    *own_runs* returns the ids of the runs it has in hand. *on_cancelling* is told each run that was asked to end, as
+    soon as that is known: the event of it would come later.
+    """
 
     def __init__(
         self,
@@ -49,20 +59,26 @@ class Caretaker:
         pool: str,
         name: str,
         own_runs: Callable[[], Collection[UUID]],
+        on_cancelling: Callable[[UUID], None],
         lost_after_seconds: float,
     ) -> None:
         self._client = client
         self._pool = pool
         self._name = name
         self._own_runs = own_runs
+        self._on_cancelling = on_cancelling
         self._lost_after_seconds = lost_after_seconds
+        self._silence = Silence()
         self._ended: asyncio.Queue[UUID] = asyncio.Queue()
         self._logger = get_logger("phasewise.caretaker")
 
     def on_event(self, event: Event) -> None:
         """Note that a flow run ended in a way that must end what is below it."""
         if must_cascade(event):
-            self._ended.put_nowait(UUID(event.resource.id.removeprefix("prefect.flow-run.")))
+            run_id = UUID(event.resource.id.removeprefix("prefect.flow-run."))
+            # All workers hear of it. If all of them did the same at once, the server would be busy with that.
+            delay = 0 if run_id in self._own_runs() else _TURN_SECONDS
+            asyncio.get_running_loop().call_later(delay, self._ended.put_nowait, run_id)
 
     async def cascade(self) -> None:
         """Cancel, for ever, what is below the runs that were noted."""
@@ -84,7 +100,7 @@ class Caretaker:
         # a run that was resumed meanwhile, and what it has started since, must not be ended by how it ended before.
         runs = await read_runs(self._client, run_ids)
         ended = [run.id for run in runs if run.state and (run.state.is_final() or run.state.is_cancelling())]
-        await cancel_runs(self._client, ended)
+        await cancel_below(self._client, ended, on_asked=self._on_cancelling)
 
     async def find_lost(self) -> None:
         """Look, for ever, for runs whose worker died: those of our own name at first, then those of the others."""
@@ -100,7 +116,7 @@ class Caretaker:
 
     async def _find_lost(self, is_first: bool) -> None:
         workers = await self._client.read_workers_for_work_pool(self._pool)
-        dead = find_dead(workers, self._name, self._lost_after_seconds)
+        dead = find_dead(workers, self._name, self._silence, self._lost_after_seconds)
         if is_first:
             # A worker that starts under our name again has none of the runs of the one before.
             dead[self._name] = "it was started again"
@@ -161,23 +177,50 @@ def must_cascade(event: Event) -> bool:
     return state in ("Failed", "Crashed", "TimedOut") and not has_parent
 
 
-def find_dead(workers: Sequence[Worker], own_name: str, lost_after_seconds: float) -> dict[str, str]:
-    """Return worker name → reason for those that are not heard of any more.
+class Silence:
+    """Measures for how long another worker has been silent, on a clock that stands still when nobody could be heard.
 
-    Heartbeats are compared with our own, not with the clock: when the machine or the server stalls, all of them
-    stand still together and nobody is dead.
+    That clock is our own heartbeats, as the server got them: when the machine or the server stalls, those stand still
+    too. After more than *outage_seconds* without one nobody counts as silent until *return_seconds* later: the clients
+    of workers that lost the server ask again only after pauses of up to half a minute.
     """
-    own = next((worker for worker in workers if worker.name == own_name), None)
-    if own is None or own.last_heartbeat_time is None:
+
+    def __init__(self, *, outage_seconds: float = 12.0, return_seconds: float = 45.0) -> None:
+        self._outage_seconds = outage_seconds
+        self._return_seconds = return_seconds
+        self._own_beats: list[datetime] = []
+        self._counts_from = datetime.min.replace(tzinfo=UTC)
+
+    def note(self, own_beat: datetime) -> None:
+        """Note the time of our last heartbeat; the same one twice changes nothing."""
+        last = self._own_beats[-1] if self._own_beats else own_beat
+        if (own_beat - last).total_seconds() > self._outage_seconds:
+            self._counts_from = own_beat + timedelta(seconds=self._return_seconds)
+        if own_beat != last or not self._own_beats:
+            self._own_beats = [*self._own_beats[-_BEATS:], own_beat]
+
+    def measure(self, last_beat: datetime) -> float:
+        """Return the seconds of silence since *last_beat* of another worker."""
+        since = max(last_beat, self._counts_from)
+        gaps = [(later - max(earlier, since)).total_seconds() for earlier, later in pairwise(self._own_beats)]
+        # A stall that is too short for an outage counts as the longest pause between two beats that is usual.
+        return sum(min(gap, _LONGEST_PAUSE) for gap in gaps if gap > 0)
+
+
+def find_dead(workers: Sequence[Worker], own_name: str, silence: Silence, lost_after_seconds: float) -> dict[str, str]:
+    """Return worker name → reason for those that are not heard of any more."""
+    beats = {worker.name: worker.last_heartbeat_time for worker in workers}
+    if (own := beats.pop(own_name, None)) is None:
         return {}
+    silence.note(own)
     dead: dict[str, str] = {}
     for worker in workers:
-        if worker.last_heartbeat_time is None or worker.name == own_name:
+        if (last := beats.get(worker.name)) is None:
             continue
-        silence = (own.last_heartbeat_time - worker.last_heartbeat_time).total_seconds()
+        seconds = silence.measure(last)
         # A worker that beats slowly (stock ones every 30 s) is given three of its own beats.
-        if silence > max(lost_after_seconds, 3 * (worker.heartbeat_interval_seconds or 0)):
-            dead[worker.name] = f"no heartbeat for {silence:.0f} s"
+        if seconds > max(lost_after_seconds, 3 * (worker.heartbeat_interval_seconds or 0)):
+            dead[worker.name] = f"no heartbeat for {seconds:.0f} s"
     return dead
 
 

@@ -301,20 +301,38 @@ async def _listen(run_ids: Sequence[str], hints: asyncio.Queue[str | None]) -> N
         pause = min(pause * 2, 5.0)
 
 
-async def cancel_runs(client: PrefectClient, run_ids: Collection[UUID], *, below: bool = True) -> list[UUID]:
-    """Cancel the runs that are not final and, unless told otherwise, everything below all of *run_ids*.
+async def cancel_runs(client: PrefectClient, run_ids: Collection[UUID]) -> list[UUID]:
+    """Cancel the runs that are not final, and everything below all of *run_ids*; return those that were asked to end.
 
-    All levels at once: a grandchild does not wait until its parent has ended. Returns the runs that were asked to
-    end.
+    All levels at once: a grandchild does not wait until its parent has ended.
     """
+    runs = await read_runs(client, run_ids)
+    return await _cancel_level(client, runs) + await cancel_below(client, [run.id for run in runs])
+
+
+async def cancel_below(
+    client: PrefectClient, run_ids: Sequence[UUID], *, on_asked: Callable[[UUID], None] = lambda _: None
+) -> list[UUID]:
+    """Cancel everything below *run_ids* that is not final, as ``cancel_runs`` does; *on_asked* is told each at once."""
     asked: list[UUID] = []
-    level = await read_runs(client, run_ids)
-    while level:
-        living = [run for run in level if run.state and not run.state.is_final() and not run.state.is_cancelling()]
-        await asyncio.gather(*(_cancel_one(client, run) for run in living))
-        asked += [run.id for run in living]
-        level = await read_children(client, [run.id for run in level]) if below else []
+    while run_ids:
+        level = await read_children(client, run_ids)
+        asked += await _cancel_level(client, level, on_asked)
+        run_ids = [run.id for run in level]
     return asked
+
+
+async def _cancel_level(
+    client: PrefectClient, runs: Sequence[FlowRun], on_asked: Callable[[UUID], None] = lambda _: None
+) -> list[UUID]:
+    async def cancel(run: FlowRun) -> None:
+        with suppress(ObjectNotFound):  # deleted meanwhile
+            await client.set_flow_run_state(run.id, Cancelling(message=CANCELLED_FROM_ABOVE))
+        on_asked(run.id)
+
+    living = [run for run in runs if run.state and not run.state.is_final() and not run.state.is_cancelling()]
+    await asyncio.gather(*(cancel(run) for run in living))
+    return [run.id for run in living]
 
 
 async def read_children(client: PrefectClient, parents: Sequence[UUID]) -> list[FlowRun]:
@@ -328,11 +346,6 @@ async def read_children(client: PrefectClient, parents: Sequence[UUID]) -> list[
         runs += page
         if len(page) < _READ_SIZE:
             return runs
-
-
-async def _cancel_one(client: PrefectClient, run: FlowRun) -> None:
-    with suppress(ObjectNotFound):  # deleted meanwhile
-        await client.set_flow_run_state(run.id, Cancelling(message=CANCELLED_FROM_ABOVE))
 
 
 def report_summary(summary: Mapping[str, Any]) -> None:

@@ -139,9 +139,7 @@ async def start_phase(
     for (_, _, request), run_id in zip(planned, run_ids, strict=True):
         current_logger().info("Triggered subflow %s (run_id: %s)", request.deployment, run_id)
     origins = {run_id: _Origin(step, item) for (step, item, _), run_id in zip(planned, run_ids, strict=True)}
-    return StartedPhase(
-        phase=phase, origins=origins, crash_retries=crash_retries, flow_runs=runs, deadline=deadline
-    )
+    return StartedPhase(phase=phase, origins=origins, crash_retries=crash_retries, flow_runs=runs, deadline=deadline)
 
 
 @dataclass(frozen=True)

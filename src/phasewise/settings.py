@@ -73,7 +73,7 @@ class Settings(BaseSettings):
         default=1, ge=0, description="Times that a crashed flow run is run again before it counts as failed."
     )
     lost_after_seconds: float = Field(
-        default=25.0,
+        default=15.0,
         ge=15,
         description="Seconds without a heartbeat after which a worker counts as dead and its flow runs as crashed.",
     )

@@ -19,6 +19,7 @@ import contextvars
 import functools
 import os
 import signal
+import socket
 import ssl
 import sys
 import tempfile
@@ -109,6 +110,9 @@ _FREES_A_SLOT = ("Completed", "Failed", "Crashed", "Cancelled", "TimedOut", "Pau
 #: Seconds that a flow run has to report its state when its worker ends without a drain.
 _END_SECONDS = 5.0
 _HEARTBEAT_SECONDS = 5
+#: What the process of a flow run writes to its worker: whether its flow has hooks for a cancellation or a crash.
+_HAS_HOOKS = b"+"
+_NO_HOOKS = b"-"
 _SET_WORKING_DIRECTORY = "prefect.deployments.steps.set_working_directory"
 
 
@@ -304,6 +308,7 @@ class WarmProcessWorker(ProcessWorker):
                 pool=self._work_pool_name,
                 name=self.name,
                 own_runs=lambda: {*self._jobs, *self._submitting_flow_run_ids},
+                on_cancelling=self._cancel_soon,
                 lost_after_seconds=Settings().lost_after_seconds,
             )
             self._services.start_soon(self._caretaker.cascade)
@@ -532,7 +537,7 @@ class _Zygotes:
             return self._current
 
     async def fork(
-        self, target: str, arguments: dict[str, Any], job: _Job, env: dict[str, str], pipe: int | None = None
+        self, target: str, arguments: dict[str, Any], job: _Job, env: dict[str, str], line: int | None = None
     ) -> ForkedProcess:
         """Fork for *job*, replacing the forkserver when the code that it imported has changed.
 
@@ -540,7 +545,7 @@ class _Zygotes:
             ForkserverDied, ForkRefused: also with a new one.
         """
         stdout, stderr = job.stdio
-        where: dict[str, Any] = {"env": env, "cwd": job.cwd, "stdout": stdout, "stderr": stderr, "descriptor": pipe}
+        where: dict[str, Any] = {"env": env, "cwd": job.cwd, "stdout": stdout, "stderr": stderr, "descriptor": line}
         server = await self.current()
         try:
             return await server.fork(target, arguments, **where)
@@ -575,10 +580,10 @@ class _Executors:
         self._jobs = jobs
         self._channel = ControlChannel()
         self._processes = _Processes(Settings().cancel_grace_seconds, self._channel)
-        self._hooks = _ForkedHooks(zygotes, jobs)
+        self._hooks = _ForkedHooks(zygotes, jobs, self._has_no_hooks)
         self._cancelling: dict[UUID, asyncio.Task[None]] = {}
-        #: Where a run's process hears of a suspension.
-        self._pipes: dict[UUID, int] = {}
+        #: Where a run's process hears of a suspension, and says what its flow needs.
+        self._lines: dict[UUID, socket.socket] = {}
         self._stack = AsyncExitStack()
         self._proposer: _Proposer
         self._cancellation: CancellationManager
@@ -610,19 +615,24 @@ class _Executors:
         return self._processes.get(flow_run_id) is not None
 
     async def run(self, flow_run: FlowRun, task_status: anyio.abc.TaskStatus[int]) -> ProcessWorkerResult:
-        reader, writer = os.pipe()
-        self._pipes[flow_run.id] = writer
-        try:
-            return await self._run(flow_run, task_status, reader)
-        finally:
-            del self._pipes[flow_run.id]
-            os.close(writer)
-            os.close(reader)
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            self._lines[flow_run.id] = ours
+            try:
+                return await self._run(flow_run, task_status, theirs.fileno())
+            finally:
+                del self._lines[flow_run.id]
 
-    async def _run(self, flow_run: FlowRun, task_status: anyio.abc.TaskStatus[int], pipe: int) -> ProcessWorkerResult:
+    def _has_no_hooks(self, flow_run_id: UUID) -> bool:
+        """Tell whether the process of a flow run has said that its flow has none; False while it has said nothing."""
+        with contextlib.suppress(KeyError, BlockingIOError):
+            return self._lines[flow_run_id].recv(1, socket.MSG_DONTWAIT | socket.MSG_PEEK) == _NO_HOOKS
+        return False
+
+    async def _run(self, flow_run: FlowRun, task_status: anyio.abc.TaskStatus[int], line: int) -> ProcessWorkerResult:
         executor = FlowRunExecutor(
             flow_run=flow_run,
-            starter=_ForkStarter(self._zygotes, self._channel, self._jobs[flow_run.id], pipe),
+            starter=_ForkStarter(self._zygotes, self._channel, self._jobs[flow_run.id], line),
             process_manager=self._processes,
             state_proposer=self._proposer,
             hook_runner=self._hooks,
@@ -658,8 +668,8 @@ class _Executors:
 
     def suspend(self, flow_run_id: UUID) -> None:
         """Tell the process of a flow run, if it is one of ours, that the run was suspended."""
-        if flow_run_id in self._pipes:
-            os.write(self._pipes[flow_run_id], b"s")
+        if flow_run_id in self._lines:
+            self._lines[flow_run_id].send(b"s")
 
     def cancel_soon(self, flow_run_id: UUID) -> None:
         if flow_run_id not in self._cancelling:
@@ -689,11 +699,11 @@ class _ReportsPid:
 class _ForkStarter:
     """Starts a flow run by a fork; it has the shape of Prefect's ``ProcessStarter``."""
 
-    def __init__(self, zygotes: _Zygotes, channel: ControlChannel, job: _Job, pipe: int) -> None:
+    def __init__(self, zygotes: _Zygotes, channel: ControlChannel, job: _Job, line: int) -> None:
         self._zygotes = zygotes
         self._channel = channel
         self._job = job
-        self._pipe = pipe
+        self._line = line
 
     async def start(
         self,
@@ -706,7 +716,7 @@ class _ForkStarter:
             env |= {"PREFECT__CONTROL_PORT": str(port), "PREFECT__CONTROL_TOKEN": token}
         arguments = {"entrypoint": self._job.entrypoint, "known": self._job.known, "api_url": env["PREFECT_API_URL"]}
         try:
-            process = await self._zygotes.fork("phasewise.worker:run_flow_run", arguments, self._job, env, self._pipe)
+            process = await self._zygotes.fork("phasewise.worker:run_flow_run", arguments, self._job, env, self._line)
         except BaseException:
             self._channel.unregister(flow_run.id)
             raise
@@ -768,9 +778,10 @@ class _Processes(ProcessManager):
 class _ForkedHooks:
     """Runs on_cancellation and on_crashed hooks in a fork of their own; it has the shape of ``FlowRunHookRunner``."""
 
-    def __init__(self, zygotes: _Zygotes, jobs: dict[UUID, _Job]) -> None:
+    def __init__(self, zygotes: _Zygotes, jobs: dict[UUID, _Job], has_none: Callable[[UUID], bool]) -> None:
         self._zygotes = zygotes
         self._jobs = jobs
+        self._has_none = has_none
 
     async def run_cancellation_hooks(self, flow_run: FlowRun, state: State) -> None:
         if state.is_cancelling():
@@ -781,6 +792,9 @@ class _ForkedHooks:
             await self._run(flow_run, state)
 
     async def _run(self, flow_run: FlowRun, state: State) -> None:
+        # A process that finds out that there is nothing to run is most of what a cancellation costs.
+        if self._has_none(flow_run.id):
+            return
         job = self._jobs[flow_run.id]
         arguments = {
             "entrypoint": job.entrypoint,
@@ -837,8 +851,8 @@ def _subclasses(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
 def run_flow_run(entrypoint: str, api_url: str, known: list[dict[str, Any]], descriptor: int) -> int:
     """Run the flow run that the environment names, as ``python -m prefect.engine`` would.
 
-    ``known`` are objects that the worker has read already and the run would read again (see ``_known``). The worker
-    writes to the pipe ``descriptor`` when the run is suspended.
+    ``known`` are objects that the worker has read already and the run would read again (see ``_known``). On the socket
+    ``descriptor`` the worker says when the run is suspended, and the run whether its flow has hooks.
     """
     from prefect.flow_engine import _main
 
@@ -847,7 +861,7 @@ def run_flow_run(entrypoint: str, api_url: str, known: list[dict[str, Any]], des
     for item in known:
         entry: dict[str, Any] = {"kind": item["kind"], "object": _KnownObject(item["labels"], item["tags"])}
         RESOURCE_CACHE[f"{item['kind']}.{item['key']}"] = (entry, now)  # type: ignore[assignment] # Prefect's own DateTime
-    _Suspension.pipe = descriptor
+    _Line.descriptor = descriptor
     return _main([entrypoint])
 
 
@@ -862,10 +876,19 @@ class _KnownObject:
         return RelatedResource({**self.labels, "prefect.resource.role": role})
 
 
-class _Suspension:
-    """Where this process hears that its flow run was suspended."""
+class _Line:
+    """The socket to the worker: where this process hears that its flow run was suspended."""
 
-    pipe: ClassVar[int]
+    descriptor: ClassVar[int]
+    _has_told: ClassVar[bool] = False
+
+    @classmethod
+    def tell_hooks(cls, flow: Flow[Any, Any]) -> None:
+        """Say whether the flow of the run has hooks; flows that it calls, which come later, do not count."""
+        if not cls._has_told:
+            cls._has_told = True
+            has_hooks = flow.on_cancellation_hooks or flow.on_crashed_hooks
+            os.write(cls.descriptor, _HAS_HOOKS if has_hooks else _NO_HOOKS)
 
 
 @contextlib.contextmanager
@@ -875,7 +898,7 @@ def _observe_suspension(
     """Stand in for Prefect's: the worker listens for all its runs, instead of one events subscription a run."""
 
     def wait() -> None:
-        if not os.read(_Suspension.pipe, 1):
+        if not os.read(_Line.descriptor, 1):
             return
         with get_client(sync_client=True) as client:
             state = client.read_flow_run(flow_run_id).state
@@ -892,6 +915,7 @@ def _observe_suspension(
 @contextlib.contextmanager
 def _send_heartbeats(engine: BaseFlowRunEngine[Any, Any], join_on_exit: bool = True) -> Iterator[None]:
     """Stand in for Prefect's, which looks once a second whether to end, and every run waits for that look."""
+    _Line.tell_hooks(engine.flow)
     seconds = engine.heartbeat_seconds
     if seconds is None:
         yield

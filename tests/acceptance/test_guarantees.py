@@ -258,20 +258,20 @@ def test_g02_a_child_that_crashed_twice_fails_its_parent(server: Server) -> None
 # ── 3. Cancel goes down ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_g03_cancelling_the_top_ends_everything_below_and_the_processes(server: Server) -> None:
+def test_g03_cancelling_the_top_ends_everything_below_and_the_processes_within_two_seconds(server: Server) -> None:
     server.hold("a", "b")
     run = server.start("top", names=["a", "b"], levels=2)
     pids = [server.pid("a"), server.pid("b")]
 
     began = time.monotonic()
     server.set_state(run, "CANCELLING", "Cancelling")
+    wait_for(lambda: not any(is_alive(pid) for pid in pids), 20)
     wait_for(lambda: {one["state_type"] for one in server.below(run).values()} == {"CANCELLED"}, 20)
-    wait_for(lambda: not any(is_alive(pid) for pid in pids), 10)
+    server.wait(run, "CANCELLED", 20)
     took = time.monotonic() - began
 
-    assert server.wait(run, "CANCELLED", 20)
-    print(f"cancelled in {took:.2f} s")
-    assert took < 10  # 2 s on a quiet machine; see benchmarks/
+    print(f"cancelled in {took:.2f} s at a load of {os.getloadavg()[0]:.1f}")
+    assert took < 2 * slowdown()
 
 
 def test_g03_a_main_that_was_killed_in_a_user_s_own_process_ends_everything_below(
@@ -630,7 +630,7 @@ def test_g08_a_run_whose_worker_died_on_another_machine_is_found_by_its_heartbea
         lost.communicate(timeout=10)
 
     print(f"found and run again after {found:.1f} s")
-    assert found < 45  # 30 s, and what a busy machine adds
+    assert found < 30 + slowdown()
 
 
 def start_worker(shell: Shell, server: Server, name: str) -> subprocess.Popen[str]:
@@ -761,6 +761,11 @@ def test_g12_outcomes_carry_the_summary_in_the_order_asked_for(deployed: StackIn
         summaries = asyncio.run(run())
 
     assert [(one["name"], one["rows"]) for one in summaries] == [("x", 1), ("long-name", 9)]
+
+
+def slowdown() -> float:
+    """Return how many times slower this machine is now than with nothing else to do: its load for each processor."""
+    return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
 def is_alive(pid: int) -> bool:

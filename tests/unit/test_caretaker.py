@@ -11,7 +11,13 @@ from prefect.client.schemas.objects import FlowRun, State, Worker
 from prefect.states import Cancelled, Cancelling, Failed, Pending, Running, Scheduled
 
 from phasewise import caretaker
-from phasewise.caretaker import Caretaker
+from phasewise.caretaker import Caretaker, Silence
+
+
+def create_caretaker(client: Any) -> Caretaker:
+    return Caretaker(
+        client, pool="pool", name="own", own_runs=lambda: (), on_cancelling=lambda _: None, lost_after_seconds=15
+    )
 
 
 @pytest.mark.parametrize(
@@ -27,14 +33,13 @@ async def test_what_is_below_a_run_ends_with_it_unless_it_runs_again_meanwhile(
     async def read_runs(_client: object, _run_ids: object) -> list[FlowRun]:
         return [run]
 
-    async def cancel_runs(_client: object, run_ids: list[UUID]) -> list[UUID]:
+    async def cancel_below(_client: object, run_ids: list[UUID], **_: object) -> list[UUID]:
         cancelled.extend(run_ids)
         return run_ids
 
     monkeypatch.setattr(caretaker, "read_runs", read_runs)
-    monkeypatch.setattr(caretaker, "cancel_runs", cancel_runs)
-    client: Any = None
-    one = Caretaker(client, pool="pool", name="worker", own_runs=lambda: (), lost_after_seconds=25)
+    monkeypatch.setattr(caretaker, "cancel_below", cancel_below)
+    one = create_caretaker(None)
 
     await one._cancel_below({run.id})
 
@@ -45,10 +50,10 @@ class DeadWorkersRun:
     """A client of a server with a worker that is silent and one run that names it."""
 
     def __init__(self, state: State[Any], *, seconds: float) -> None:
-        now = datetime.now(UTC)
+        self.now = now = datetime.now(UTC)
         state.timestamp = now - timedelta(seconds=seconds)
         self.run = FlowRun(id=uuid4(), flow_id=uuid4(), state=state, labels={"prefect.worker.name": "dead"})
-        self.beats = {"own": now, "dead": now - timedelta(minutes=2)}
+        self.beats = {"own": now - timedelta(seconds=20), "dead": now - timedelta(seconds=22)}
         self.crashed: list[UUID] = []
 
     async def read_workers_for_work_pool(self, _pool: str) -> list[Worker]:
@@ -68,9 +73,51 @@ class DeadWorkersRun:
 async def test_a_run_that_another_worker_has_just_claimed_is_not_lost_with_the_one_that_it_still_names(
     state: State[Any], seconds: float, is_lost: bool
 ) -> None:
-    client: Any = DeadWorkersRun(state, seconds=seconds)
-    one = Caretaker(client, pool="pool", name="own", own_runs=lambda: (), lost_after_seconds=25)
+    client = DeadWorkersRun(state, seconds=seconds)
+    one = create_caretaker(client)
 
+    for ago in (20, 15, 10, 5):
+        client.beats["own"] = client.now - timedelta(seconds=ago)
+        await one._find_lost(is_first=False)
+    assert client.crashed == []
+    client.beats["own"] = client.now
     await one._find_lost(is_first=False)
 
     assert client.crashed == ([client.run.id] if is_lost else [])
+
+
+START = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+def measure_silence(*own_beats: float, last_beat: float) -> float:
+    """Return the silence since *last_beat* after *own_beats*, all in seconds since the same moment."""
+    silence = Silence()
+    for seconds in own_beats:
+        silence.note(START + timedelta(seconds=seconds))
+    return silence.measure(START + timedelta(seconds=last_beat))
+
+
+def test_silence_is_what_passed_on_the_clock_of_our_own_heartbeats() -> None:
+    assert measure_silence(0, 5, 10, 15, 20, last_beat=2) == 18
+
+
+def test_our_own_heartbeats_before_the_other_s_last_do_not_count() -> None:
+    assert measure_silence(0, 5, 10, last_beat=10) == 0
+
+
+def test_a_stall_of_ten_seconds_makes_nobody_silent() -> None:
+    # The worst that can come about: the other one was about to beat when everything stood still.
+    for stall in (10.0, 11.0, 12.0, 16.5):
+        assert measure_silence(0, 6.4, 6.4 + stall, last_beat=0) < 15
+
+
+def test_nobody_is_silent_while_the_server_is_away_nor_before_all_had_time_to_come_back() -> None:
+    beats = [0, 5, 65, *range(70, 110, 5)]
+
+    assert measure_silence(*beats, last_beat=5) == 0
+
+
+def test_who_does_not_come_back_after_an_outage_is_found() -> None:
+    beats = [0, 5, 65, *range(70, 131, 5)]
+
+    assert measure_silence(*beats, last_beat=5) == 20
