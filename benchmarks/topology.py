@@ -14,7 +14,6 @@ import os
 import signal
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -25,6 +24,7 @@ if __name__ == "__main__":
 
 from benchmarks.harness import environments, meter
 from benchmarks.harness.load import Load
+from benchmarks.harness.options import choices, open_folder
 from benchmarks.harness.processes import Broken
 from benchmarks.systems import Context, Submit, System, Unavailable, load_systems
 
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.default_int_handler)
     records: list[Record] = []
-    with _folder(options.keep) as folder:
+    with open_folder(options.keep) as folder:
         try:
             for record in measure({name: systems[name] for name in options.systems}, options, folder):
                 records.append(record)
@@ -73,20 +73,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if records else 1
 
 
-@contextlib.contextmanager
-def _folder(keep: Path | None) -> Iterator[Path]:
-    """Yield the folder for data and logs: *keep*, or a temporary one."""
-    with contextlib.ExitStack() as stack:
-        folder = keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="phasewise-benchmark-")))
-        folder.mkdir(parents=True, exist_ok=True)
-        folder.chmod(0o755)  # PostgreSQL runs as another user when we are root
-        yield folder.resolve()
-
-
 def parse(argv: Sequence[str] | None, names: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure the reference topology on several systems, side by side.")
     parser.add_argument(
-        "--systems", type=_choices(names), default=list(names), help=f"which of {', '.join(names)}; default: all"
+        "--systems", type=choices(names), default=list(names), help=f"which of {', '.join(names)}; default: all"
     )
     parser.add_argument("--tables", type=_numbers(int), default=[20], help="such as 20,100")
     parser.add_argument("--seconds", type=_numbers(float), default=[1.0], help="that a table sleeps, such as 1,0")
@@ -98,16 +88,6 @@ def parse(argv: Sequence[str] | None, names: Sequence[str]) -> argparse.Namespac
         "--environments", type=Path, default=environments.default_folder(), help="where the peers are installed"
     )
     return parser.parse_args(argv)
-
-
-def _choices(names: Sequence[str]):  # type: ignore[no-untyped-def] # argparse wants any callable
-    def read(text: str) -> list[str]:
-        chosen = text.split(",")
-        if unknown := [name for name in chosen if name not in names]:
-            raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; known: {', '.join(names)}")
-        return chosen
-
-    return read
 
 
 def _numbers(kind: type):  # type: ignore[no-untyped-def, type-arg] # argparse wants any callable

@@ -6,12 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import duckdb
 import pytest
 
-from benchmarks import topology
-from benchmarks.harness import meter, processes
+from benchmarks import data_plane, topology
+from benchmarks.harness import meter, processes, tpch
 from benchmarks.harness.load import Load, Measured
 from benchmarks.systems import load_systems
+from benchmarks.systems.readers import load_readers
 
 _BURN = "import time; end = time.process_time() + 0.4\nwhile time.process_time() < end: pass"
 
@@ -35,7 +37,7 @@ def test_an_unknown_system_is_refused(capsys: pytest.CaptureFixture[str]) -> Non
 def test_all_systems_of_the_documentation_exist() -> None:
     readme = (Path(topology.__file__).parent / "README.md").read_text()
 
-    assert all(f"| `{name}` |" in readme for name in load_systems())
+    assert all(f"| `{name}` |" in readme for name in [*load_systems(), *load_readers()])
 
 
 def test_the_critical_path_of_one_second_is_five_thirds() -> None:
@@ -110,3 +112,48 @@ with processes.service([sys.executable, "-c", child], log=Path({str(tmp_path / "
     processes.wait_until(
         lambda: not any(Path(f"/proc/{pid}").exists() for pid in [guard, *below]), "their end", seconds=30
     )
+
+
+def test_reading_a_table_gives_a_record_with_the_documented_fields(tmp_path: Path) -> None:
+    made = tmp_path / "tpch.duckdb"
+    with duckdb.connect(str(made)) as connection:
+        for table in tpch.TABLES:
+            connection.execute(f"CREATE TABLE {table} AS SELECT i AS id, 'row ' || i AS note FROM range(7) AS t (i)")
+    file = tmp_path / "out.json"
+
+    systems, sources = "phasewise,duckdb,duckdb-typed", "sqlite,duckdb"
+    chosen = ["--systems", systems, "--sources", sources, "--tables", "region", "--repeat", "1"]
+    code = data_plane.main([*chosen, "--keep", str(tmp_path), "--json", str(file)])
+
+    records = json.loads(file.read_text())
+    assert code == 0
+    assert [(record["source"], record["system"], record["rows"]) for record in records] == [
+        (source, system, 7) for source in ("sqlite", "duckdb") for system in ("phasewise", "duckdb", "duckdb-typed")
+    ]
+    assert list(records[0]) == ["system", "version", "source", "table", "rows", "seconds", "cpu_s", "peak_rss_mib"]
+    assert all(record["seconds"] > 0 and record["cpu_s"] > 0 and record["peak_rss_mib"] > 20 for record in records)
+
+
+def test_a_system_that_fails_is_left_out_and_the_others_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with duckdb.connect(str(tmp_path / "tpch.duckdb")) as connection:
+        connection.execute("CREATE TABLE other (i INTEGER)")
+
+    code = data_plane.main(
+        ["--systems", "duckdb", "--sources", "duckdb", "--tables", "region", "--repeat", "1", "--keep", str(tmp_path)]
+    )
+
+    assert code == 1
+    assert "duckdb skipped on region: it failed: see" in capsys.readouterr().err
+
+
+def test_the_summary_compares_with_phasewise_on_the_same_table() -> None:
+    shared = {"version": "1", "source": "sqlite", "table": "orders", "rows": 100, "cpu_s": 1.0}
+    measured = [("phasewise", 2.0, 100.0), ("adbc", 5.0, 50.0), ("adbc", 7.0, 70.0), ("adbc", 6.0, 60.0)]
+    records = [
+        data_plane.Record(system=system, seconds=seconds, peak_rss_mib=peak, **shared)
+        for system, seconds, peak in measured
+    ]
+
+    assert "| sqlite | orders | adbc | 1 | 3 | 17 | 1.00 | 70 | 3.00 |" in data_plane.summarise(records)
