@@ -170,8 +170,16 @@ class Forkserver:
 
     @property
     def running(self) -> int:
-        """Number of forked processes that have not ended."""
-        return len(self._children)
+        """Number of processes that were asked for and have not ended."""
+        return len(self._requests) + len(self._children)
+
+    async def wait_until_idle(self) -> None:
+        """Wait until everything that was forked has ended."""
+        while self.running:
+            if self._children:
+                await next(iter(self._children.values())).wait()
+            else:
+                await asyncio.wait(self._requests.values())
 
     async def fork(
         self,
@@ -310,7 +318,8 @@ class _Zygote:
     def prepare(self, preload: Sequence[str], setup: Sequence[str]) -> None:
         problems = [problem for name in preload if (problem := _attempt(importlib.import_module, name))]
         problems += [problem for name in setup if (problem := _attempt(_call, name))]
-        self._watched = {path: stamp for path in _project_files() if (stamp := _stamp(path))}
+        watched = [*_project_files(), *_installation()]
+        self._watched = {path: stamp for path in watched if (stamp := _stamp(path))}
         # Everything imported so far lives as long as the process: keep the collector from writing to its
         # headers, which would copy those pages into every child.
         gc.collect()
@@ -462,6 +471,11 @@ def _project_files() -> list[str]:
     )
     files = [getattr(module, "__file__", None) for module in list(sys.modules.values())]
     return sorted({file for file in files if file and not str(Path(file).resolve()).startswith(installed)})
+
+
+def _installation() -> set[str]:
+    """Folders whose time of change moves when a package is installed, upgraded or removed."""
+    return {sysconfig.get_path(key) for key in ("purelib", "platlib")}
 
 
 def _stamp(path: str) -> tuple[int, int] | None:

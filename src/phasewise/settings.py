@@ -69,6 +69,9 @@ class Settings(BaseSettings):
         description="Seconds that a worker which is stopped lets its flow runs finish. "
         "Then it stops and reschedules them.",
     )
+    forkserver_runs: int = Field(
+        default=1000, ge=1, description="Flow runs after which a worker forks from a new warm process."
+    )
     crash_retries: int = Field(
         default=1, ge=0, description="Times that a crashed flow run is run again before it counts as failed."
     )

@@ -24,8 +24,7 @@ import ssl
 import sys
 import tempfile
 import threading
-import tomllib
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -42,6 +41,8 @@ from prefect._flow_run_suspension import FlowRunSuspensionRequest, is_suspended_
 from prefect._internal.version_checking import _api_version_check_key, _cache_api_version_check
 from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.filters import (
+    DeploymentFilter,
+    DeploymentFilterId,
     FlowRunFilter,
     FlowRunFilterId,
     FlowRunFilterState,
@@ -73,8 +74,17 @@ from prefect.workers.process import ProcessJobConfiguration, ProcessWorker, Proc
 from pydantic import BaseModel, PrivateAttr
 
 from phasewise.caretaker import Caretaker
-from phasewise.forkserver import ForkedProcess, ForkRefused, Forkserver, ForkserverDied
+from phasewise.forkserver import ForkedProcess, ForkserverDied
+from phasewise.jobs import (
+    Job,
+    differing_variables,
+    has_prefect_settings,
+    pulled_directory,
+    version_of,
+    why_not_workspace,
+)
 from phasewise.settings import Settings
+from phasewise.zygotes import Zygotes
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import Flow as APIFlow
@@ -113,7 +123,6 @@ _HEARTBEAT_SECONDS = 5
 #: What the process of a flow run writes to its worker: whether its flow has hooks for a cancellation or a crash.
 _HAS_HOOKS = b"+"
 _NO_HOOKS = b"-"
-_SET_WORKING_DIRECTORY = "prefect.deployments.steps.set_working_directory"
 
 
 class WarmProcessJobConfiguration(ProcessJobConfiguration):
@@ -136,18 +145,6 @@ class WarmProcessJobConfiguration(ProcessJobConfiguration):
         super().prepare_for_flow_run(flow_run, deployment, flow, work_pool, worker_name, worker_id)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Job:
-    """What a flow run and its hooks are forked with."""
-
-    entrypoint: str
-    cwd: str
-    env: dict[str, str]
-    stdio: tuple[int, int]
-    #: What the run would read from the server although its worker has read it already.
-    known: list[dict[str, Any]]
-
-
 class WarmProcessWorker(ProcessWorker):
     """Execute flow runs as processes forked from one that has imported everything they need."""
 
@@ -164,8 +161,11 @@ class WarmProcessWorker(ProcessWorker):
         # Others find out by our heartbeats that we died; Prefect's 30 s would make that a matter of minutes.
         self.heartbeat_interval_seconds = min(self.heartbeat_interval_seconds, _HEARTBEAT_SECONDS)
         self._warm = AsyncExitStack()
-        self._zygotes = _Zygotes(PRELOAD, SETUP)
-        self._jobs: dict[UUID, _Job] = {}
+        self._zygotes = Zygotes(PRELOAD, SETUP, max_runs=Settings().forkserver_runs, logger=self._logger)
+        #: Deployment id → version of its code at its last run.
+        self._versions: dict[UUID, str] = {}
+        self._had_terminal = _has_terminal()
+        self._jobs: dict[UUID, Job] = {}
         self._executors: _Executors
         self._claims = asyncio.Event()
         self._claiming = asyncio.Lock()
@@ -184,6 +184,9 @@ class WarmProcessWorker(ProcessWorker):
             await self._warm.enter_async_context(self._zygotes)
             self._executors = await self._warm.enter_async_context(_Executors(self._zygotes, self._jobs))
             self._services = await self._warm.enter_async_context(_background())
+            with contextlib.suppress(RuntimeError, ValueError):  # not in the main thread: no signals to hear
+                asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._on_hangup)
+                self._warm.callback(asyncio.get_running_loop().remove_signal_handler, signal.SIGHUP)
             await super().__aenter__()
         except BaseException:
             await self._warm.__aexit__(*sys.exc_info())
@@ -241,12 +244,13 @@ class WarmProcessWorker(ProcessWorker):
         deployment = getattr(configuration, "_deployment", None)
         if deployment is None or deployment.entrypoint is None:
             return "it has no deployment with an entrypoint."
-        if reason := _why_not_workspace(deployment):
+        if reason := why_not_workspace(deployment):
             return reason
-        folder = _pulled_directory(deployment)
-        if folder is not None and folder != Path.cwd() and _has_prefect_settings(folder):
+        await self._see_version(deployment)
+        folder = pulled_directory(deployment)
+        if folder is not None and folder != Path.cwd() and has_prefect_settings(folder):
             return f"{folder} has Prefect settings of its own."
-        if names := _differing(self._zygotes.env, configuration.env):
+        if names := differing_variables(self._zygotes.env, configuration.env):
             return f"its environment differs in {', '.join(names)}, which is read when Python or Prefect starts."
         try:
             await self._zygotes.current()
@@ -254,14 +258,34 @@ class WarmProcessWorker(ProcessWorker):
             return f"the warm process does not start: {exc}"
         return None
 
-    def _plan(self, configuration: WarmProcessJobConfiguration, flow_run: FlowRun, folder: str) -> _Job:
+    async def _see_version(self, deployment: DeploymentResponse) -> None:
+        """Fork from a new process when *deployment* has another version than at its last run."""
+        version = version_of(deployment)
+        known = self._versions.setdefault(deployment.id, version)
+        if known == version:
+            return
+        # Those of the other deployments that we know are read too: what was deployed along with this one is in what
+        # the new process imports, and need not replace it again.
+        ids = DeploymentFilterId(any_=list(self._versions))
+        for found in await self.client.read_deployments(deployment_filter=DeploymentFilter(id=ids)):
+            self._versions[found.id] = version_of(found)
+        self._versions[deployment.id] = version
+        self._zygotes.replace(f"{deployment.name} has a new version.")
+
+    def _on_hangup(self) -> None:
+        if self._had_terminal and not _has_terminal():
+            os.kill(os.getpid(), signal.SIGTERM)  # as without us: the terminal that it was started in is gone
+        else:
+            self._zygotes.replace("SIGHUP.")
+
+    def _plan(self, configuration: WarmProcessJobConfiguration, flow_run: FlowRun, folder: str) -> Job:
         deployment = configuration._deployment
         assert deployment is not None
         assert deployment.entrypoint is not None
         entrypoint = deployment.entrypoint
         if ":" in entrypoint:
             entrypoint = str(relative_path_to_current_platform(entrypoint))
-        cwd = str(_pulled_directory(deployment) or folder)
+        cwd = str(pulled_directory(deployment) or folder)
         env = {key: value for key, value in configuration.env.items() if value is not None}
         path = env.get("PYTHONPATH", "").split(os.pathsep)
         env["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([cwd, *filter(None, path)]))
@@ -269,7 +293,7 @@ class WarmProcessWorker(ProcessWorker):
         # The worker runs these hooks, in a process of their own: the flow run's may be gone by then.
         env["PREFECT__ENABLE_CANCELLATION_AND_CRASHED_HOOKS"] = "false"
         stdio = (1, 2) if configuration.stream_output else (self._devnull, self._devnull)
-        return _Job(entrypoint=entrypoint, cwd=cwd, env=env, stdio=stdio, known=_known(configuration, flow_run))
+        return Job(entrypoint=entrypoint, cwd=cwd, env=env, stdio=stdio, known=_known(configuration, flow_run))
 
     async def _propose_crashed_state(
         self, flow_run: FlowRun, message: str, client: PrefectClient | None = None
@@ -433,6 +457,14 @@ async def _background() -> Any:
             group.cancel_scope.cancel()
 
 
+def _has_terminal() -> bool:
+    try:
+        os.close(os.open(os.ctermid(), os.O_RDONLY | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
+
+
 @contextlib.contextmanager
 def _working_directory(configuration: ProcessJobConfiguration) -> Iterator[str]:
     if configuration.working_dir:
@@ -440,129 +472,6 @@ def _working_directory(configuration: ProcessJobConfiguration) -> Iterator[str]:
     else:
         with tempfile.TemporaryDirectory(suffix="prefect") as folder:
             yield str(Path(folder).resolve())
-
-
-# ── what a fork can serve ────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _why_not_workspace(deployment: DeploymentResponse) -> str | None:
-    steps = deployment.pull_steps or []
-    if not steps:
-        if ":" in (deployment.entrypoint or "") or deployment.path or deployment.storage_document_id:
-            return "its code is copied from storage."
-        return None
-    if _pulled_directory(deployment) is None:
-        return "its pull steps do more than name an existing folder."
-    return None
-
-
-def _pulled_directory(deployment: DeploymentResponse) -> Path | None:
-    """Return the folder of a deployment whose only pull step is ``set_working_directory``."""
-    match deployment.pull_steps:
-        case [{**step}] if list(step) == [_SET_WORKING_DIRECTORY]:
-            directory = (step[_SET_WORKING_DIRECTORY] or {}).get("directory")
-            if isinstance(directory, str) and Path(directory).is_absolute() and Path(directory).is_dir():
-                return Path(directory).resolve()
-    return None
-
-
-def _has_prefect_settings(folder: Path) -> bool:
-    """Tell whether a Python started in *folder* would read Prefect settings from its files."""
-    if (folder / "prefect.toml").exists():
-        return True
-    with contextlib.suppress(OSError):
-        if "PREFECT_" in (folder / ".env").read_text(errors="replace"):
-            return True
-    try:
-        project = tomllib.loads((folder / "pyproject.toml").read_text())
-    except (OSError, ValueError):
-        return False
-    return "prefect" in project.get("tool", {})
-
-
-def _differing(warm: Mapping[str, str], wanted: Mapping[str, str | None]) -> list[str]:
-    """Name the variables that are read once, when Python or Prefect starts, and differ."""
-    fixed = {key for key in (*warm, *wanted) if _is_fixed_at_start(key)}
-    return sorted(key for key in fixed if warm.get(key) != wanted.get(key))
-
-
-def _is_fixed_at_start(name: str) -> bool:
-    if name.startswith("PREFECT__"):
-        return False  # not settings: they name the run, and are read when it starts
-    return name.startswith(("PREFECT_", "PYTHON", "LD_"))
-
-
-# ── the warm process ─────────────────────────────────────────────────────────────────────────────────────────────
-
-
-class _Zygotes:
-    """The forkserver that runs are forked from now, and older ones that still have runs to finish."""
-
-    def __init__(self, preload: tuple[str, ...], setup: tuple[str, ...]) -> None:
-        self._preload = preload
-        self._setup = setup
-        self._starting = asyncio.Lock()
-        self._current: Forkserver | None = None
-        self._retired: list[Forkserver] = []
-        self._first: asyncio.Task[Forkserver] | None = None
-        #: The environment that the forkserver started with.
-        self.env: dict[str, str] = {}
-
-    async def __aenter__(self) -> _Zygotes:
-        settings = get_current_settings().to_environment_variables(exclude_unset=True)
-        self.env = {**os.environ, **settings}
-        # Its imports take a second: let the worker register meanwhile.
-        self._first = asyncio.create_task(self.current())
-        self._first.add_done_callback(lambda task: task.cancelled() or task.exception())
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        assert self._first is not None
-        with anyio.CancelScope(shield=True):
-            self._first.cancel()
-            await asyncio.wait([self._first])
-            for server in [self._current, *self._retired]:
-                if server is not None:
-                    await server.aclose()
-
-    async def current(self) -> Forkserver:
-        """Return a forkserver that is alive, starting one if need be.
-
-        Raises:
-            ForkserverDied: it does not start.
-        """
-        async with self._starting:
-            if self._current is None or not self._current.is_alive:
-                self._current = await Forkserver.start(preload=self._preload, setup=self._setup, env=self.env)
-            return self._current
-
-    async def fork(
-        self, target: str, arguments: dict[str, Any], job: _Job, env: dict[str, str], line: int | None = None
-    ) -> ForkedProcess:
-        """Fork for *job*, replacing the forkserver when the code that it imported has changed.
-
-        Raises:
-            ForkserverDied, ForkRefused: also with a new one.
-        """
-        stdout, stderr = job.stdio
-        where: dict[str, Any] = {"env": env, "cwd": job.cwd, "stdout": stdout, "stderr": stderr, "descriptor": line}
-        server = await self.current()
-        try:
-            return await server.fork(target, arguments, **where)
-        except (ForkRefused, ForkserverDied) as exc:
-            if isinstance(exc, ForkRefused) and not exc.stale:
-                raise
-        await self._retire(server)
-        server = await self.current()
-        return await server.fork(target, arguments, **where)
-
-    async def _retire(self, server: Forkserver) -> None:
-        if self._current is server:
-            self._current = None
-            self._retired.append(server)
-        for old in [old for old in self._retired if old.running == 0]:
-            self._retired.remove(old)
-            await old.aclose()
 
 
 # ── one flow run ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -575,7 +484,7 @@ class _Executors:
     machine of a single run, is Prefect's own.
     """
 
-    def __init__(self, zygotes: _Zygotes, jobs: dict[UUID, _Job]) -> None:
+    def __init__(self, zygotes: Zygotes, jobs: dict[UUID, Job]) -> None:
         self._zygotes = zygotes
         self._jobs = jobs
         self._channel = ControlChannel()
@@ -699,7 +608,7 @@ class _ReportsPid:
 class _ForkStarter:
     """Starts a flow run by a fork; it has the shape of Prefect's ``ProcessStarter``."""
 
-    def __init__(self, zygotes: _Zygotes, channel: ControlChannel, job: _Job, line: int) -> None:
+    def __init__(self, zygotes: Zygotes, channel: ControlChannel, job: Job, line: int) -> None:
         self._zygotes = zygotes
         self._channel = channel
         self._job = job
@@ -778,7 +687,7 @@ class _Processes(ProcessManager):
 class _ForkedHooks:
     """Runs on_cancellation and on_crashed hooks in a fork of their own; it has the shape of ``FlowRunHookRunner``."""
 
-    def __init__(self, zygotes: _Zygotes, jobs: dict[UUID, _Job], has_none: Callable[[UUID], bool]) -> None:
+    def __init__(self, zygotes: Zygotes, jobs: dict[UUID, Job], has_none: Callable[[UUID], bool]) -> None:
         self._zygotes = zygotes
         self._jobs = jobs
         self._has_none = has_none

@@ -7,12 +7,14 @@ import asyncio
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from uuid import UUID, uuid4
 
 import pytest
 from prefect.client.schemas.filters import LogFilter, TaskRunFilter, TaskRunFilterFlowRunId
@@ -25,8 +27,28 @@ from phasewise.stack import StackInfo
 from phasewise.worker import PRELOAD, SETUP
 from tests.integration.conftest import FLOWS, Runs
 
-INSTALLED_WITH_PREFECT = {"prefect", "anyio", "pydantic", "httpx", "httpcore", "websockets", "rich", "jinja2"}
+INSTALLED_WITH_PREFECT = {
+    "prefect",
+    "anyio",
+    "pydantic",
+    "httpx",
+    "httpcore",
+    "websockets",
+    "rich",
+    "jinja2",
+    "phasewise",
+    "duckdb",
+}
+# The first test waits for the stack to come up as well.
+pytestmark = pytest.mark.timeout(150)
+
 BEFORE_RUNNING = ["Scheduled", "Pending", "Submitting"]
+
+
+def open_files(pid: int) -> dict[int, str]:
+    """Return descriptor → what it is, such as ``socket`` or a path, of a process."""
+    links = {int(link.name): str(link.readlink()) for link in Path(f"/proc/{pid}/fd").iterdir()}
+    return {fd: "socket" if target.startswith("socket:") else target for fd, target in links.items()}
 
 
 def is_alive(pid: int) -> bool:
@@ -170,32 +192,51 @@ async def test_a_job_that_a_fork_cannot_serve_gets_a_new_python(runs: Runs, tmp_
     assert any("PREFECT_LOGGING_LEVEL" in log.message for log in logs)
 
 
-async def test_a_run_sees_the_code_of_now_not_of_the_worker_s_start(runs: Runs, tmp_path: Path) -> None:
-    file = tmp_path / "flow_of_now.py"
+@pytest.mark.parametrize("changed", ["flow_of_now.py", "part_of_now.py"], ids=["entry point", "module below it"])
+async def test_a_run_sees_the_code_of_now_not_of_the_worker_s_start(runs: Runs, tmp_path: Path, changed: str) -> None:
+    (tmp_path / "flow_of_now.py").write_text(
+        "from prefect import flow\nfrom part_of_now import PART\n\n"
+        "@flow\ndef now():\n    raise RuntimeError(PART + ' and one')\n"
+    )
+    (tmp_path / "part_of_now.py").write_text("PART = 'one'\n")
+    deployment = await runs.deploy("now", folder=tmp_path, entrypoint="flow_of_now.py:now")
     results = []
-    for version in ("one", "two"):
-        file.write_text(f"from prefect import flow\n\n@flow\ndef now():\n    raise RuntimeError('{version}')\n")
-        deployment = await runs.deploy("now", folder=tmp_path, entrypoint="flow_of_now.py:now")
+    for version in ("one", "another"):
+        file = tmp_path / changed
+        file.write_text(file.read_text().replace("one'", f"{version}'"))
         run = await runs.until(await runs.client.create_flow_run_from_deployment(deployment))
-        results.append(run.state.message)
+        results.append((run.state.message or "").count("another"))
 
-    assert ["one" in results[0], "two" in results[1]] == [True, True]
+    assert results == [0, 1]
+
+
+async def forkserver_of(runs: Runs, tmp_path: Path, deployment: UUID | None = None) -> int:
+    """Return the process that a run of the flow ``surroundings`` is forked from."""
+    file = tmp_path / f"found-{uuid4()}"
+    deployment = deployment or await runs.deploy("surroundings")
+    run = await runs.client.create_flow_run_from_deployment(deployment, parameters={"file": str(file)})
+    assert (await runs.until(run)).state.name == "Completed"
+    return int(ast.literal_eval(file.read_text())["parent"])
+
+
+async def test_a_new_version_of_a_deployment_is_forked_from_a_new_process(runs: Runs, tmp_path: Path) -> None:
+    first = await forkserver_of(runs, tmp_path, await runs.deploy("surroundings", version="1"))
+    again = await forkserver_of(runs, tmp_path, await runs.deploy("surroundings", version="1"))
+    second = await forkserver_of(runs, tmp_path, await runs.deploy("surroundings", version="2"))
+
+    assert first == again != second
 
 
 async def test_a_dead_forkserver_is_replaced(runs: Runs, tmp_path: Path) -> None:
-    file = tmp_path / "found"
-    await runs.finish("surroundings", file=str(file))
-    forkserver = ast.literal_eval(file.read_text())["parent"]
+    forkserver = await forkserver_of(runs, tmp_path)
 
     os.kill(forkserver, signal.SIGKILL)
     await until(lambda: not is_alive(forkserver))
-    run = await runs.finish("surroundings", file=str(file))
 
-    assert run.state.name == "Completed"
-    assert ast.literal_eval(file.read_text())["parent"] != forkserver
+    assert await forkserver_of(runs, tmp_path) != forkserver
 
 
-async def test_nothing_of_prefect_is_imported_after_the_fork(runs: Runs, tmp_path: Path) -> None:
+async def test_a_run_imports_nothing_of_prefect_phasewise_or_duckdb_after_the_fork(runs: Runs, tmp_path: Path) -> None:
     deployment = await runs.deploy("with_tasks")
     run = await runs.client.create_flow_run_from_deployment(deployment, state=Pending())
     api_url = get_current_settings().api.url
@@ -203,23 +244,37 @@ async def test_nothing_of_prefect_is_imported_after_the_fork(runs: Runs, tmp_pat
     entrypoint = f"{FLOWS.name}:with_tasks"
     env = {**os.environ, "PREFECT_API_URL": api_url, "PYTHONPATH": str(FLOWS.parent)}
     server = await Forkserver.start(preload=[*PRELOAD, FLOWS.stem], setup=SETUP, env=env)
-    reader, writer = os.pipe()
+    ours, theirs = socket.socketpair()
     try:
+        assert server.problems == ()
         process = await server.fork(
             f"{FLOWS.stem}:record_imports",
             {"file": str(tmp_path / "m"), "entrypoint": entrypoint, "api_url": api_url, "known": []},
             env={**env, "PREFECT__FLOW_RUN_ID": str(run.id), "PREFECT__FLOW_ENTRYPOINT": entrypoint},
             cwd=str(FLOWS.parent),
-            descriptor=reader,
+            descriptor=theirs.fileno(),
         )
         assert await process.wait() == 0
     finally:
-        os.close(reader)
-        os.close(writer)
+        ours.close()
+        theirs.close()
         await server.aclose()
 
     imported = (tmp_path / "m").read_text().split()
     assert [name for name in imported if name.partition(".")[0] in INSTALLED_WITH_PREFECT] == []
+
+
+async def test_no_connection_thread_or_file_is_open_at_the_fork() -> None:
+    server = await Forkserver.start(preload=PRELOAD, setup=SETUP, env=dict(os.environ))
+    try:
+        # Beside standard input, output and error: the socket to the worker and what waits for it and for children.
+        opened = sorted(kind for fd, kind in open_files(server.pid).items() if fd > 2)
+        status = Path(f"/proc/{server.pid}/status").read_text()  # noqa: ASYNC240
+    finally:
+        await server.aclose()
+
+    assert [kind for kind in opened if kind != "anon_inode:[eventpoll]"] == ["socket"] * 3
+    assert "Threads:\t1\n" in status
 
 
 @contextlib.contextmanager
@@ -275,6 +330,23 @@ async def test_a_worker_killed_by_kill_9_leaves_no_process_of_a_run(runs: Runs, 
         worker.kill()
 
     await until(lambda: not is_alive(process))
+
+
+async def test_a_forkserver_is_replaced_on_sighup_and_after_a_number_of_runs(
+    runs: Runs, stack: StackInfo, tmp_path: Path
+) -> None:
+    renewed = Runs(client=runs.client, pool="renewed")
+    with worker_of_a_pool("renewed", stack, PHASEWISE_FORKSERVER_RUNS="3") as worker:
+        await until_pool_exists(renewed)
+        first = await forkserver_of(renewed, tmp_path)
+        worker.send_signal(signal.SIGHUP)
+        await until(lambda: not is_alive(first))
+        found = [await forkserver_of(renewed, tmp_path) for _ in range(3)]
+        await until(lambda: not is_alive(found[0]))
+        last = await forkserver_of(renewed, tmp_path)
+
+    assert found == [found[0]] * 3
+    assert len({first, found[0], last}) == 3
 
 
 async def test_runs_start_soon_on_an_idle_stack(runs: Runs) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import venv
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 import pytest
 
 from phasewise.forkserver import ForkedProcess, ForkRefused, Forkserver, ForkserverDied
+
+SOURCE = Path(__file__).resolve().parents[2] / "src"
 
 TARGETS = """
 import os, random, signal, sys, time
@@ -160,6 +163,27 @@ async def test_a_changed_file_of_the_project_is_never_served_stale(server: Forks
 
     assert refusal.value.stale
     assert "targets.py" in str(refusal.value)
+
+
+async def test_an_installed_package_that_changed_is_never_served_stale(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    venv.create(folder / "venv", with_pip=False)
+    (folder / "phasewise-1.dist-info").mkdir()
+    (folder / "phasewise-1.dist-info/METADATA").write_text("Name: phasewise\nVersion: 1\n")
+    python = folder / "venv/bin/python"
+    site = next((folder / "venv").glob("lib/python3*/site-packages"))
+    monkeypatch.setattr(sys, "executable", str(python))
+    server = await Forkserver.start(env={**os.environ, "PYTHONPATH": f"{SOURCE}{os.pathsep}{folder}"})
+    try:
+        assert await (await fork(server, folder, "targets:code", arguments={"value": 0})).wait() == 0
+
+        (site / "shop-2.0.dist-info").mkdir()
+
+        with pytest.raises(ForkRefused, match="site-packages changed"):
+            await fork(server, folder, "targets:code", arguments={"value": 0})
+    finally:
+        await server.aclose()
 
 
 async def test_what_cannot_be_preloaded_is_named_and_the_rest_works(folder: Path) -> None:
