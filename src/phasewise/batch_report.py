@@ -56,7 +56,7 @@ def write_batch_report(
         snapshot=data.publication.snapshot if data.publication else None,
         message=message,
         source=redact_url(data.project.source.url),
-        warehouse=str(data.project.warehouse),
+        warehouse=data.project.warehouse_name,
         runs=[RunSpan.from_outcome(run) for run in data.runs],
         tables=_describe_tables(data, status),
         audits=[_describe_audit(result) for result in data.audits],

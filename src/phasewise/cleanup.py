@@ -82,7 +82,7 @@ def maintain_lake(project: Project, settings: Settings, *, orphan_grace: timedel
     """
     if not has_lake(project):
         return LakeMaintenance()
-    data = project.warehouse / "data"
+    data = Path(project.data_path)
     retention = timedelta(days=settings.snapshot_retention_days)
     try:
         with open_writer(project, settings) as connection:
@@ -94,7 +94,7 @@ def maintain_lake(project: Project, settings: Settings, *, orphan_grace: timedel
             deleted = before.keys() - _list_files(data).keys()
     except duckdb.Error as exc:
         raise LakeError(
-            f"The warehouse {project.warehouse} could not be maintained: {first_line(exc)}",
+            f"The warehouse {project.warehouse_name} could not be maintained: {first_line(exc)}",
             hint="What readers see is unchanged; the next cleanup goes on where this one stopped.",
         ) from exc
     return LakeMaintenance(

@@ -1,8 +1,9 @@
 """The warehouse: a DuckDB session with its extensions, the DuckLake in it, its snapshots and its one writer's lock.
 
 A warehouse is a folder: ``catalog.sqlite`` (DuckLake's catalog), ``data/`` (Parquet files, owned by DuckLake),
-``phasewise.json`` (the format that wrote it) and ``writer.lock``. Published tables live in the schema ``main``,
-marts in the schema ``marts``.
+``phasewise.json`` (the format that wrote it) and ``writer.lock``. Several machines have the catalog, the format and the
+lock in PostgreSQL (``phasewise.catalog``), and the data in a folder that all reach.
+Published tables live in the schema ``main``, marts in the schema ``marts``.
 """
 
 from __future__ import annotations
@@ -27,8 +28,22 @@ from pathlib import Path
 
 import duckdb
 
+from phasewise.catalog import (
+    SECRET,
+    attach_server,
+    create_catalog_secret,
+    explain_unreachable,
+    find_schema,
+    has_catalog,
+    list_options,
+    lock_catalog,
+    prepare_catalog,
+    read_format,
+)
 from phasewise.errors import LakeError, PhasewiseError, ProjectError, WarehouseBusy, WarehouseTooNew
 from phasewise.project import Project
+from phasewise.quoting import quote_identifier as quote_identifier
+from phasewise.quoting import quote_literal as quote_literal
 from phasewise.settings import Settings
 
 #: Layout of the warehouse's folder; a higher number in phasewise.json was written by a newer Phasewise.
@@ -121,9 +136,29 @@ def find_extension(name: str) -> Path:
     return path
 
 
+def list_extensions(project: Project) -> tuple[str, ...]:
+    """Return the extensions that a session of the project's warehouse needs."""
+    catalog = "postgres_scanner" if project.catalog else "sqlite_scanner"
+    return ("ducklake", catalog)
+
+
 def has_lake(project: Project) -> bool:
-    """Tell whether the project's warehouse has been created."""
-    return (project.warehouse / _CATALOG).is_file()
+    """Tell whether the project's warehouse has been created.
+
+    Raises:
+        LakeError: its catalog in PostgreSQL does not answer.
+    """
+    if project.catalog is None:
+        return (project.warehouse / _CATALOG).is_file()
+    return _find_format(project) is not None
+
+
+def reach_warehouse(connection: duckdb.DuckDBPyConnection, project: Project) -> None:
+    """Let *connection* read and write the catalog and the files of the project's warehouse, wherever they are."""
+    for name in list_extensions(project):
+        _load_extension(connection, name)  # a millisecond where it is loaded
+    if project.catalog is not None:
+        create_catalog_secret(connection, project.catalog)
 
 
 def attach_lake(
@@ -143,23 +178,29 @@ def attach_lake(
         LakeError: it is missing (*read_only*), damaged or cannot be written.
     """
     is_reader = read_only or snapshot is not None
-    if not has_lake(project):
-        if is_reader:
-            raise LakeError(
-                f"There is no warehouse in {project.warehouse}.", hint="Publish a batch first: make run-distributed"
-            )
-        _prepare_folder(project.warehouse)
+    found = _find_format(project)
+    if found is not None:
+        _check_format(project, found)
+    elif is_reader:
+        raise LakeError(
+            f"There is no warehouse in {project.warehouse_name}.", hint="Publish a batch first: make run-distributed"
+        )
     else:
-        _check_format(project.warehouse)
-    data_path = f"{project.warehouse / 'data'}{os.sep}"
-    options = [f"DATA_PATH {quote_literal(data_path)}", "OVERRIDE_DATA_PATH true", "META_JOURNAL_MODE 'WAL'"]
+        _prepare_warehouse(project)
+    reach_warehouse(connection, project)
+    options = [f"DATA_PATH {quote_literal(project.data_path)}", "OVERRIDE_DATA_PATH true"]
     options += ["READ_ONLY"] if is_reader else []
     options += [f"SNAPSHOT_VERSION {snapshot:d}"] if snapshot is not None else []
-    catalog = quote_literal(f"ducklake:sqlite:{project.warehouse / _CATALOG}")
+    if project.catalog is None:
+        catalog = f"ducklake:sqlite:{project.warehouse / _CATALOG}"
+        options += ["META_JOURNAL_MODE 'WAL'"]
+    else:
+        catalog = f"ducklake:postgres:{list_options(project.catalog)}"
+        options += [f"META_SCHEMA {quote_literal(find_schema(project.catalog))}", f"META_SECRET '{SECRET}'"]
     try:
-        connection.execute(f"ATTACH {catalog} AS {quote_identifier(name)} ({', '.join(options)})")
+        connection.execute(f"ATTACH {quote_literal(catalog)} AS {quote_identifier(name)} ({', '.join(options)})")
     except duckdb.Error as exc:
-        raise _explain_attach(project.warehouse, exc) from exc
+        raise _explain_attach(project, exc) from exc
 
 
 def prepare_lake(project: Project, settings: Settings) -> None:
@@ -167,17 +208,18 @@ def prepare_lake(project: Project, settings: Settings) -> None:
 
     Raises:
         WarehouseTooNew: a newer version wrote it.
-        LakeError: its folder cannot be written, or too little is free.
+        LakeError: its catalog or its folder cannot be written, or too little is free.
     """
-    _prepare_folder(project.warehouse)
-    if has_lake(project):
-        _check_format(project.warehouse)
-    if not os.access(project.warehouse, os.W_OK) or not os.access(project.warehouse / "data", os.W_OK):
-        raise LakeError(f"The warehouse {project.warehouse} cannot be written.", hint="Check the folder's permissions.")
-    free_bytes = shutil.disk_usage(project.warehouse).free
+    _prepare_warehouse(project)
+    _check_format(project, _find_format(project) or WAREHOUSE_FORMAT)
+    data = Path(project.data_path)
+    for folder in [data] if project.catalog else [project.warehouse, data]:
+        if not os.access(folder, os.W_OK):
+            raise LakeError(f"The warehouse {folder} cannot be written.", hint="Check the folder's permissions.")
+    free_bytes = shutil.disk_usage(data).free
     if free_bytes < settings.min_free_bytes:
         raise LakeError(
-            f"The warehouse {project.warehouse} has {free_bytes} bytes free, a batch needs {settings.min_free_bytes}.",
+            f"The warehouse {data} has {free_bytes} bytes free, a batch needs {settings.min_free_bytes}.",
             hint="Free disk space, or lower PHASEWISE_MIN_FREE_BYTES.",
         )
 
@@ -200,8 +242,19 @@ def lock_lake(project: Project, *, timeout: float) -> Iterator[None]:
 
     Raises:
         WarehouseBusy: another process still held the lock after *timeout* seconds; it names that process.
+        LakeError: the catalog in PostgreSQL does not answer.
     """
-    _prepare_folder(project.warehouse)
+    if project.catalog is None:
+        with _lock_folder(project, timeout):
+            yield
+    else:
+        with _open_server(project.catalog) as server, lock_catalog(server, project.catalog, timeout=timeout):
+            yield
+
+
+@contextmanager
+def _lock_folder(project: Project, timeout: float) -> Iterator[None]:
+    _prepare_warehouse(project)
     path = project.warehouse / _LOCK
     with path.open("a+", encoding="utf-8") as file:
         deadline = time.monotonic() + timeout
@@ -216,16 +269,6 @@ def lock_lake(project: Project, *, timeout: float) -> Iterator[None]:
         file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}))
         file.flush()
         yield
-
-
-def quote_identifier(name: str) -> str:
-    """Return *name* as an SQL identifier, whatever characters it has."""
-    return '"' + name.replace('"', '""') + '"'
-
-
-def quote_literal(text: str) -> str:
-    """Return *text* as an SQL string."""
-    return "'" + text.replace("'", "''") + "'"
 
 
 @functools.lru_cache(maxsize=1024)
@@ -290,26 +333,66 @@ def _identify(path: Path) -> tuple[int, int, int]:
     return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
-def _prepare_folder(warehouse: Path) -> None:
+@contextmanager
+def _open_server(url: str) -> Iterator[duckdb.DuckDBPyConnection]:
+    """Yield a session that is connected to the server of the catalog *url*, and used for nothing else."""
+    settings = Settings(threads=1, memory_limit="128MB")
+    with open_session(settings, extensions=("postgres_scanner",)) as connection:
+        attach_server(connection, url)
+        yield connection
+
+
+def _prepare_warehouse(project: Project) -> None:
+    """Create what of the warehouse is missing: its folders, or the schema of its catalog."""
+    _make_folder(Path(project.data_path))
+    if project.catalog is not None:
+        with _open_server(project.catalog) as server:
+            prepare_catalog(server, project.catalog, format_number=WAREHOUSE_FORMAT)
+    else:
+        _make_folder(project.warehouse)
+        _write_marker(project.warehouse)
+
+
+def _make_folder(folder: Path) -> None:
     try:
-        (warehouse / "data").mkdir(parents=True, exist_ok=True)
-        marker = warehouse / _MARKER
-        if not marker.exists():
-            fresh = marker.with_suffix(f".{uuid.uuid4().hex}")
-            fresh.write_text(json.dumps({"format": WAREHOUSE_FORMAT}))
-            fresh.replace(marker)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as exc:
-        raise LakeError(
-            f"The warehouse {warehouse} cannot be written: {exc.strerror}.",
-            hint="Check the folder's permissions and free space, or change [warehouse] path.",
-        ) from exc
+        raise _explain_folder(folder, exc) from exc
 
 
-def _check_format(warehouse: Path) -> None:
-    written = _read_marker(warehouse)
+def _write_marker(warehouse: Path) -> None:
+    marker = warehouse / _MARKER
+    if marker.exists():
+        return
+    try:
+        fresh = marker.with_suffix(f".{uuid.uuid4().hex}")
+        fresh.write_text(json.dumps({"format": WAREHOUSE_FORMAT}))
+        fresh.replace(marker)
+    except OSError as exc:
+        raise _explain_folder(warehouse, exc) from exc
+
+
+def _explain_folder(folder: Path, exc: OSError) -> LakeError:
+    return LakeError(
+        f"The warehouse {folder} cannot be written: {exc.strerror}.",
+        hint="Check the folder's permissions and free space, or change [warehouse] path.",
+    )
+
+
+def _find_format(project: Project) -> int | None:
+    """Return the format of the project's warehouse; None where there is no warehouse yet."""
+    if project.catalog is None:
+        return _read_marker(project.warehouse) if has_lake(project) else None
+    with _open_server(project.catalog) as server:
+        if not has_catalog(server, project.catalog):
+            return None
+        return read_format(server, project.catalog) or WAREHOUSE_FORMAT  # None: a plain DuckLake, as below
+
+
+def _check_format(project: Project, written: int) -> None:
     if written > WAREHOUSE_FORMAT:
         raise WarehouseTooNew(
-            f"The warehouse {warehouse} has format {written}; this version knows {WAREHOUSE_FORMAT}.",
+            f"The warehouse {project.warehouse_name} has format {written}; this version knows {WAREHOUSE_FORMAT}.",
             hint="Upgrade phasewise. Nothing was changed.",
         )
 
@@ -323,10 +406,13 @@ def _read_marker(warehouse: Path) -> int:
         raise LakeError(f"{warehouse / _MARKER} is damaged.", hint="Remove it if the warehouse is yours.") from exc
 
 
-def _explain_attach(warehouse: Path, exc: duckdb.Error) -> LakeError:
+def _explain_attach(project: Project, exc: duckdb.Error) -> LakeError:
     # The version is read from DuckLake's message, not from the catalog: a second SQLite library in this process
     # that opens and closes the file takes away the POSIX locks that the scanner holds on it.
     match = re.search(r"catalog version is ([\w.-]+), but the extension requires version ([\w.-]+)", str(exc))
+    warehouse = project.warehouse_name
+    if match is None and project.catalog is not None:
+        return explain_unreachable(project.catalog, exc)
     if match is None:
         return LakeError(
             f"The warehouse {warehouse} cannot be opened: {exc}.",
@@ -340,7 +426,7 @@ def _explain_attach(warehouse: Path, exc: duckdb.Error) -> LakeError:
         )
     return LakeError(
         f"The warehouse {warehouse} has the old DuckLake format {found}; this version needs {supported}.",
-        hint="Migrate it once with DuckDB: ATTACH 'ducklake:sqlite:…' (AUTOMATIC_MIGRATION true).",
+        hint="Migrate it once with DuckDB: ATTACH 'ducklake:…' (AUTOMATIC_MIGRATION true).",
     )
 
 

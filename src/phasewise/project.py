@@ -8,6 +8,8 @@ url = "sqlite:///data/lahman.sqlite"      # ${NAME} is taken from the environmen
 
 [warehouse]
 path = "warehouse"                        # DuckLake: catalog.sqlite and data/ below it
+catalog = "postgresql://…"                # several machines: the catalog in PostgreSQL,
+data = "/mnt/shop"                        # the Parquet files in a folder that all reach
 
 [tables]                                  # which tables; default: all of the source
 exclude = ["tmp_*"]
@@ -109,6 +111,17 @@ class SourceConfig(_Record):
 class WarehouseConfig(_Record):
     #: Folder of the lake; relative paths are relative to the project's folder.
     path: str = "warehouse"
+    #: PostgreSQL URL of the catalog, for several machines. None: ``catalog.sqlite`` in the folder.
+    catalog: str | None = Field(default=None, repr=False)
+    #: Folder of the Parquet files. None: ``data`` in the folder of the warehouse.
+    data: str | None = None
+
+    @field_validator("catalog")
+    @classmethod
+    def _catalog_is_postgres(cls, url: str | None) -> str | None:
+        if url is not None and not re.match(r"postgres(ql)?://", url):
+            raise ValueError("a catalog is a postgresql:// URL, or catalog.sqlite in the folder [warehouse] path")
+        return url
 
 
 class TableSelection(_Record):
@@ -159,7 +172,12 @@ class Project(_Record):
     name: str
     root: Path
     source: SourceConfig
+    #: Folder of the warehouse; what of it lies elsewhere is said by *catalog* and *data*.
     warehouse: Path
+    #: PostgreSQL URL of the catalog, with its password. None: ``catalog.sqlite`` in the folder.
+    catalog: str | None = Field(default=None, repr=False)
+    #: Folder of the Parquet files. None: ``data`` in the folder of the warehouse.
+    data: str | None = None
     staging: Path
     reports: Path
     tables: TableSelection
@@ -171,6 +189,16 @@ class Project(_Record):
     def find_table(self, name: str) -> Table:
         """Return what the project says about *name*; an empty Table when it says nothing."""
         return self.table.get(name) or Table()
+
+    @property
+    def warehouse_name(self) -> str:
+        """What messages call the warehouse; without a password."""
+        return redact_url(self.catalog) if self.catalog else str(self.warehouse)
+
+    @property
+    def data_path(self) -> str:
+        """Where the Parquet files are, with a "/" at its end."""
+        return f"{self.data or self.warehouse / 'data'}/"
 
 
 def load_project(root: Path) -> Project:
@@ -312,11 +340,14 @@ def _find_line(text: str, location: list[str]) -> int | None:
 
 def _build_project(root: Path, parsed: _ProjectFile) -> Project:
     state = root / parsed.project.state
+    warehouse, catalog = parsed.warehouse, parsed.warehouse.catalog
     return Project(
         name=parsed.project.name,
         root=root,
-        source=SourceConfig(url=_expand_environment(parsed.source.url)),
-        warehouse=(root / parsed.warehouse.path).resolve(),
+        source=SourceConfig(url=_expand_environment(parsed.source.url, what="source")),
+        warehouse=(root / warehouse.path).resolve(),
+        catalog=_expand_environment(catalog, what="catalog") if catalog else None,
+        data=str((root / warehouse.data).resolve()) if warehouse.data else None,
         staging=(state / "staging").resolve(),
         reports=(state / "reports").resolve(),
         tables=parsed.tables,
@@ -327,12 +358,12 @@ def _build_project(root: Path, parsed: _ProjectFile) -> Project:
     )
 
 
-def _expand_environment(url: str) -> str:
+def _expand_environment(url: str, *, what: str) -> str:
     def replace(match: re.Match[str]) -> str:
         name = match.group(1)
         if name not in os.environ:
             raise ProjectError(
-                f"The source URL needs the environment variable {name}, which is not set.",
+                f"The {what} URL needs the environment variable {name}, which is not set.",
                 hint=f"Export {name} where the command and the workers run.",
             )
         return os.environ[name]

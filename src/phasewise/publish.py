@@ -23,7 +23,7 @@ import duckdb
 from phasewise.audit import group_by_table, read_parquet
 from phasewise.disk import sync_path
 from phasewise.errors import LakeError, NothingStaged, PublishConflict, StagingError
-from phasewise.lake import attach_lake, lock_lake, open_session, quote_identifier, quote_literal
+from phasewise.lake import attach_lake, list_extensions, lock_lake, open_session, quote_identifier, quote_literal
 from phasewise.marts import MARTS_SCHEMA, build_marts, find_buildable, order_marts
 from phasewise.project import Mart, Project
 from phasewise.queries import fetch_int, first_line
@@ -111,7 +111,10 @@ def open_writer(project: Project, settings: Settings) -> Iterator[duckdb.DuckDBP
     Raises:
         WarehouseBusy: another process was writing for longer than ``lock_timeout`` seconds.
     """
-    with lock_lake(project, timeout=settings.lock_timeout), open_session(settings) as connection:
+    with (
+        lock_lake(project, timeout=settings.lock_timeout),
+        open_session(settings, extensions=list_extensions(project)) as connection,
+    ):
         attach_lake(connection, project)
         yield connection
 
@@ -257,7 +260,7 @@ def _link_files(project: Project, staged: Mapping[str, Sequence[Manifest]]) -> d
         StagingError: a staged file is missing or has another size.
         LakeError: the lake's folder cannot be written.
     """
-    data = project.warehouse / "data" / "main"
+    data = Path(project.data_path, "main")
     linked: dict[str, list[Path]] = {}
     try:
         for table, parts in staged.items():
@@ -271,7 +274,7 @@ def _link_files(project: Project, staged: Mapping[str, Sequence[Manifest]]) -> d
 
 def _cannot_write(project: Project, exc: OSError) -> LakeError:
     return LakeError(
-        f"The warehouse {project.warehouse} cannot be written: {exc.strerror or exc}. It is unchanged.",
+        f"The warehouse {project.warehouse_name} cannot be written: {exc.strerror or exc}. It is unchanged.",
         hint="Free some space, or make the folder writable, then try again.",
     )
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import duckdb
 
 from phasewise.errors import LakeError, PublishConflict
-from phasewise.lake import attach_lake, list_snapshots, open_session, quote_identifier
+from phasewise.lake import attach_lake, list_extensions, list_snapshots, open_session, quote_identifier
 from phasewise.project import Project
 from phasewise.queries import fetch_int
 from phasewise.settings import Settings
@@ -109,7 +109,7 @@ def open_reader(project: Project, settings: Settings, *, at: str | None = None) 
         LakeError: there is no warehouse.
         PublishConflict: no snapshot carries the batch *at*.
     """
-    with open_session(settings) as connection:
+    with open_session(settings, extensions=list_extensions(project)) as connection:
         attach_lake(connection, project, read_only=True)
         snapshot = find_publication(connection, at).snapshot if at else list_snapshots(connection)[-1].id
         connection.execute("detach lake")
@@ -143,7 +143,7 @@ def diff_batches(project: Project, settings: Settings, before: str, after: str) 
     Raises:
         PublishConflict: no snapshot carries one of the two.
     """
-    with open_session(settings) as connection:
+    with open_session(settings, extensions=list_extensions(project)) as connection:
         attach_lake(connection, project, read_only=True)
         publications = {name: find_publication(connection, name) for name in (before, after)}
         keys = list_keys(connection)
@@ -249,6 +249,6 @@ def require_publication(connection: duckdb.DuckDBPyConnection, project: Project)
     latest = latest_publication(connection)
     if latest is None:
         raise LakeError(
-            f"Nothing was published to the warehouse {project.warehouse} yet.", hint="Run: make run-distributed"
+            f"Nothing was published to the warehouse {project.warehouse_name} yet.", hint="Run: make run-distributed"
         )
     return latest

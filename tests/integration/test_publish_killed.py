@@ -8,7 +8,7 @@ import shutil
 import signal
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from phasewise.project import Project
 from phasewise.publish import publish_batch
 from phasewise.samples import SAMPLE_SETTINGS, change_source, stage_batch, write_project
 from phasewise.snapshots import list_publications, open_reader
+from tests.integration.warehouses import HOST, drop_catalog, is_postgres_reachable, postgres_catalog
 
 SETTINGS = SAMPLE_SETTINGS
 TABLES = [f"t{number}" for number in range(3)]
@@ -28,11 +29,23 @@ KILLS = 32
 
 @pytest.fixture(scope="module", autouse=True)
 def _preloaded():
-    lake.preload_extensions(("sqlite_scanner", "ducklake"))
+    lake.preload_extensions(("sqlite_scanner", "postgres_scanner", "ducklake"))
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def warehouse(request: pytest.FixtureRequest) -> Iterator[str]:
+    """What phasewise.toml says about the warehouse, for each kind of catalog."""
+    if request.param == "sqlite":
+        yield ""
+        return
+    if not is_postgres_reachable():
+        pytest.skip(f"no PostgreSQL with a database `test` on {HOST}:5432")
+    with postgres_catalog() as url:
+        yield f'[warehouse]\ncatalog = "{url}"\n'
 
 
 @pytest.fixture
-def project(tmp_path: Path) -> Project:
+def project(tmp_path: Path, warehouse: str) -> Project:
     source = "".join(f"create table {table} (id integer primary key, generation integer);" for table in TABLES)
     rows = "".join(
         f"insert into {table} with recursive n(i) as (select 1 union all select i + 1 from n where i < 500) "
@@ -44,7 +57,7 @@ def project(tmp_path: Path) -> Project:
         "generations": f"select distinct generation from ({union})",
         "total": f"select count(*) as n from ({union})",
     }
-    return write_project(tmp_path, source=source + rows, marts=marts)
+    return write_project(tmp_path, source=source + rows, toml=warehouse, marts=marts)
 
 
 def stage_generation(project: Project, generation: int) -> str:
@@ -185,6 +198,7 @@ def test_a_first_publisher_killed_at_any_instant_leaves_a_warehouse_that_the_nex
 
     for attempt in range(12):
         shutil.rmtree(project.warehouse)
+        drop_catalog(project.catalog)
         pid = fork(lambda: publish_batch(project, SETTINGS, batch))
         # The sleep is the test's input: the instant of the kill.
         time.sleep(random_source.uniform(0, seconds))

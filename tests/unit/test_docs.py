@@ -225,6 +225,7 @@ def test_commands_are_such_as_the_command_line_takes(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=name_page)
 def test_project_files_that_are_shown_are_valid(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SHOP_PASSWORD", "secret")
+    monkeypatch.setenv("LAKE_PASSWORD", "secret")
     for block in find_blocks(page.read_text(encoding="utf-8"), "toml"):
         if "[project.entry-points" in block:
             continue  # a pyproject.toml

@@ -1,0 +1,165 @@
+"""A catalog in PostgreSQL: made on first use, one writer at a time on any machine, never a password in a message."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from phasewise import lake
+from phasewise.cleanup import maintain_lake
+from phasewise.errors import LakeError, WarehouseBusy, WarehouseTooNew
+from phasewise.project import Project, load_project
+from phasewise.publish import publish_batch, rollback_batch
+from phasewise.samples import SAMPLE_SETTINGS, change_source, stage_batch, write_project
+from phasewise.snapshots import diff_batches, query_warehouse
+from tests.integration.warehouses import HOST, is_postgres_reachable, postgres_catalog, psql
+
+SETTINGS = SAMPLE_SETTINGS
+
+pytestmark = pytest.mark.skipif(
+    not is_postgres_reachable(), reason=f"no PostgreSQL with a database `test` on {HOST}:5432"
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _preloaded():
+    lake.preload_extensions(("sqlite_scanner", "postgres_scanner", "ducklake"))
+
+
+@pytest.fixture
+def catalog() -> Iterator[str]:
+    with postgres_catalog() as url:
+        yield url
+
+
+@pytest.fixture
+def project(tmp_path: Path, catalog: str) -> Project:
+    (tmp_path / "mnt").mkdir()
+    return write_project(
+        tmp_path,
+        source="create table t (id integer primary key, n integer); insert into t values (1, 10), (2, 20);",
+        toml=f'[warehouse]\ncatalog = "{catalog}"\ndata = "mnt"\n',
+        marts={"total": "select sum(n) as total from t"},
+    )
+
+
+def test_two_lines_put_the_catalog_into_postgresql_and_the_files_elsewhere(project: Project):
+    assert not lake.has_lake(project)
+    lake.prepare_lake(project, SETTINGS)
+    assert not lake.has_lake(project)
+    first = stage_batch(project)
+
+    publish_batch(project, SETTINGS, first)
+
+    assert lake.has_lake(project)
+    assert not project.warehouse.exists()
+    assert list((project.root / "mnt" / "main" / "t").glob("*.parquet"))
+    assert query_warehouse(project, SETTINGS, "from total")[1] == [(30,)]
+
+
+def test_looking_back_and_going_back_work_as_with_a_catalog_in_sqlite(project: Project):
+    first = stage_batch(project)
+    publish_batch(project, SETTINGS, first)
+    change_source(project.root, "update t set n = 21 where id = 2; insert into t values (3, 30);")
+    second = stage_batch(project)
+    publish_batch(project, SETTINGS, second)
+
+    (difference,) = diff_batches(project, SETTINGS, first, second)
+    assert (difference.added, difference.removed, difference.changed) == (1, 0, 1)
+    assert query_warehouse(project, SETTINGS, "from total", at=first)[1] == [(30,)]
+    rollback_batch(project, SETTINGS, first)
+    maintain_lake(project, SETTINGS)
+
+    assert query_warehouse(project, SETTINGS, "from total")[1] == [(30,)]
+
+
+def test_a_second_writer_is_told_who_holds_the_lock(project: Project):
+    with (
+        lake.lock_lake(project, timeout=0),
+        pytest.raises(WarehouseBusy, match=f"Process {os.getpid()} on .* is writing"),
+        lake.lock_lake(project, timeout=0.1),
+    ):
+        pass
+
+    with lake.lock_lake(project, timeout=5):
+        pass
+
+
+def test_two_catalogs_of_one_database_have_a_lock_each(project: Project, tmp_path: Path):
+    with postgres_catalog() as url:
+        other = project.model_copy(update={"catalog": url})
+
+        with lake.lock_lake(project, timeout=0), lake.lock_lake(other, timeout=0):
+            pass
+
+
+def test_the_lock_ends_with_the_process_that_holds_it(project: Project):
+    code = textwrap.dedent("""
+        import os, signal, sys
+        from pathlib import Path
+        from phasewise import lake
+        from phasewise.project import load_project
+        with lake.lock_lake(load_project(Path(sys.argv[1])), timeout=0):
+            os.kill(os.getpid(), signal.SIGKILL)
+    """)
+    done = subprocess.run([sys.executable, "-c", code, str(project.root)], timeout=50, check=False)
+    assert done.returncode == -signal.SIGKILL
+
+    # The server needs a moment to see that the connection is closed.
+    with lake.lock_lake(project, timeout=5):
+        pass
+
+
+def test_a_warehouse_of_a_newer_phasewise_is_refused(project: Project, catalog: str):
+    publish_batch(project, SETTINGS, stage_batch(project))
+    psql(f"update {catalog.rpartition('=')[2]}.phasewise_format set format = {lake.WAREHOUSE_FORMAT + 1}")
+
+    with lake.open_session(SETTINGS) as connection, pytest.raises(WarehouseTooNew, match="Nothing was changed"):
+        lake.attach_lake(connection, project)
+
+
+def test_a_catalog_that_does_not_answer_is_named_without_its_password(project: Project, tmp_path: Path):
+    url = f"postgresql://postgres:hush@{HOST}:1/test?schema=x"
+    away = project.model_copy(update={"catalog": url})
+
+    with pytest.raises(LakeError, match=r"postgresql://postgres:\*\*\*@.*Connection refused") as caught:
+        lake.prepare_lake(away, SETTINGS)
+
+    chain = f"{caught.value} {caught.value.__cause__} {away!r} {away.warehouse_name}"
+    assert "hush" not in chain
+
+
+def test_a_schema_that_may_not_be_created_is_an_error_of_the_warehouse(project: Project, catalog: str):
+    role = f"pw_{catalog[-8:]}"
+    psql(f"create role {role} login password 'x'")
+    try:
+        poor = project.model_copy(update={"catalog": catalog.replace("postgres:a%20secret", f"{role}:x")})
+
+        with pytest.raises(LakeError, match="permission denied for database test"):
+            lake.prepare_lake(poor, SETTINGS)
+    finally:
+        psql(f"drop role {role}")
+
+
+def test_options_of_the_url_reach_the_server(project: Project, catalog: str):
+    named = project.model_copy(update={"catalog": f"{catalog}&application_name=it%27s%20me"})
+
+    with lake.open_session(SETTINGS) as connection:
+        lake.attach_lake(connection, named)
+        connection.execute("from lake.snapshots()").fetchall()
+        assert psql("select count(*) from pg_stat_activity where application_name = 'it''s me'").strip() != "0"
+
+
+def test_the_password_comes_from_the_environment(project: Project, catalog: str, monkeypatch: pytest.MonkeyPatch):
+    file = project.root / "phasewise.toml"
+    file.write_text(file.read_text().replace("a%20secret", "${LAKE_PASSWORD}"))
+    monkeypatch.setenv("LAKE_PASSWORD", "a%20secret")
+
+    assert load_project(project.root).catalog == catalog
