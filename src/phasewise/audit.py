@@ -175,12 +175,15 @@ def _audit_completeness(staged: Sequence[str], planned: Sequence[str]) -> AuditR
 
 
 def _audit_row_count(connection: duckdb.DuckDBPyConnection, table: str, parts: Sequence[Manifest]) -> AuditResult:
-    """The files hold as many rows as their manifests say, and as the source had."""
+    """The files hold as many rows as their manifests say, and as the source had: of each part, and of the whole."""
     staged = fetch_int(connection, f"select count(*) from {quote_identifier(table)}")
     written = sum(part.rows for part in parts)
     in_source = sum(part.source_rows for part in parts)
-    bad = max(abs(staged - in_source), abs(staged - written))
+    whole = in_source if parts[0].table_rows is None else parts[0].table_rows
+    bad = max(abs(staged - in_source), abs(staged - written), abs(staged - whole))
     detail = f"{staged} rows are staged, {written} were written and the source had {in_source}" if bad else ""
+    if whole != in_source:
+        detail += f" in {len(parts)} partitions, {whole} in the whole table: it was written anew while it was read"
     return AuditResult(name="row count", table=table, bad_rows=bad, detail=detail)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import partial
@@ -43,6 +43,7 @@ from phasewise.history import read_batch_runs, read_durations
 from phasewise.local import LocalFlowRuns, hold_project
 from phasewise.orchestrator import run_phases, start_phase
 from phasewise.outcomes import StepOutcome
+from phasewise.partitions import SplitTable, name_item
 from phasewise.pipeline import BATCH, FanOut, Phase, Step, load_phases
 from phasewise.plan import order_longest_first
 from phasewise.project import Project, find_project, load_project, redact_url, resolve_table
@@ -236,14 +237,14 @@ def _combine(problems: list[PhasewiseError]) -> PhasewiseError:
 
 @_etl_flow("sub-etl-job")
 async def sub_etl(batch_id: str | None = None) -> dict[str, Any]:
-    """Stage all tables of the project in parallel, then run both cleanups in parallel."""
+    """Stage all tables of the project in parallel, large ones in parts, then run both cleanups in parallel."""
     project, settings = _load()
     batch = batch_id or _own_run_id() or staging.new_batch_id()
     tables = sources.list_project_tables(project, sources.open_source(project, settings))
     tables = list(staging.begin_batch(project, batch, tables).tables)
-    tables = _order(project, settings, tables)
-    with staging.open_snapshot(project, settings, batch):
-        failed = await _stage_tables(project, settings, batch, tables)
+    with staging.open_snapshot(project, settings, batch) as snapshot:
+        splits = staging.plan_partitions(project, settings, batch, snapshot)
+        failed = await _stage_tables(project, settings, batch, _plan_fan_out(project, settings, tables, splits))
     await _clean_up(project, settings, batch)
     return {"completed_tables": len(tables) - failed} | ({"failed_tables": failed} if failed else {})
 
@@ -252,49 +253,70 @@ async def sub_etl(batch_id: str | None = None) -> dict[str, Any]:
 _SOURCE_AT_FAULT = (TableMissing.__name__, SchemaDrift.__name__, UnfaithfulValue.__name__)
 
 
-def _order(project: Project, settings: Settings, tables: list[str]) -> list[str]:
-    """Return *tables* with those first that will take longest: by past batches, else by the rows of the source."""
-    durations: dict[str, float] = {}
-    with suppress(httpx.HTTPError):  # the order is not worth a batch
-        durations = read_durations("process-table-etl", max_runs=3 * len(tables)) if _has_server() and tables else {}
-    source = sources.open_source(project, settings)
-    sizes: dict[str, int] = {}
-    for table in tables:
-        with suppress(SourceError):  # its own flow run reports what is wrong with it
-            estimate = source.describe_table(table).row_estimate
-            sizes |= {table: estimate} if estimate is not None else {}
-    return order_longest_first(tables, durations=durations, sizes=sizes)
-
-
-async def _stage_tables(project: Project, settings: Settings, batch: str, tables: list[str]) -> int:
-    """Stage *tables* and return how many failed within the failure budget."""
-    fan_out = FanOut(
+def _plan_fan_out(project: Project, settings: Settings, tables: list[str], splits: Mapping[str, SplitTable]) -> FanOut:
+    """Return one flow run per table, or per part of a table that is split, those first that will take longest."""
+    parts = {
+        name_item(table, part.name): {"table": table, "partition": part.name}
+        for table, split in splits.items()
+        for part in split.partitions
+    }
+    items = [table for table in tables if table not in splits] + list(parts)
+    return FanOut(
         name="process_table_etl",
         deployment="process-table-etl/process-table-etl-deployment",
         parameters={"batch_id": BATCH},
         over="table",
-        items=tables,
+        items=_order(project, settings, items, splits),
+        parts=parts,
         allow_failed=project.pipeline.allow_failed,
     )
+
+
+def _order(project: Project, settings: Settings, items: list[str], splits: Mapping[str, SplitTable]) -> list[str]:
+    """Return *items* with those first that will take longest: by past batches, else by the rows of the source."""
+    durations: dict[str, float] = {}
+    with suppress(httpx.HTTPError):  # the order is not worth a batch
+        durations = read_durations("process-table-etl", max_runs=3 * len(items)) if _has_server() and items else {}
+    source = sources.open_source(project, settings)
+    sizes = {
+        name_item(split.table, part.name): split.rows // len(split.partitions)
+        for split in splits.values()
+        for part in split.partitions
+    }
+    for table in items:
+        if table in sizes:
+            continue
+        with suppress(SourceError):  # its own flow run reports what is wrong with it
+            estimate = source.describe_table(table).row_estimate
+            sizes |= {table: estimate} if estimate is not None else {}
+    return order_longest_first(items, durations=durations, sizes=sizes)
+
+
+async def _stage_tables(project: Project, settings: Settings, batch: str, fan_out: FanOut) -> int:
+    """Stage the items of *fan_out* and return how many tables failed within the failure budget."""
     logger = current_logger()
-    logger.info("Triggering %d instances of %s...", len(tables), fan_out.flow_name)
+    logger.info("Triggering %d instances of %s...", len(fan_out.items), fan_out.flow_name)
     phase = Phase(name="tables", steps=[fan_out])
     started = await start_phase(
         phase, batch=batch, crash_retries=settings.crash_retries, flow_runs=_flow_runs(project, settings)
     )
-    logger.info("Waiting for all %d ETL subflows to complete...", len(tables))
+    logger.info("Waiting for all %d ETL subflows to complete...", len(fan_out.items))
     try:
         failed = (await started.wait()).tolerated
     except FlowRunsFailed as exc:
         if any(name in outcome.message for outcome in exc.outcomes for name in _SOURCE_AT_FAULT):
             staging.forget_snapshot(project, batch)
         raise
-    staging.give_up_tables(project, batch, {run.item: run.describe() for run in failed if run.item})
+    # The parts of one table give up the whole: readers never get some of them.
+    reasons: dict[str, list[str]] = {}
+    for run in failed:
+        reasons.setdefault(fan_out.find_whole(run.item or ""), []).append(run.describe())
+    staging.give_up_tables(project, batch, {table: "; ".join(lines) for table, lines in reasons.items()})
     if failed:
-        logger.warning("%d of %d ETL subflows failed, within the budget", len(failed), len(tables))
+        logger.warning("%d of %d ETL subflows failed, within the budget", len(failed), len(fan_out.items))
     else:
-        logger.info("All %d ETL subflows completed successfully", len(tables))
-    return len(failed)
+        logger.info("All %d ETL subflows completed successfully", len(fan_out.items))
+    return len(reasons)
 
 
 async def _clean_up(project: Project, settings: Settings, batch: str) -> None:
@@ -313,11 +335,15 @@ def _cleanup_step(name: str, flow_name: str) -> Step:
 
 
 @_etl_flow("process-table-etl")
-def process_table_etl(table: str, batch_id: str | None = None) -> dict[str, Any]:
-    """Extract *table* into the staging of the batch (a new batch when none is given) and write its manifest."""
-    manifest = _run_task(sql_query_task, table, batch_id or staging.new_batch_id())
+def process_table_etl(table: str, batch_id: str | None = None, partition: str | None = None) -> dict[str, Any]:
+    """Extract *table* into the staging of the batch (a new batch when none is given) and write its manifest.
+
+    With *partition* only that part of a table which the batch has split, such as ``2/4``.
+    """
+    manifest = _run_task(sql_query_task, table, batch_id or staging.new_batch_id(), partition)
     summary = {
         "table": manifest.table,
+        **({"partition": manifest.partition} if manifest.partition else {}),
         "rows": manifest.rows,
         "size_bytes": manifest.size_bytes,
         "seconds": round(manifest.seconds, 3),
@@ -334,13 +360,17 @@ def process_table_etl(table: str, batch_id: str | None = None) -> dict[str, Any]
     retry_delay_seconds=_RETRY_DELAYS,
     retry_condition_fn=_should_retry,
 )
-def sql_query_task(table: str, batch: str) -> staging.Manifest:
+def sql_query_task(table: str, batch: str, partition: str | None) -> staging.Manifest:
     project, settings = _load()
     known = sources.list_project_tables(project, sources.open_source(project, settings))
     table = resolve_table(table, known)
-    manifest = staging.extract_table(project, settings, batch=batch, table=table)
+    manifest = staging.extract_table(project, settings, batch=batch, table=table, partition=partition)
     current_logger().info(
-        "%s: %d rows, %d bytes staged in %.2f s", table, manifest.rows, manifest.size_bytes, manifest.seconds
+        "%s: %d rows, %d bytes staged in %.2f s",
+        name_item(table, partition),
+        manifest.rows,
+        manifest.size_bytes,
+        manifest.seconds,
     )
     return manifest
 

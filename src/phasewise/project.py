@@ -77,6 +77,8 @@ class Table(_Record):
     #: A condition in the SQL of the source; rows for which it does not hold are not loaded.
     where: str | None = Field(default=None, min_length=1)
     references: tuple[Reference, ...] = ()
+    #: Rows above which the table is split into partitions; 0: never, None: as the setting says.
+    partition_rows: int | None = Field(default=None, ge=0)
 
 
 class Audit(_Record):

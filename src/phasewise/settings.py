@@ -34,6 +34,11 @@ class Settings(BaseSettings):
         default="10GB", description="Disk that DuckDB may use for temporary files in one flow run, such as 10GB."
     )
     threads: int = Field(default=2, ge=1, description="Threads that DuckDB may use in one flow run.")
+    partition_rows: int = Field(
+        default=2_000_000,
+        ge=0,
+        description="Rows above which a table is split into partitions, each a flow run of its own; 0: never.",
+    )
     connect_timeout: float = Field(default=10.0, gt=0, description="Seconds to wait for a source database to answer.")
     min_free_bytes: int = Field(
         default=256 * 1024 * 1024, ge=0, description="Free bytes that staging and the lake need before a batch starts."

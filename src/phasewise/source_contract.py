@@ -21,7 +21,14 @@ from phasewise.lake import open_session, quote_literal
 from phasewise.project import Project, load_project
 from phasewise.settings import Settings
 from phasewise.sources import Source, check_project, describe_project_table, open_source
-from phasewise.staging import extract_table, open_snapshot, staged_files
+from phasewise.staging import (
+    begin_batch,
+    extract_table,
+    list_manifests,
+    open_snapshot,
+    plan_partitions,
+    staged_files,
+)
 
 #: What the table ``contract`` holds.
 ROWS = [(1, "plain"), (2, ""), (3, None), (4, 'ü "quoted" \\ \' 😀\nnext line')]
@@ -118,6 +125,22 @@ class SourceContract:
         assert raised is not None
         assert not isinstance(raised, SourceUnavailable)
         assert '"contract"' in str(raised)
+
+    def test_the_parts_of_a_table_have_each_of_its_rows_once(self, tmp_path: Path) -> None:
+        project, _ = self._open(tmp_path, "[table.contract]\npartition_rows = 2\n")
+        begin_batch(project, "b1", ["contract"])
+
+        with open_snapshot(project, self.settings, "b1") as token:
+            split = plan_partitions(project, self.settings, "b1", token).get("contract")
+            for name in split.list_names() if split else [None]:
+                extract_table(project, self.settings, batch="b1", table="contract", partition=name)
+
+        parts = list_manifests(project, "b1")
+        assert all(part.rows == part.source_rows for part in parts)
+        with open_session(self.settings, extensions=()) as connection:
+            files = [str(path) for part in parts for path in staged_files(project, part)]
+            rows = connection.execute("FROM read_parquet(?) ORDER BY id", [files]).fetchall()
+        assert [(int(row[0]), row[1]) for row in rows] == ROWS
 
     def test_a_table_without_rows_keeps_its_columns(self, tmp_path: Path) -> None:
         project, _ = self._open(tmp_path)

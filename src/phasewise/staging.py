@@ -1,12 +1,13 @@
 """Staging: what a batch has extracted and not yet published.
 
     staging/<batch>/batch.json                     the plan: which tables belong to the batch
+    staging/<batch>/partitions.json                which of them are split, and into which parts
     staging/<batch>/<table>/<attempt>.parquet      rows
     staging/<batch>/<table>/manifest.json          written last; without it the folder counts for nothing
     staging/<batch>/published.json                 the snapshot that the batch became
 
-Each table is written by one process at a time (a lock of its folder), and read only once its manifest is there,
-so that nothing half-written is ever taken for complete.
+Each table, or each part of one that is split, has a folder that is written by one process at a time (its lock), and
+read only once its manifest is there, so that nothing half-written is ever taken for complete.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import shutil
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,15 @@ import duckdb
 from phasewise.disk import explain_os_error, explain_write, sync_path, write_atomically, write_once
 from phasewise.errors import NothingStaged, PhasewiseError, SourceUnavailable, StagingError
 from phasewise.lake import open_session, quote_literal
+from phasewise.partitions import (
+    Partition,
+    SplitTable,
+    find_partition,
+    name_item,
+    read_splits,
+    split_tables,
+    write_splits,
+)
 from phasewise.project import Project
 from phasewise.settings import Settings
 from phasewise.sources import (
@@ -59,8 +69,10 @@ class Manifest:
 
     batch: str
     table: str
-    #: Always None for now: tables are extracted whole.
+    #: Which part of the table it is of; None: of the whole.
     partition: str | None = None
+    #: Rows of the whole table, as the source counted them when it was split.
+    table_rows: int | None = None
     rows: int
     #: Of the files on disk, compressed.
     size_bytes: int
@@ -217,6 +229,37 @@ def read_given_up(project: Project, batch: str) -> dict[str, str]:
     return {table: reason for table, reason in reasons.items() if table not in staged}
 
 
+def plan_partitions(
+    project: Project, settings: Settings, batch: str, snapshot: SnapshotToken | None
+) -> dict[str, SplitTable]:
+    """Decide which tables of *batch* are staged in parts, and write it down; return table → its parts.
+
+    What was decided at the same moment of the source, or is staged completely, stays. A table that was staged in
+    part at another moment is divided anew, and its parts from then are removed.
+
+    Raises:
+        SourceUnavailable: the source does not answer.
+        StagingError: staging cannot be written.
+    """
+    folder = _batch_folder(project, batch)
+    plan = read_plan(project, batch)
+    before = read_splits(folder)
+    moment = snapshot["id"] if snapshot else None
+    staged = {manifest.table for manifest in list_manifests(project, batch)}
+    kept = {table: split for table, split in before.items() if table in staged or split.moment == moment}
+    open_tables = [table for table in (plan.tables if plan else ()) if table not in {*kept, *staged}]
+    whole = {table: replace(before[table], partitions=(), moment=moment) for table in open_tables if table in before}
+    splits = {**before, **whole, **split_tables(project, settings, open_tables, snapshot, before=before)}
+    try:
+        if splits != before:
+            write_splits(folder, splits)
+        for item in (name_item(table, name) for table in whole for name in before[table].list_names()):
+            shutil.rmtree(folder / _folder_name(item), ignore_errors=True)
+    except OSError as exc:
+        raise explain_os_error(folder, exc) from exc
+    return {table: split for table, split in splits.items() if split.partitions}
+
+
 @contextmanager
 def open_snapshot(project: Project, settings: Settings, batch: str) -> Iterator[SnapshotToken | None]:
     """Hold one moment of the source for all processes that extract tables of *batch*.
@@ -277,51 +320,60 @@ def extract_table(
     partition: str | None = None,
     snapshot: SnapshotToken | None = None,
 ) -> Manifest:
-    """Extract one table of the source into staging, as zstd Parquet; memory is bounded by the settings.
+    """Extract one table of the source, or one part of it, into staging, as zstd Parquet, in bounded memory.
 
     Rows and the source's own count are of one moment: that of *snapshot*, else the one that ``open_snapshot`` holds
     for the batch, else that of a transaction of their own.
-    A table that is already staged for *batch* is not extracted again: its manifest is returned.
+    What is already staged for *batch* is not extracted again: its manifest is returned.
 
     Raises:
         SourceUnavailable: the source does not answer.
         TableMissing: the source lacks the table.
         SchemaDrift: the table does not fit its contract.
         UnfaithfulValue: a value would change; the message names column, sample row and the option that decides.
-        StagingError: staging cannot be written, or another process is extracting the same table.
+        StagingError: staging cannot be written, another process is extracting the same, or the table is not split so.
     """
-    if partition is not None:
-        raise StagingError(f'Table "{table}" has no partition "{partition}".', hint="Extract the whole table.")
     if read_plan(project, batch) is None:
         begin_batch(project, batch, [table])
-    folder = _batch_folder(project, batch) / _folder_name(table)
-    with _hold_folder(folder, table):
+    item = name_item(table, partition)
+    folder = _batch_folder(project, batch) / _folder_name(item)
+    snapshot = snapshot or _read_token(folder.parent)
+    split = read_splits(folder.parent).get(table)
+    part = find_partition(split, table, partition, snapshot)
+    with _hold_folder(folder, item):
         staged = _read_complete(folder)
         if staged is not None:
             return staged
         _remove_leftovers(folder)
-        return _extract(project, settings, folder, batch, table, snapshot or _read_token(folder.parent))
+        return _extract(project, settings, folder, batch, table, snapshot, part, split)
 
 
-def read_manifest(project: Project, batch: str, table: str) -> Manifest:
-    """Return the manifest of a staged table.
+def read_manifest(project: Project, batch: str, table: str, partition: str | None = None) -> Manifest:
+    """Return the manifest of a staged table, or of a part of it.
 
     Raises:
         NothingStaged: the table is not staged, or not completely.
     """
-    manifest = _read_complete(_batch_folder(project, batch) / _folder_name(table))
+    manifest = _read_complete(_batch_folder(project, batch) / _folder_name(name_item(table, partition)))
     if manifest is None:
         raise NothingStaged(f'Table "{table}" is not staged in batch {batch}.', hint="Extract it first.")
     return manifest
 
 
 def list_manifests(project: Project, batch: str) -> list[Manifest]:
-    """Return the manifests of the tables that are staged completely, in name order."""
+    """Return the manifests of the tables that are staged completely, with all of their parts, in name order."""
     folder = _batch_folder(project, batch)
     if not folder.is_dir():
         return []
     found = [manifest for entry in folder.iterdir() if (manifest := _read_complete(entry)) is not None]
-    return sorted(found, key=lambda manifest: manifest.table)
+    staged = {(manifest.table, manifest.partition): manifest for manifest in found}
+    splits = read_splits(folder)
+    complete: list[Manifest] = []
+    for table in sorted({manifest.table for manifest in found}):
+        wanted = splits[table].list_names() if table in splits else [None]
+        if all((table, name) in staged for name in wanted):
+            complete += [staged[table, name] for name in wanted]
+    return complete
 
 
 def list_batches(project: Project) -> list[Batch]:
@@ -360,14 +412,14 @@ def mark_published(project: Project, batch: str, snapshot: int) -> None:
 
 
 def staged_files(project: Project, manifest: Manifest) -> list[Path]:
-    """Return the Parquet files of a staged table."""
-    folder = _batch_folder(project, manifest.batch) / _folder_name(manifest.table)
+    """Return the Parquet files of a staged table, or of a part of it."""
+    folder = _batch_folder(project, manifest.batch) / _folder_name(name_item(manifest.table, manifest.partition))
     return [folder / name for name in manifest.files]
 
 
 def name_manifest(manifest: Manifest) -> str:
     """Return the path of a manifest's file below the staging folder, which may have another name on each machine."""
-    return f"{manifest.batch}/{_folder_name(manifest.table)}/{_MANIFEST}"
+    return f"{manifest.batch}/{_folder_name(name_item(manifest.table, manifest.partition))}/{_MANIFEST}"
 
 
 def find_batch_folder(project: Project, batch: str) -> Path:
@@ -386,6 +438,8 @@ def _extract(
     batch: str,
     name: str,
     snapshot: SnapshotToken | None,
+    part: Partition | None,
+    split: SplitTable | None,
 ) -> Manifest:
     started_at = datetime.now(UTC)
     source = open_source(project, settings)
@@ -396,10 +450,14 @@ def _extract(
         # Attached first, so that the table is described as it is in the snapshot.
         source.attach(connection, snapshot)
         table = describe_project_table(project, source, name)
+        if part is not None:
+            table = replace(table, conditions=(*table.conditions, part.condition))
         rows, source_rows = _copy(connection, source, table, path, snapshot)
     manifest = Manifest(
         batch=batch,
         table=name,
+        partition=part.name if part else None,
+        table_rows=split.rows if part and split else None,
         rows=rows,
         size_bytes=path.stat().st_size,
         source_rows=source_rows,
@@ -532,11 +590,11 @@ def _remove_leftovers(folder: Path) -> None:
 def _read_batch(project: Project, folder: Path) -> Batch | None:
     try:
         plan = read_plan(project, folder.name)
+        if plan is None:
+            return None
+        staged = sorted({manifest.table for manifest in list_manifests(project, folder.name)})
     except StagingError:
         return None
-    if plan is None:
-        return None
-    staged = [manifest.table for manifest in list_manifests(project, folder.name)]
     settled = {*staged, *read_given_up(project, folder.name)}
     return Batch(
         id=plan.batch,

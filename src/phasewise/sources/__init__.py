@@ -134,6 +134,13 @@ class Source(Protocol):
             UnfaithfulValue: the source knows of values that the rows read before do not show.
         """
 
+    def split(self, connection: duckdb.DuckDBPyConnection, table: SourceTable, limit: int) -> list[str]:
+        """Return conditions that divide the table's rows into parts of like size, of about *limit* rows at most.
+
+        Every row fulfils exactly one of them, also one that comes later. Empty where the table has no more rows than
+        that, or the source nothing to divide it by.
+        """
+
     def explain(self, connection: duckdb.DuckDBPyConnection, table: SourceTable, error: Exception) -> PhasewiseError:
         """Return what a failed ``select`` means: column, sample row and what to do. The transaction has ended."""
 

@@ -99,6 +99,11 @@ class FilesSource:
         assert row is not None  # an aggregate has a row
         return int(row[0])
 
+    def split(self, connection: duckdb.DuckDBPyConnection, table: SourceTable, limit: int) -> list[str]:
+        """Divide by files: a file is read by one partition, so a table of one file is none to divide."""
+        del connection, table, limit
+        return []
+
     def explain(self, connection: duckdb.DuckDBPyConnection, table: SourceTable, error: Exception) -> PhasewiseError:
         try:
             found = self._find_unfaithful(connection, table)

@@ -25,6 +25,7 @@ from phasewise.project import redact_url
 from phasewise.settings import Settings
 from phasewise.sources import Column, SnapshotToken, SourceTable
 from phasewise.sources.decoding import MOMENTS, decode_text, explain_unfaithful, fail_where_null
+from phasewise.sources.ranges import divide, find_range_columns, is_range_nullable, query_bounds
 
 #: MySQL's type name → the lake's type; integers have an unsigned sister (``U`` before the name).
 _PLAIN = {
@@ -156,6 +157,19 @@ class MysqlSource:
         if before is not None and min(before, after) <= rows_read <= max(before, after):
             return rows_read
         return after
+
+    def split(self, connection: duckdb.DuckDBPyConnection, table: SourceTable, limit: int) -> list[str]:
+        """Divide by the key."""
+        names = find_range_columns(table)
+        rows = _count(connection, table)
+        if not names or rows <= limit:
+            return []
+        columns = [_quote_name(name) for name in names]
+        printed = [f"cast({column} AS char)" for column in columns]
+        query = query_bounds(columns, printed, f"{_quote_name(table.name)}{table.where()}", rows=rows, limit=limit)
+        bounds = [bound for bound in connection.execute(_query(query)).fetchall() if None not in bound]
+        literals = [[_quote_text(str(value)) for value in bound] for bound in bounds]
+        return divide(columns, literals, is_nullable=is_range_nullable(table, names))
 
     def explain(self, connection: duckdb.DuckDBPyConnection, table: SourceTable, error: Exception) -> PhasewiseError:
         try:

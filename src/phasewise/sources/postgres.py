@@ -24,6 +24,7 @@ from phasewise.project import redact_url
 from phasewise.settings import Settings
 from phasewise.sources import Column, SnapshotToken, SourceTable
 from phasewise.sources.decoding import explain_unfaithful
+from phasewise.sources.ranges import divide, find_bounds, find_range_columns, is_range_nullable, query_bounds
 
 #: PostgreSQL's internal type name → the lake's type, where the binary scan keeps every value.
 _PLAIN = {
@@ -66,6 +67,19 @@ LEFT JOIN pg_index i ON i.indrelid = c.oid AND i.indisprimary
 WHERE c.relkind IN ('r', 'p', 'v', 'm', 'f')
 ORDER BY c.relname, a.attnum
 """
+_PAGES = """
+SELECT (pg_relation_size({table}::regclass) / current_setting('block_size')::int)::bigint AS pages,
+       pg_relation_filenode({table}::regclass)::bigint AS filenode,
+       current_setting('server_version_num')::int AS version
+"""
+_ROWS_OF_PAGES = """
+SELECT page::bigint AS page, (SELECT count(*) FROM {rows}) AS rows
+FROM generate_series(0, {pages} - 1, {step}) AS page
+"""
+#: A page of 8 KiB holds no more rows, nor does a larger one by more than its size.
+_MAX_ROWS_OF_PAGE = 291
+#: Pages whose rows are counted to find out where a table is to be divided; of a smaller table all are.
+_SAMPLE_PAGES = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,6 +191,33 @@ class PostgresSource:
                 raise self._explain_unfaithful(connection, table, column, test, count)
         return int(row[0])
 
+    def split(self, connection: duckdb.DuckDBPyConnection, table: SourceTable, limit: int) -> list[str]:
+        """Divide by pages, so that each partition reads its own alone; a partitioned table by its key.
+
+        Pages are divided evenly by their rows, not by their number: those of a table from which much was deleted are
+        half empty.
+        """
+        relation = self._read_catalogue()[table.name]
+        if relation.kind not in "rp":
+            return []
+        name = quote_literal(self._qualify(table))
+        pages, filenode, version = connection.execute(_query(_PAGES.format(table=name))).fetchall()[0]
+        if relation.kind == "p" or relation.has_children or version < 140000:  # no range of pages was scanned alone
+            return self._split_by_key(connection, table, limit)
+        if pages * _MAX_ROWS_OF_PAGE <= limit:
+            return []
+        step = -(-pages // _SAMPLE_PAGES)
+        rows = self._qualify(table) + table.where(
+            "ctid >= format('(%s,0)', page)::tid", "ctid < format('(%s,0)', page + 1)::tid"
+        )
+        query = _query(_ROWS_OF_PAGES.format(rows=rows, pages=pages, step=step))
+        blocks = [(page, count * step) for page, count in connection.execute(query).fetchall()]
+        bounds = [[f"'({page},0)'::tid"] for page in find_bounds(sorted(blocks), limit)]
+        # A table that is written anew (VACUUM FULL) while its partitions are read has its rows in other pages: a
+        # partition then finds none at all, and the sum of all is not what the table had.
+        same = f"pg_relation_filenode({name}::regclass) = {filenode}"
+        return [f"{same} AND {condition}" for condition in divide(["ctid"], bounds)]
+
     def explain(self, connection: duckdb.DuckDBPyConnection, table: SourceTable, error: Exception) -> PhasewiseError:
         try:
             self.count_rows(connection, table, 0)
@@ -237,6 +278,18 @@ class PostgresSource:
         # The scanner's own conditions are SQL of DuckDB, and those of the table are the server's.
         is_natural = not table.conditions and set(table.columns) <= set(relation.table.columns)
         return is_natural and relation.is_plain and relation.kind == "r" and not relation.has_children
+
+    def _split_by_key(self, connection: duckdb.DuckDBPyConnection, table: SourceTable, limit: int) -> list[str]:
+        names = find_range_columns(table)
+        relation = self._qualify(table) + table.where()
+        rows = connection.execute(_query(f"SELECT count(*) AS rows FROM {relation}")).fetchall()[0][0]
+        if not names or rows <= limit:
+            return []
+        columns = [quote_identifier(name) for name in names]
+        printed = [f"quote_literal({column}::text)" for column in columns]
+        query = _query(query_bounds(columns, printed, relation, rows=rows, limit=limit))
+        bounds = [bound for bound in connection.execute(query).fetchall() if None not in bound]
+        return divide(columns, bounds, is_nullable=is_range_nullable(table, names))
 
     def _qualify(self, table: SourceTable) -> str:
         return f"{quote_identifier(self._schema)}.{quote_identifier(table.name)}"

@@ -34,6 +34,7 @@ from phasewise.project import redact_url
 from phasewise.settings import Settings
 from phasewise.sources import Column, SnapshotToken, SourceTable
 from phasewise.sources.decoding import MOMENTS, decode_text, explain_unfaithful, fail_where_null
+from phasewise.sources.ranges import divide, query_bounds
 
 # Declared types that DuckDB's scanner maps as SQLite's own rules do, and whose values it checks one by one.
 _SCANNED = re.compile(
@@ -164,6 +165,17 @@ class SqliteSource:
         assert row is not None  # an aggregate has a row
         return int(row[0])
 
+    def split(self, connection: duckdb.DuckDBPyConnection, table: SourceTable, limit: int) -> list[str]:
+        """Divide by rowid, which a SELECT finds without reading the rows before; WITHOUT ROWID by the primary key."""
+        columns = self._find_range_columns(connection, table)
+        rows = self.count_rows(connection, table, 0)
+        if not columns or rows <= limit:
+            return []
+        relation = f"{quote_identifier(table.name)}{table.where()}"
+        inner = query_bounds(columns, [f"quote({name})" for name in columns], relation, rows=rows, limit=limit)
+        bounds = connection.execute(f"FROM sqlite_query('source', {quote_literal(inner)})").fetchall()
+        return divide(columns, bounds)
+
     def explain(self, connection: duckdb.DuckDBPyConnection, table: SourceTable, error: Exception) -> PhasewiseError:
         if "database is locked" in str(error):
             return self._unavailable("is locked by another program", "Close it or try again later.")
@@ -191,6 +203,20 @@ class SqliteSource:
         assert sample is not None  # it was counted above
         where = [f"{name} = {_show(value)}" for name, value in zip(table.key or rowid, sample[1:], strict=True)]
         return _explain_unfaithful(table, table.columns[index], counts[index], sample[0], where)
+
+    def _find_range_columns(self, connection: duckdb.DuckDBPyConnection, table: SourceTable) -> list[str]:
+        """Return the name by which SQLite knows the rowid, else the key; none for a view, and where all are taken."""
+        name = quote_literal(table.name)
+        inner = (
+            f"SELECT c.name, t.wr, c.pk FROM pragma_table_list({name}) AS t, pragma_table_xinfo({name}) AS c "
+            "WHERE t.schema = 'main' AND t.type = 'table'"
+        )
+        found = connection.execute(f"FROM sqlite_query('source', {quote_literal(inner)})").fetchall()
+        taken = {str(column).casefold() for column, _, _ in found}
+        if found and not int(found[0][1]):  # what a pragma tells has no type and arrives as text
+            return [name for name in ("rowid", "_rowid_", "oid") if name not in taken][:1]
+        key = sorted((int(pk), quote_identifier(column)) for column, _, pk in found if int(pk))
+        return [column for _, column in key]
 
     def _has_rowid(self, name: str) -> bool:
         with self._open() as connection:

@@ -1,0 +1,213 @@
+"""Partitions: the parts in which a large table is staged, each by a process of its own, and published as one table.
+
+    staging/<batch>/partitions.json     which tables are split, and into which parts
+
+Where a table is divided is decided once for one moment of the source, so that a resume means the same parts. At
+another moment a row may have come to another part: what was staged of the table before then counts for nothing, and
+its new parts have other names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import duckdb
+
+from phasewise.disk import write_atomically
+from phasewise.errors import PhasewiseError, SourceUnavailable, StagingError
+from phasewise.lake import open_session
+from phasewise.project import Project
+from phasewise.settings import Settings
+from phasewise.sources import SnapshotToken, Source, SourceTable, describe_project_table, open_source
+
+_FILE = "partitions.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Partition:
+    """One part of a table."""
+
+    #: Such as ``2/4``; unlike that of any other part of the table in its batch.
+    name: str
+    #: In the SQL of the source; holds for the rows of this part.
+    condition: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitTable:
+    """A table and its parts at one moment of the source."""
+
+    table: str
+    #: Rows of the whole table, as the source counted them: so many its parts must have together.
+    rows: int
+    #: The id of the moment; None where the source holds none.
+    moment: str | None
+    #: How often the table was split in its batch, this time included.
+    attempt: int
+    #: Empty where it was split before, and is staged whole at this moment.
+    partitions: tuple[Partition, ...]
+
+    def list_names(self) -> list[str | None]:
+        """Return the names of the parts that make up the table; None alone for the whole."""
+        return [part.name for part in self.partitions] or [None]
+
+
+def name_item(table: str, partition: str | None) -> str:
+    """Return the name under which *table*, or a part of it, is staged and its flow run is known: ``orders 2/4``."""
+    return table if partition is None else f"{table} {partition}"
+
+
+def read_splits(folder: Path) -> dict[str, SplitTable]:
+    """Return table → how it is split, for the tables of the batch in *folder* that are.
+
+    Raises:
+        StagingError: the file is damaged.
+    """
+    path = folder / _FILE
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        return {
+            split["table"]: SplitTable(
+                **{**split, "partitions": tuple(Partition(**part) for part in split["partitions"])}
+            )
+            for split in data
+        }
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError, KeyError, TypeError) as exc:
+        raise StagingError(f"{path} is damaged.", hint=f"Remove {folder} and start a new batch.") from exc
+
+
+def write_splits(folder: Path, splits: Mapping[str, SplitTable]) -> None:
+    """Write down how the tables of the batch in *folder* are split.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    write_atomically(folder / _FILE, json.dumps([asdict(split) for split in splits.values()], indent=1))
+
+
+def find_partition(
+    split: SplitTable | None, table: str, name: str | None, snapshot: SnapshotToken | None
+) -> Partition | None:
+    """Return the part *name* of *table*; None where the table is staged whole, and was asked for so.
+
+    Raises:
+        StagingError: it has no such part, or not at this moment of the source.
+    """
+    parts = {part.name: part for part in split.partitions} if split else {}
+    if not parts and name is None:
+        return None
+    if name is None:
+        raise StagingError(
+            f'Table "{table}" is split into {len(parts)} partitions in this batch.',
+            hint="Extract each of them, or the table in a batch of its own.",
+        )
+    if name not in parts:
+        raise StagingError(f'Table "{table}" has no partition "{name}".', hint="Resume the batch, or extract it whole.")
+    assert split is not None  # it has parts
+    if split.moment != (snapshot["id"] if snapshot else None):
+        raise StagingError(
+            f'Table "{table}" was split at a moment of the source that is gone.', hint="Resume the batch."
+        )
+    return parts[name]
+
+
+def split_tables(
+    project: Project,
+    settings: Settings,
+    tables: Sequence[str],
+    snapshot: SnapshotToken | None,
+    *,
+    before: Mapping[str, SplitTable],
+) -> dict[str, SplitTable]:
+    """Divide those of *tables* that have more rows than their limit, as they are at *snapshot*.
+
+    *before* says how they were split at other moments of the same batch. A table that cannot be looked at is staged
+    whole: its own flow run says what is wrong with it.
+
+    Raises:
+        SourceUnavailable: the source does not answer.
+    """
+    limits = {table: limit for table in tables if (limit := _find_limit(project, settings, table, snapshot))}
+    if not limits:
+        return {}
+    source = open_source(project, settings)
+    found: dict[str, SplitTable] = {}
+    with open_session(settings, extensions=source.extensions) as connection:
+        source.attach(connection, snapshot)
+        for table in _list_candidates(project, source, limits):
+            with _reading(connection, source, table, snapshot):
+                conditions = source.split(connection, table, limits[table.name])
+                if conditions:
+                    rows = source.count_rows(connection, _narrow(table), 0)
+                    found[table.name] = _number(table.name, conditions, rows, snapshot, before.get(table.name))
+    return {table: split for table, split in found.items() if not _is_named_like_another(split, tables)}
+
+
+def _find_limit(project: Project, settings: Settings, table: str, snapshot: SnapshotToken | None) -> int:
+    """Return the rows above which *table* is split; 0: it never is."""
+    wanted = project.find_table(table).partition_rows
+    if wanted is not None:
+        return wanted
+    # Where no moment is held, the parts of a table would be of different moments: only who asks for it gets that.
+    return settings.partition_rows if snapshot is not None else 0
+
+
+def _list_candidates(project: Project, source: Source, limits: Mapping[str, int]) -> list[SourceTable]:
+    """Return the tables that may have more rows than their limit, without counting."""
+    found = []
+    for name, limit in limits.items():
+        with suppress(PhasewiseError):
+            table = describe_project_table(project, source, name)
+            if table.row_estimate is None or table.row_estimate > limit:
+                found.append(table)
+    return found
+
+
+@contextmanager
+def _reading(
+    connection: duckdb.DuckDBPyConnection, source: Source, table: SourceTable, snapshot: SnapshotToken | None
+) -> Iterator[None]:
+    """Look at *table* in a transaction of its own; what fails in it is left to the extraction to explain."""
+    try:
+        source.begin(connection, table, snapshot)
+        yield
+        connection.execute("COMMIT")
+    except (duckdb.Error, PhasewiseError) as exc:
+        with suppress(duckdb.Error):
+            connection.execute("ROLLBACK")
+        if isinstance(exc, SourceUnavailable):
+            raise
+
+
+def _is_named_like_another(split: SplitTable, tables: Sequence[str]) -> bool:
+    """Tell whether a part of the table would have the name of one of *tables*: there is one name for a flow run."""
+    return any(name_item(split.table, part.name) in tables for part in split.partitions)
+
+
+def _narrow(table: SourceTable) -> SourceTable:
+    """Return *table* with its first column alone: its rows are counted, and its values looked at later."""
+    return dataclasses.replace(table, columns=table.columns[:1])
+
+
+def _number(
+    table: str, conditions: Sequence[str], rows: int, snapshot: SnapshotToken | None, previous: SplitTable | None
+) -> SplitTable:
+    attempt = previous.attempt + 1 if previous else 1
+    again = f" at moment {attempt}" if attempt > 1 else ""
+    return SplitTable(
+        table=table,
+        rows=rows,
+        moment=snapshot["id"] if snapshot else None,
+        attempt=attempt,
+        partitions=tuple(
+            Partition(name=f"{number}/{len(conditions)}{again}", condition=condition)
+            for number, condition in enumerate(conditions, start=1)
+        ),
+    )

@@ -1,0 +1,255 @@
+"""A table that is split: staged apart, of one moment, and published whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import duckdb
+import pytest
+
+from phasewise import lake, publish, staging
+from phasewise.audit import audit_batch, open_staged
+from phasewise.errors import PublishConflict, StagingError
+from phasewise.partitions import SplitTable
+from phasewise.project import Project, load_project
+from phasewise.samples import SAMPLE_SETTINGS, change_source, write_project
+from phasewise.sources import list_project_tables, open_source
+
+COUNT = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {rows})"
+#: Rowids with a gap, so that equal widths would not be equal rows; a key of texts in another order than their bytes.
+SOURCE = f"""
+create table big (id integer primary key, label text, day date);
+{COUNT.format(rows=4000)} insert into big
+  select case when i < 3000 then i else i * 1000 end, nullif('v' || i, 'v7'), date('2024-01-01', i || ' days') from n;
+create table keyed (name text collate nocase, n integer, rowid text, primary key (name, n)) without rowid;
+{COUNT.format(rows=3000)} insert into keyed select substr('aAbBzZ', 1 + i % 6, 1), i, null from n;
+create table small (id integer primary key);
+insert into small values (1), (2);
+"""
+TOML = "[table.big]\npartition_rows = 1000\n[table.keyed]\npartition_rows = 800\n"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _preloaded():
+    lake.preload_extensions(("sqlite_scanner", "ducklake"))
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    return write_project(tmp_path, source=SOURCE, toml=TOML)
+
+
+def stage(project: Project, batch: str = "b1", *, skip: tuple[str, ...] = ()) -> dict[str, SplitTable]:
+    """Stage *batch* as sub_etl does, all parts but those that *skip* names; it fails when it skips any."""
+    plan = staging.begin_batch(project, batch, list_project_tables(project, open_source(project, SAMPLE_SETTINGS)))
+    try:
+        with staging.open_snapshot(project, SAMPLE_SETTINGS, batch) as snapshot:
+            splits = staging.plan_partitions(project, SAMPLE_SETTINGS, batch, snapshot)
+            for table in plan.tables:
+                names = splits[table].list_names() if table in splits else [None]
+                for name in (name for name in names if name not in skip):
+                    staging.extract_table(project, SAMPLE_SETTINGS, batch=batch, table=table, partition=name)
+            if skip:
+                raise InterruptedError
+    except InterruptedError:
+        pass
+    return splits
+
+
+def audited(project: Project, batch: str = "b1") -> list[str]:
+    """Return the messages of the audits that failed."""
+    manifests = staging.list_manifests(project, batch)
+    with lake.open_session(SAMPLE_SETTINGS) as connection:
+        open_staged(connection, project, manifests)
+        results = audit_batch(connection, project, manifests, staging.read_plan(project, batch))
+    return [result.message for result in results if not result.passed]
+
+
+def staged_times(project: Project) -> dict[str, int]:
+    return {path.parent.name: path.stat().st_mtime_ns for path in (project.staging / "b1").glob("*/manifest.json")}
+
+
+def test_a_large_table_is_split_evenly_and_a_small_one_is_not(project: Project):
+    splits = stage(project)
+
+    assert sorted(splits) == ["big", "keyed"]
+    for table, count in (("big", 4), ("keyed", 4)):
+        rows = [m.rows for m in staging.list_manifests(project, "b1") if m.table == table]
+        assert len(rows) == count
+        assert max(rows) <= 2 * min(rows)
+        assert sum(rows) == splits[table].rows
+    assert audited(project) == []
+
+
+def test_a_split_table_is_published_as_one_and_equals_its_source(project: Project):
+    stage(project)
+
+    publish.publish_batch(project, SAMPLE_SETTINGS, "b1")
+
+    with lake.open_session(SAMPLE_SETTINGS) as connection:
+        lake.attach_lake(connection, project, read_only=True)
+        connection.execute(f"ATTACH '{project.root / 'source.sqlite'}' AS source (TYPE sqlite, READ_ONLY)")
+        for columns in ("id, label, day FROM {}.big", "name, n, rowid FROM {}.keyed", "id FROM {}.small"):
+            ours, theirs = (f"SELECT {columns.format(name)}" for name in ("lake.main", "source.main"))
+            for left, right in ((ours, theirs), (theirs, ours)):
+                assert connection.execute(f"{left} EXCEPT ALL {right}").fetchall() == []
+
+
+@pytest.mark.parametrize(("limit", "split"), [(1500, ["keyed"]), (0, [])])
+def test_the_setting_is_for_every_table_that_says_nothing(tmp_path: Path, limit: int, split: list[str]):
+    project = write_project(tmp_path, source=SOURCE, toml="[table.big]\npartition_rows = 0\n")
+    settings = SAMPLE_SETTINGS.model_copy(update={"partition_rows": limit})
+    staging.begin_batch(project, "b1", ["big", "keyed", "small"])
+
+    with staging.open_snapshot(project, settings, "b1") as snapshot:
+        splits = staging.plan_partitions(project, settings, "b1", snapshot)
+
+    assert list(splits) == split
+
+
+def test_a_table_that_lacks_a_part_counts_as_not_staged(project: Project):
+    stage(project, skip=("3/4",))
+
+    assert {manifest.table for manifest in staging.list_manifests(project, "b1")} == {"small"}
+    [batch] = staging.list_batches(project)
+    assert batch.missing == ("big", "keyed")
+    with pytest.raises(PublishConflict, match='"big"'):
+        publish.publish_batch(project, SAMPLE_SETTINGS, "b1")
+
+
+def test_a_table_that_lacks_a_part_is_given_up_whole(project: Project):
+    stage(project, "b0")
+    publish.publish_batch(project, SAMPLE_SETTINGS, "b0")
+    change_source(project.root, "update big set label = 'new'; delete from small where id = 1;")
+    stage(project, skip=("3/4",))
+    staging.give_up_tables(project, "b1", {"big": "a part failed", "keyed": "a part failed"})
+
+    given_up = staging.read_given_up(project, "b1")
+    publish.publish_batch(project, SAMPLE_SETTINGS, "b1", without=given_up)
+
+    with lake.open_session(SAMPLE_SETTINGS) as connection:
+        lake.attach_lake(connection, project, read_only=True)
+        counts = "SELECT count(*), count(*) FILTER (label = 'new') FROM lake.main.big"
+        assert connection.execute(counts).fetchall() == [(4000, 0)]
+        assert connection.execute("SELECT count(*) FROM lake.main.small").fetchall() == [(1,)]
+
+
+def test_a_resume_at_the_same_moment_extracts_only_the_part_that_is_missing(project: Project):
+    stage(project, skip=("3/4",))
+    before = staged_times(project)
+    change_source(project.root, "insert into big values (-5, 'late', null);")
+
+    splits = stage(project)
+
+    after = staged_times(project)
+    assert {name: after[name] for name in before} == before
+    assert len(after) - len(before) == 2
+    assert splits["big"].rows == 4000
+    assert audited(project) == []
+
+
+def test_a_resume_at_another_moment_divides_the_table_anew(project: Project):
+    stage(project, skip=("3/4",))
+    before = staged_times(project)
+    change_source(project.root, "delete from big where id = 1;")
+    staging.forget_snapshot(project, "b1")  # as when the source had to be mended
+
+    splits = stage(project)
+
+    assert {part.name for part in splits["big"].partitions} == {f"{n}/4 at moment 2" for n in range(1, 5)}
+    assert sum(m.rows for m in staging.list_manifests(project, "b1") if m.table == "big") == 3999
+    assert staged_times(project).keys() & before.keys() == {"small"}
+    assert audited(project) == []
+
+
+def test_a_table_that_is_small_at_another_moment_is_staged_whole(project: Project):
+    stage(project, skip=("3/4",))
+    change_source(project.root, "delete from big where id > 10;")
+    staging.forget_snapshot(project, "b1")
+
+    splits = stage(project)
+
+    assert "big" not in splits
+    assert [(m.partition, m.rows) for m in staging.list_manifests(project, "b1") if m.table == "big"] == [(None, 10)]
+
+
+def test_a_part_of_a_moment_that_is_gone_is_not_extracted(project: Project):
+    stage(project, skip=("3/4",))
+
+    with pytest.raises(StagingError, match="at a moment of the source that is gone"):
+        staging.extract_table(project, SAMPLE_SETTINGS, batch="b1", table="big", partition="3/4")
+
+
+@pytest.mark.parametrize(
+    ("table", "partition", "message"),
+    [("big", None, "split into 4 partitions"), ("big", "5/4", "no partition"), ("small", "1/1", "no partition")],
+)
+def test_what_is_no_part_of_the_plan_is_refused(project: Project, table: str, partition: str | None, message: str):
+    stage(project)
+
+    with pytest.raises(StagingError, match=message):
+        staging.extract_table(project, SAMPLE_SETTINGS, batch="b1", table=table, partition=partition)
+
+
+def test_parts_that_do_not_add_up_to_the_table_fail_its_audit(project: Project):
+    splits = stage(project, skip=("3/4",))
+    part = splits["big"].partitions[2]
+    path = project.staging / "b1" / "partitions.json"
+    # As when the rows of the table have moved to other places while its parts were read.
+    path.write_text(path.read_text().replace(part.condition, f"{part.condition} AND rowid % 2 = 0"))
+
+    stage(project)
+
+    [message] = audited(project)
+    assert message.startswith('Table "big" failed its audit')
+    assert "4000 in the whole table" in message
+
+
+def test_a_table_with_the_name_of_a_part_is_not_confused_with_it(tmp_path: Path):
+    project = write_project(tmp_path, source=SOURCE + 'create table "big 2/4" (a integer);', toml=TOML)
+
+    splits = stage(project)
+
+    assert list(splits) == ["keyed"]
+    assert len(staging.list_manifests(project, "b1")) == 4 + 3
+
+
+def test_a_damaged_plan_of_parts_is_named(project: Project):
+    stage(project)
+    (project.staging / "b1" / "partitions.json").write_text("[{]")
+
+    with pytest.raises(StagingError, match=r"partitions\.json is damaged"):
+        staging.list_manifests(project, "b1")
+    assert staging.list_batches(project) == []
+
+
+def test_rows_of_a_condition_of_the_project_are_divided_too(tmp_path: Path):
+    project = write_project(tmp_path, source=SOURCE, toml='[table.big]\npartition_rows = 500\nwhere = "id < 1001"\n')
+
+    stage(project)
+
+    rows = [m.rows for m in staging.list_manifests(project, "b1") if m.table == "big"]
+    assert rows == [500, 500]
+
+
+def test_a_duckdb_file_is_divided_by_rowid_and_its_views_are_not(tmp_path: Path):
+    with duckdb.connect(str(tmp_path / "a.duckdb"), config={"threads": 1}) as source:
+        source.execute("CREATE TABLE t AS SELECT range AS a, 'x' || range AS b FROM range(40000)")
+        source.execute("DELETE FROM t WHERE a < 20000 AND a % 10 <> 0")
+        source.execute("CREATE VIEW v AS FROM t")
+    (tmp_path / "phasewise.toml").write_text(
+        '[project]\nname = "t"\n[source]\nurl = "duckdb:///a.duckdb"\n[tables]\ninclude = ["t", "v"]\n'
+    )
+    project = load_project(tmp_path)
+    settings = SAMPLE_SETTINGS.model_copy(update={"partition_rows": 6000})
+    staging.begin_batch(project, "b1", ["t", "v"])
+    with staging.open_snapshot(project, settings, "b1") as snapshot:
+        splits = staging.plan_partitions(project, settings, "b1", snapshot)
+        rows = [
+            staging.extract_table(project, settings, batch="b1", table="t", partition=part.name).rows
+            for part in splits["t"].partitions
+        ]
+
+    assert list(splits) == ["t"]
+    assert sum(rows) == splits["t"].rows == 22000
+    assert max(rows) <= 2 * min(rows)
