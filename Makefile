@@ -11,6 +11,8 @@ MAKEFLAGS += --no-builtin-rules
 N ?= 3
 # What pytest gets, e.g. make test TESTS="tests/unit -k staging".
 TESTS ?= tests
+# Test processes; a file's tests stay in one of them, so that they share its stack. JOBS=0: all in this process.
+JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
 
 PY := .venv/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
@@ -38,7 +40,7 @@ start-workers: .venv/installed ## start N workers more on the running stack (N=3
 	@exec $(PY) -m phasewise start-workers $(N)
 
 test: .venv/installed-dev ## run all tests (TESTS="tests/unit -k name" for some)
-	@exec $(PY) -m pytest $(TESTS)
+	@exec $(PY) -m pytest --numprocesses $(JOBS) --dist loadfile $(TESTS)
 
 lint: .venv/installed-dev ## check style, types and import rules
 	$(PY) -m ruff check
