@@ -14,8 +14,13 @@ from phasewise.settings import Settings
 _Batch = Annotated[str | None, Parameter(help="Id of the batch, or the beginning of it. Default: the newest.")]
 
 
-def add_batch_commands(app: App, choose_server: Callable[[], Settings]) -> None:
-    """Add the commands to *app*; *choose_server* decides which server they talk to."""
+def add_batch_commands(
+    app: App, choose_server: Callable[[], Settings], run_main: Callable[[Settings, str], None]
+) -> None:
+    """Add the commands to *app*.
+
+    *choose_server* decides which server they talk to; *run_main* goes on with a batch in this process.
+    """
 
     @app.command
     def cancel(batch: _Batch = None, /) -> None:
@@ -42,13 +47,21 @@ def add_batch_commands(app: App, choose_server: Callable[[], Settings]) -> None:
 
     @app.command
     def resume(batch: _Batch = None, /) -> None:
-        """Run a batch that did not complete again: only what did not complete is run."""
-        project = find_project(choose_server())
+        """Run a batch that did not complete again: only what did not complete is run.
+
+        One that was started with `phasewise run` goes on in the process of this command, any other on the workers.
+        """
+        settings = choose_server()
+        project = find_project(settings)
         from prefect.client.schemas.objects import StateType
 
-        from phasewise.batches import find_batch, resume_batch
+        from phasewise.batches import find_batch, is_deployed, resume_batch
 
         ended = [StateType.FAILED, StateType.CRASHED, StateType.CANCELLED]
         found = asyncio.run(find_batch(project, batch, states=ended))
-        asyncio.run(resume_batch(found.run_id))
-        print(f"Batch {found.run_id} is scheduled again. Follow it at {found.url}")
+        if not asyncio.run(is_deployed(found.run_id)):
+            print(f"Batch {found.run_id} was started in a process of its own; it goes on in this one.", flush=True)
+            run_main(settings, found.run_id)
+        else:
+            asyncio.run(resume_batch(found.run_id))
+            print(f"Batch {found.run_id} is scheduled again. Follow it at {found.url}")

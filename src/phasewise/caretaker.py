@@ -25,7 +25,8 @@ from prefect.events import Event
 from prefect.logging import get_logger
 from prefect.states import AwaitingRetry, Cancelled, Crashed
 
-from phasewise.batches import PROCESS_LABEL, is_process_gone, read_main_runs
+from phasewise.batches import PROCESS_LABEL, read_main_runs
+from phasewise.claim import is_process_gone
 from phasewise.flow_runs import CANCELLED_FROM_ABOVE, cancel_below, read_runs
 
 _LABEL = "prefect.worker.name"
@@ -70,14 +71,17 @@ class Caretaker:
         self._lost_after_seconds = lost_after_seconds
         self._silence = Silence()
         self._ended: asyncio.Queue[UUID] = asyncio.Queue()
+        self._without_process: set[UUID] = set()
         self._logger = get_logger("phasewise.caretaker")
 
     def on_event(self, event: Event) -> None:
-        """Note that a flow run ended in a way that must end what is below it."""
-        if must_cascade(event):
+        """Note that a flow run ended in a way that must end what is below it, or was cancelled while it waited."""
+        if must_cascade(event) or was_waiting(event):
             run_id = UUID(event.resource.id.removeprefix("prefect.flow-run."))
             # All workers hear of it. If all of them did the same at once, the server would be busy with that.
             delay = 0 if run_id in self._own_runs() else _TURN_SECONDS
+            if was_waiting(event):
+                self._without_process.add(run_id)
             asyncio.get_running_loop().call_later(delay, self._ended.put_nowait, run_id)
 
     async def cascade(self) -> None:
@@ -101,6 +105,10 @@ class Caretaker:
         runs = await read_runs(self._client, run_ids)
         ended = [run.id for run in runs if run.state and (run.state.is_final() or run.state.is_cancelling())]
         await cancel_below(self._client, ended, on_asked=self._on_cancelling)
+        for run in runs:
+            if run.id in self._without_process and run.state and run.state.is_cancelling():
+                await self._client.set_flow_run_state(run.id, Cancelled(message="Cancelled before it ran again."))
+        self._without_process -= set(run_ids)
 
     async def find_lost(self) -> None:
         """Look, for ever, for runs whose worker died: those of our own name at first, then those of the others."""
@@ -175,6 +183,16 @@ def must_cascade(event: Event) -> bool:
         return True  # it may have started children after its children were cancelled
     has_parent = any(resource.id.startswith("prefect.task-run.") for resource in event.related)
     return state in ("Failed", "Crashed", "TimedOut") and not has_parent
+
+
+def was_waiting(event: Event) -> bool:
+    """Tell whether the event's flow run was cancelled while it waited to be run again.
+
+    The server ends one that never ran by itself. One that did might still have a process, as far as it knows, and is
+    left in Cancelling.
+    """
+    before = (event.payload.get("initial_state") or {}).get("type")
+    return event.event == "prefect.flow-run.Cancelling" and before == "SCHEDULED"
 
 
 class Silence:

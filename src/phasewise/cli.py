@@ -21,6 +21,7 @@ from phasewise import __version__
 from phasewise.batch_commands import add_batch_commands
 from phasewise.errors import (
     AuditFailed,
+    BatchCancelled,
     FlowRunsFailed,
     LakeError,
     OrchestrationError,
@@ -47,7 +48,11 @@ EXIT_CODES: tuple[tuple[int, tuple[type[BaseException], ...], str], ...] = (
     (4, (SourceError,), "the source database does not answer or is not as declared"),
     (5, (StagingError, LakeError), "staging or the warehouse cannot be read or written"),
     (6, (AuditFailed,), "a blocking audit failed; nothing was published"),
-    (7, (FlowRunsFailed,), "flow runs did not complete; nothing was published, unless the message says so"),
+    (
+        7,
+        (FlowRunsFailed, BatchCancelled),
+        "flow runs did not complete; nothing was published, unless the message says so",
+    ),
     (8, (OrchestrationError,), "the server, the deployments or the workers are missing or refused"),
     (1, (Exception,), "any other error"),
     (130, (KeyboardInterrupt,), "interrupted (Ctrl-C or SIGTERM); what was started has been stopped"),
@@ -189,8 +194,8 @@ def run_local(settings: Settings, resume: str | None = None) -> None:
     print("The warehouse was published.")
 
 
-def run_main(settings: Settings) -> None:
-    """Check that a run could start, then run ``main_etl`` in this process."""
+def run_main(settings: Settings, resume: str | None = None) -> None:
+    """Check that a run could start, then run ``main_etl`` in this process, or go on with the batch *resume*."""
     project = load_project(find_project(settings))
     _make_demo_source(project.root)
     check_server_answers()
@@ -200,9 +205,9 @@ def run_main(settings: Settings) -> None:
     planned = plan_deployments(load_phases(project.root, project.pipeline.phases), project.root)
     _run_async(check_ready(planned, pool=_pool_name()))
     os.environ["PHASEWISE_PROJECT"] = str(project.root)
-    from phasewise.flows import main_etl
+    from phasewise.flows import run_here
 
-    _run_async(main_etl())
+    _run_async(run_here(resume))
 
 
 @app.command
@@ -301,7 +306,7 @@ def query(
 
 
 add_warehouse_commands(app)
-add_batch_commands(app, lambda: _reach_server())
+add_batch_commands(app, lambda: _reach_server(), lambda settings, batch: run_main(settings, batch))
 
 
 def check_server_answers() -> str:

@@ -23,6 +23,7 @@
         ├── NoWorkerOnline
         ├── PipelineInvalid         the phases cannot run as declared
         ├── BatchRunning            another batch of the project is running
+        ├── BatchCancelled          the batch that this process ran was cancelled
         ├── UnknownBatch            no such batch on the server
         └── FlowRunsFailed          children that did not complete
 
@@ -149,6 +150,10 @@ class PipelineInvalid(OrchestrationError):
 
 class BatchRunning(OrchestrationError):
     """Another batch of the project is running."""
+
+
+class BatchCancelled(OrchestrationError):
+    """The batch that this process ran was cancelled."""
 
 
 class UnknownBatch(OrchestrationError):

@@ -7,12 +7,13 @@ server it just runs in this process; those that wait for others run them in a pr
 from __future__ import annotations
 
 import logging
+import os
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import Any, Literal, ParamSpec, TypeVar, cast
 from uuid import uuid4
 
 import duckdb
@@ -20,14 +21,18 @@ import httpx
 from prefect import Flow, Task, task
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.context import FlowRunContext
+from prefect.exceptions import Abort
+from prefect.flow_engine import run_flow_async
 from prefect.settings import get_current_settings
 
 from phasewise import audit, cleanup, lake, marts, publish, sources, staging
 from phasewise.batch_report import BatchData, write_batch_report
-from phasewise.batches import claim_batch
+from phasewise.batches import resume_batch
+from phasewise.claim import claiming_project, ending_when_cancelled, hold_project, identify_process
 from phasewise.deployments import plan_deployments
 from phasewise.errors import (
     AuditFailed,
+    BatchCancelled,
     FlowRunsFailed,
     NothingStaged,
     PhasewiseError,
@@ -40,7 +45,7 @@ from phasewise.errors import (
 )
 from phasewise.flow_runs import LOCAL_RUN, FlowRuns, current_flow_runs, current_logger, report_summary
 from phasewise.history import read_batch_runs, read_durations
-from phasewise.local import LocalFlowRuns, hold_project
+from phasewise.local import LocalFlowRuns
 from phasewise.orchestrator import run_phases, start_phase
 from phasewise.outcomes import StepOutcome
 from phasewise.partitions import SplitTable, name_item
@@ -130,6 +135,25 @@ def _flow_runs(project: Project, settings: Settings) -> FlowRuns:
     return current_flow_runs(poll_seconds=settings.poll_seconds, environment=environment)
 
 
+async def run_here(resume: str | None = None) -> dict[str, Any]:
+    """Run ``main_etl`` in this process, recorded on the server; *resume* is the id of a batch that did not complete.
+
+    Raises:
+        FlowRunsFailed: a step did not complete; no later phase was started.
+        BatchRunning: another batch of the project is running, or *resume* has not ended.
+        BatchCancelled: it was cancelled, in the UI or by command.
+    """
+    try:
+        if resume is None:
+            result = await main_etl()
+        else:
+            run = await resume_batch(resume, process=identify_process(os.getpid()))
+            result = await run_flow_async(main_etl, flow_run=run)
+    except Abort as exc:
+        raise BatchCancelled(str(exc), hint="What it staged is kept for a resume: phasewise resume") from exc
+    return cast("dict[str, Any]", result)
+
+
 async def run_local(resume: str | None = None) -> dict[str, Any]:
     """Run ``main_etl`` and everything below it in one process tree, without a server.
 
@@ -138,7 +162,7 @@ async def run_local(resume: str | None = None) -> dict[str, Any]:
 
     Raises:
         FlowRunsFailed: a step did not complete; no later phase was started.
-        BatchRunning: another local batch of the project is running.
+        BatchRunning: another batch of the project is running.
         UnknownBatch: nothing is staged for *resume*.
     """
     batch = str(uuid4()) if resume is None else _find_local_batch(resume)
@@ -191,18 +215,30 @@ async def main_etl() -> dict[str, Any]:
     project, settings = _load()
     batch = _own_run_id()
     assert batch is not None, "without a server it is called within a local run"
-    if LOCAL_RUN.get() is None:  # which holds the project already
-        await claim_batch(batch, project.root, on_overlap=project.pipeline.on_overlap)
-    outcome = await run_phases(
-        load_phases(project.root, project.pipeline.phases),
-        batch=batch,
-        timeout=project.pipeline.timeout,
-        crash_retries=settings.crash_retries,
-        flow_runs=_flow_runs(project, settings),
-    )
+    async with _being_the_batch(project):
+        outcome = await run_phases(
+            load_phases(project.root, project.pipeline.phases),
+            batch=batch,
+            timeout=project.pipeline.timeout,
+            crash_retries=settings.crash_retries,
+            flow_runs=_flow_runs(project, settings),
+        )
     logger.info("ETL flow completed successfully.")
     steps = [step for phase in outcome.phases for step in phase.steps]
     return {f"{step.step}_run_id": step.run_id for step in steps} | {"status": "completed"}
+
+
+@asynccontextmanager
+async def _being_the_batch(project: Project) -> AsyncIterator[None]:
+    """Be the one batch of the project while the block runs; a local run holds it already."""
+    context = FlowRunContext.get()
+    if LOCAL_RUN.get() is not None or context is None or context.flow_run is None:
+        yield
+        return
+    run = context.flow_run
+    on_overlap = project.pipeline.on_overlap
+    async with ending_when_cancelled(run), claiming_project(run, project.root, project.staging, on_overlap=on_overlap):
+        yield
 
 
 @_etl_flow("pre-etl-job")

@@ -10,24 +10,23 @@ Nothing is recorded beyond the process: a batch that failed is resumed from what
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import json
 import os
 import signal
 import socket
 import uuid
-from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from contextlib import asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import IO, Any, Literal, Protocol, Self
+from typing import Any, Protocol, Self
 
 from prefect import Flow
 
 from phasewise import local_flow
-from phasewise.errors import BatchRunning, DeploymentMissing
+from phasewise.errors import DeploymentMissing
 from phasewise.flow_runs import LOCAL_RUN, LocalRun, RunRequest
 from phasewise.forkserver import ForkedProcess, ForkRefused, Forkserver
 from phasewise.local_flow import OUTCOMES, Ending
@@ -405,50 +404,3 @@ class _WarmProcess:
                 starting.cancel()
             with suppress(Exception, asyncio.CancelledError):  # one that never started needs no end
                 await (await starting).aclose()
-
-
-# ── one batch at a time ──────────────────────────────────────────────────────────────────────────────────────────
-
-
-@asynccontextmanager
-async def hold_project(
-    staging: Path, batch: str, *, on_overlap: Literal["refuse", "wait"] = "refuse"
-) -> AsyncIterator[None]:
-    """Be the one local batch of a project while the block runs; the lock ends with this process, however it ends.
-
-    Raises:
-        BatchRunning: another one is running; it is named.
-    """
-    with _open_lock(staging) as file:
-        while not _try_lock(file):
-            if on_overlap == "refuse":
-                file.seek(0)
-                raise BatchRunning(
-                    f"Batch {file.read() or '(just starting)'} of this project is running locally.",
-                    hint='Wait for it, or end its process (or set on_overlap = "wait" in phasewise.toml).',
-                )
-            await asyncio.sleep(_WAIT_SECONDS)
-        with _naming(file, batch):
-            yield
-
-
-def _open_lock(staging: Path) -> IO[str]:
-    staging.mkdir(parents=True, exist_ok=True)
-    return (staging / ".local-batch").open("a+", encoding="utf-8")
-
-
-def _try_lock(file: IO[str]) -> bool:
-    try:
-        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-@contextmanager
-def _naming(file: IO[str], batch: str) -> Iterator[None]:
-    file.truncate(0)
-    file.write(batch)
-    file.flush()
-    yield
-    file.truncate(0)

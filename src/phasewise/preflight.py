@@ -29,6 +29,7 @@ from prefect.client.schemas.objects import FlowRun, StateType, WorkPool, WorkQue
 from prefect.client.schemas.responses import DeploymentResponse, FlowRunSlotSummary
 from prefect.exceptions import ObjectNotFound
 
+from phasewise.claim import AWAITING_BATCH
 from phasewise.errors import OrchestrationError, PipelineInvalid
 from phasewise.pipeline import FanOut, Phase, Step
 
@@ -370,6 +371,8 @@ def _since(run: FlowRun) -> float:
 
 def _explain_time(run: FlowRun) -> list[str]:
     due = _seconds_until_due(run)
+    if run.state is not None and run.state.name == AWAITING_BATCH:
+        return [f"{run.state.message} It asks again in {max(due, 0):.0f} s."]
     if due <= 1:
         return []
     name = run.state.name if run.state is not None else None

@@ -12,12 +12,14 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import httpx
 import pytest
 
+from phasewise.project import Project
 from phasewise.samples import change_source, write_project
 from phasewise.stack import StackInfo, find_stack, running_stack
 from tests.acceptance.conftest import SHOP, Shell, wait_for
@@ -62,6 +64,14 @@ class Server:
     def wait(self, run_id: str, state: str, seconds: float = 90) -> dict[str, Any]:
         wait_for(lambda: self.read(run_id)["state_type"] == state, seconds)
         return self.read(run_id)
+
+    def mains(self, *states: str) -> list[dict[str, Any]]:
+        """Return the main_etl runs whose state's name is one of *states*."""
+        body = {
+            "flows": {"name": {"any_": ["main-etl-job"]}},
+            "flow_runs": {"state": {"name": {"any_": list(states)}}},
+        }
+        return self.call("/flow_runs/filter", body)  # type: ignore[no-any-return]
 
     def set_state(self, run_id: str, kind: str, name: str | None = None) -> None:
         self.call(f"/flow_runs/{run_id}/set_state", {"state": {"type": kind, "name": name}})
@@ -274,30 +284,110 @@ def test_g03_cancelling_the_top_ends_everything_below_and_the_processes_within_t
     assert took < 2 * slowdown()
 
 
-def test_g03_a_main_that_was_killed_in_a_user_s_own_process_ends_everything_below(
+@contextmanager
+def held_in_its_last_phase(project: Project) -> Iterator[IO[str]]:
+    """Hold the batches of *project* in their last phase, until the block ends or the file that it gets is unlocked."""
+    project.warehouse.mkdir(parents=True, exist_ok=True)
+    with (project.warehouse / "writer.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield lock
+
+
+def start_main(shell: Shell, server: Server) -> tuple[subprocess.Popen[str], str]:
+    """Start main_etl in a process of its own; return that, and the run's id once everything below sub_etl has ended."""
+    process = shell.start("-m", "phasewise", "run")
+    wait_for(lambda: bool(server.mains("Running")) or process.poll() is not None, 60)
+    [running] = server.mains("Running")
+    wait_for(lambda: "final-etl-job" in server.below(running["id"]), 90)
+    return process, running["id"]
+
+
+def test_g03_and_g04_a_main_that_was_killed_in_a_user_s_own_process_ends_everything_below_and_is_resumed(
     stack: StackInfo, stack_shell: Shell, tmp_path: Path
 ) -> None:
     project = write_project(stack_shell.project, source=SHOP)
     server = Server(stack, tmp_path)
     assert stack_shell.phasewise("deploy").returncode == 0
-    project.warehouse.mkdir(parents=True)
-    with (project.warehouse / "writer.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # holds the batch in its last phase
-        with stack_shell.start("-m", "phasewise", "run") as process:
-            mains = {
-                "flows": {"name": {"any_": ["main-etl-job"]}},
-                "flow_runs": {"state": {"type": {"any_": ["RUNNING"]}}},
-            }
-            wait_for(lambda: bool(server.call("/flow_runs/filter", mains)) or process.poll() is not None, 60)
-            [running] = server.call("/flow_runs/filter", mains)
-            wait_for(lambda: "sub-etl-job" in server.below(running["id"]), 60)
-
+    with held_in_its_last_phase(project):
+        process, run = start_main(stack_shell, server)
+        with process:
             process.kill()
             process.communicate(timeout=10)
-
-        server.wait(running["id"], "CRASHED", 30)
+        server.wait(run, "CRASHED", 30)
         final = {"COMPLETED", "CANCELLED"}
-        wait_for(lambda: {one["state_type"] for one in server.below(running["id"]).values()} <= final, 30)
+        wait_for(lambda: {one["state_type"] for one in server.below(run).values()} <= final, 30)
+
+    resumed = stack_shell.phasewise("resume")
+
+    assert resumed.returncode == 0, resumed.stdout
+    assert server.read(run)["state_type"] == "COMPLETED"
+    counts = {name: one["run_count"] for name, one in server.below(run).items()}
+    assert counts.pop("final-etl-job") == 2
+    assert set(counts.values()) == {1}, counts
+
+
+def test_g03_cancelling_a_main_in_a_user_s_own_process_ends_it_too(
+    stack: StackInfo, stack_shell: Shell, tmp_path: Path
+) -> None:
+    project = write_project(stack_shell.project, source=SHOP)
+    server = Server(stack, tmp_path)
+    assert stack_shell.phasewise("deploy").returncode == 0
+    with held_in_its_last_phase(project):
+        process, run = start_main(stack_shell, server)
+        with process:
+            began = time.monotonic()
+            server.set_state(run, "CANCELLING", "Cancelling")  # as the UI does
+            server.wait(run, "CANCELLED", 30)
+            wait_for(
+                lambda: {one["state_type"] for one in server.below(run).values()} <= {"COMPLETED", "CANCELLED"}, 30
+            )
+            took = time.monotonic() - began
+            output, _ = process.communicate(timeout=30)
+
+    print(f"cancelled in {took:.2f} s at a load of {os.getloadavg()[0]:.1f}")
+    assert process.returncode == 7, output
+    assert f"Batch {run} was cancelled" in output
+    assert server.read(run)["state_type"] == "CANCELLED"
+    assert took < 2 * slowdown()
+
+
+def test_g03_children_that_wait_to_be_run_again_are_cancelled_too(server: Server) -> None:
+    server.fail("a")
+    run = server.start("top", names=["a"])
+    server.wait(run, "FAILED")
+    path = f"/work_pools/{server.stack.pool}/queues/tables"
+    server.call(path, {"is_paused": True}, "PATCH")
+    try:
+        server.retry(run)
+        wait_for(lambda: server.below(run)["leaf/a"]["state_name"] == "AwaitingRetry", 60)
+
+        server.set_state(run, "CANCELLING", "Cancelling")
+
+        server.wait(run, "CANCELLED", 30)
+        wait_for(lambda: server.below(run)["leaf/a"]["state_type"] == "CANCELLED", 30)
+    finally:
+        server.call(path, {"is_paused": False}, "PATCH")
+
+
+def test_g03_a_batch_that_has_not_started_is_cancelled_without_naming_it(
+    stack: StackInfo, stack_shell: Shell, tmp_path: Path
+) -> None:
+    write_project(stack_shell.project, source=SHOP)
+    server = Server(stack, tmp_path)
+    assert stack_shell.phasewise("deploy").returncode == 0
+    path = f"/work_pools/{stack.pool}/queues/orchestrators"
+    server.call(path, {"is_paused": True}, "PATCH")
+    try:
+        deployment = server.call("/deployments/name/main-etl-job/main-etl-deployment")["id"]
+        run = server.call(f"/deployments/{deployment}/create_flow_run", {"state": {"type": "SCHEDULED"}})["id"]
+
+        cancelled = stack_shell.phasewise("cancel")
+    finally:
+        server.call(path, {"is_paused": False}, "PATCH")
+
+    assert cancelled.returncode == 0, cancelled.stdout
+    assert run in cancelled.stdout
+    assert server.read(run)["state_type"] == "CANCELLED"
 
 
 def test_g03_children_that_wait_for_a_slot_are_cancelled_too(server: Server) -> None:
@@ -475,34 +565,59 @@ def test_g04_resume_after_everything_was_killed_at_once(tmp_path: Path) -> None:
 def test_g05_a_second_batch_of_the_project_waits_or_is_refused_and_names_the_first(
     stack: StackInfo, stack_shell: Shell, tmp_path: Path, on_overlap: str
 ) -> None:
-    toml = f'[pipeline]\non_overlap = "{on_overlap}"\n'
-    project = write_project(stack_shell.project, source=SHOP, toml=toml)
-    project.warehouse.mkdir(parents=True)
-    with (project.warehouse / "writer.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # keeps the first batch in its last phase
-        with stack_shell.start("-m", "phasewise", "run-distributed") as first:
-            server = Server(stack, tmp_path)
-            mains = {
-                "flows": {"name": {"any_": ["main-etl-job"]}},
-                "flow_runs": {"state": {"type": {"any_": ["RUNNING"]}}},
-            }
-            wait_for(lambda: bool(server.call("/flow_runs/filter", mains)) or first.poll() is not None, 60)
-            [running] = server.call("/flow_runs/filter", mains)
-            wait_for(lambda: "sub-etl-job" in server.below(running["id"]), 60)
+    project = write_project(stack_shell.project, source=SHOP, toml=f'[pipeline]\non_overlap = "{on_overlap}"\n')
+    server = Server(stack, tmp_path)
+    with held_in_its_last_phase(project) as lock, stack_shell.start("-m", "phasewise", "run-distributed") as first:
+        wait_for(lambda: bool(server.mains("Running")) or first.poll() is not None, 60)
+        [running] = server.mains("Running")
+        wait_for(lambda: "sub-etl-job" in server.below(running["id"]), 60)
 
-            with stack_shell.start("-m", "phasewise", "run-distributed") as second:
-                if on_overlap == "refuse":
-                    said, _ = second.communicate(timeout=60)
-                else:
-                    wait_for(lambda: len(server.call("/flow_runs/filter", mains)) == 2, 60)
-                fcntl.flock(lock, fcntl.LOCK_UN)
-                output, _ = first.communicate(timeout=120)
-                if on_overlap == "wait":
-                    said, _ = second.communicate(timeout=120)
+        with stack_shell.start("-m", "phasewise", "run-distributed") as second:
+            if on_overlap == "refuse":
+                said, _ = second.communicate(timeout=60)
+            else:
+                # It has given its slot back, which the first one may need.
+                wait_for(lambda: bool(server.mains("AwaitingBatch")) or second.poll() is not None, 60)
+                [waiting] = server.mains("AwaitingBatch")
+                assert running["id"] in waiting["state"]["message"]
+                assert running["id"] in stack_shell.phasewise("why", waiting["id"]).stdout
+            fcntl.flock(lock, fcntl.LOCK_UN)
+            output, _ = first.communicate(timeout=120)
+            if on_overlap == "wait":
+                said, _ = second.communicate(timeout=120)
 
     assert first.returncode == 0, output
     assert second.returncode == (7 if on_overlap == "refuse" else 0), said
-    assert (running["id"] in said) == (on_overlap == "refuse")
+    assert (f"Batch {running['id']} of this project is running" in said) == (on_overlap == "refuse")
+
+
+def test_g05_a_local_batch_and_one_of_the_server_do_not_run_at_the_same_time(
+    stack: StackInfo, stack_shell: Shell, tmp_path: Path
+) -> None:
+    project = write_project(stack_shell.project, source=SHOP)
+    server = Server(stack, tmp_path)
+    with held_in_its_last_phase(project) as lock, stack_shell.start("-m", "phasewise", "run-distributed") as first:
+        wait_for(lambda: bool(server.mains("Running")) or first.poll() is not None, 60)
+        [running] = server.mains("Running")
+        wait_for(lambda: "sub-etl-job" in server.below(running["id"]), 60)
+
+        local = stack_shell.phasewise("run", "--local")
+
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        output, _ = first.communicate(timeout=120)
+    assert local.returncode == 8
+    assert f"Batch {running['id']} of this project is running" in local.stdout
+    assert first.returncode == 0, output
+
+    with held_in_its_last_phase(project), stack_shell.start("-m", "phasewise", "run", "--local") as local_first:
+        wait_for(lambda: len(list(project.staging.glob("*/*/manifest.json"))) > 3 or local_first.poll() is not None, 60)
+
+        refused = stack_shell.phasewise("run-distributed")
+
+        local_first.send_signal(signal.SIGINT)
+        local_first.communicate(timeout=60)
+    assert refused.returncode == 7
+    assert "of this project is running on this machine" in refused.stdout
 
 
 def test_g05_two_triggers_of_one_step_are_one_run(deployed: StackInfo, server: Server) -> None:

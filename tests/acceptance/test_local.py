@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from phasewise.claim import hold_project
 from phasewise.lake import attach_lake, list_snapshots, open_session
-from phasewise.local import hold_project
 from phasewise.project import Project, load_project
 from phasewise.samples import SAMPLE_SETTINGS, change_source, write_project
 from tests.acceptance.conftest import CHECKOUT, SHOP, Shell, wait_for

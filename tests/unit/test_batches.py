@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid4
 
 import pytest
-from prefect.client.schemas.objects import FlowRun, State
-from prefect.states import Cancelled, Cancelling, Completed, Crashed, Failed, Pending, Running
+from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.states import Cancelled, Cancelling, Completed, Crashed, Failed, Pending, Running, Scheduled
 
 from phasewise import batches
 from phasewise.errors import BatchRunning, UnknownBatch
@@ -25,6 +25,7 @@ class OneRun:
     def __init__(self, state: State[Any]) -> None:
         self.run = FlowRun(id=uuid4(), flow_id=uuid4(), deployment_id=uuid4(), state=state)
         self.wanted: list[State[Any]] = []
+        self.labels: dict[str, str] = {}
 
     async def read_flow_run(self, _run_id: UUID) -> FlowRun:
         return self.run
@@ -32,6 +33,13 @@ class OneRun:
     async def set_flow_run_state(self, _run_id: UUID, state: State[Any], *, force: bool = False) -> None:
         del force
         self.wanted.append(state)
+
+    async def update_flow_run_labels(self, _run_id: UUID, labels: dict[str, str]) -> None:
+        assert self.wanted == [], "it must not run before it names its process"
+        self.labels |= labels
+
+    async def read_flow_runs(self, **_: object) -> list[FlowRun]:
+        return [self.run]
 
 
 @pytest.fixture
@@ -69,61 +77,28 @@ async def test_a_batch_that_completed_has_nothing_to_resume(server: OneRun) -> N
     assert server.wanted == []
 
 
-PROJECT = Path("/shop")
-OURS = {batches.PROJECT_LABEL: str(PROJECT)}
+@pytest.mark.parametrize("server", [Crashed()], indirect=True)
+async def test_a_batch_that_is_resumed_in_a_process_of_its_own_names_it_first(server: OneRun) -> None:
+    await batches.resume_batch(str(server.run.id), process="host/1/2")
+
+    assert server.labels == {batches.PROCESS_LABEL: "host/1/2"}
 
 
-class MainRuns:
-    """A client of a server whose main_etl runs become *later* after the first look at them."""
+@pytest.mark.parametrize("server", [Scheduled()], indirect=True)
+async def test_a_batch_that_has_not_begun_is_found_by_the_project_that_it_was_told(server: OneRun) -> None:
+    server.run.job_variables = {"env": {"PHASEWISE_PROJECT": "/shop"}}
 
-    def __init__(self, first: list[FlowRun], later: list[FlowRun]) -> None:
-        self.looks = [first, later]
+    found = await batches.find_batch(Path("/shop"), states=[StateType.SCHEDULED])
 
-    async def update_flow_run_labels(self, _run_id: UUID, _labels: object) -> None:
-        pass
-
-    async def read_flow_runs(self, **_: object) -> list[FlowRun]:
-        return self.looks.pop(0) if len(self.looks) > 1 else self.looks[0]
+    assert found.run_id == str(server.run.id)
+    with pytest.raises(UnknownBatch):
+        await batches.find_batch(Path("/bank"), states=[StateType.SCHEDULED])
 
 
-def main_run(state: State[Any], *, began: float, labels: dict[str, str] | None = None) -> FlowRun:
-    state.timestamp = datetime.fromtimestamp(began, UTC)
-    return FlowRun(id=uuid4(), flow_id=uuid4(), state=state, labels=labels or {})
+@pytest.mark.parametrize("server", [Scheduled(scheduled_time=datetime.now(UTC) + timedelta(hours=8))], indirect=True)
+async def test_a_batch_of_tomorrow_s_schedule_is_not_the_one_to_cancel(server: OneRun) -> None:
+    server.run.job_variables = {"env": {"PHASEWISE_PROJECT": "/shop"}}
+    server.run.next_scheduled_start_time = server.run.state and server.run.state.state_details.scheduled_time
 
-
-async def claim(monkeypatch: pytest.MonkeyPatch, own: FlowRun, server: MainRuns) -> None:
-    @asynccontextmanager
-    async def get_client() -> AsyncIterator[MainRuns]:
-        yield server
-
-    monkeypatch.setattr(batches, "get_client", get_client)
-    monkeypatch.setattr(batches, "_LOOK_SECONDS", 0.01)
-    await batches.claim_batch(str(own.id), PROJECT)
-
-
-async def test_a_batch_that_began_before_but_names_its_project_later_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    own, other = main_run(Running(), began=2, labels=OURS), main_run(Running(), began=1)
-    labelled = other.model_copy(update={"labels": OURS})
-
-    with pytest.raises(BatchRunning, match=str(other.id)):
-        await claim(monkeypatch, own, MainRuns([own, other], [own, labelled]))
-
-
-async def test_a_batch_that_began_before_of_another_project_is_no_rival(monkeypatch: pytest.MonkeyPatch) -> None:
-    own, other = main_run(Running(), began=2, labels=OURS), main_run(Running(), began=1)
-    labelled = other.model_copy(update={"labels": {batches.PROJECT_LABEL: "/bank"}})
-
-    await claim(monkeypatch, own, MainRuns([own, other], [own, labelled]))
-
-
-async def test_the_batch_that_began_first_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    own, other = main_run(Running(), began=1, labels=OURS), main_run(Running(), began=2, labels=OURS)
-
-    await claim(monkeypatch, own, MainRuns([own, other], [own, other]))
-
-
-async def test_a_batch_that_is_being_cancelled_still_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    own, other = main_run(Running(), began=1, labels=OURS), main_run(Cancelling(), began=2, labels=OURS)
-
-    with pytest.raises(BatchRunning, match=str(other.id)):
-        await claim(monkeypatch, own, MainRuns([own, other], [own, other]))
+    with pytest.raises(UnknownBatch):
+        await batches.find_batch(Path("/shop"), states=[StateType.SCHEDULED])

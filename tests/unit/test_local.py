@@ -14,9 +14,8 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from phasewise.errors import BatchRunning
 from phasewise.flow_runs import RunRequest
-from phasewise.local import LocalFlowRuns, hold_project
+from phasewise.local import LocalFlowRuns
 from phasewise.outcomes import StepOutcome
 from tests.unit.flow_runs_contract import FlowRunsContract, until, watch
 
@@ -238,26 +237,3 @@ asyncio.run(main())
             process.kill()
 
     await until(lambda: processes_below(f"MARKER={tmp_path}") == [])
-
-
-async def test_a_second_local_batch_of_a_project_is_refused_and_the_first_named(tmp_path: Path) -> None:
-    async with hold_project(tmp_path, "batch-1"):
-        with pytest.raises(BatchRunning, match="batch-1"):
-            async with hold_project(tmp_path, "batch-2"):
-                pass
-
-    async with hold_project(tmp_path, "batch-2"):
-        pass
-
-
-async def test_a_batch_can_wait_for_the_one_before(tmp_path: Path) -> None:
-    async def second() -> None:
-        async with hold_project(tmp_path, "batch-2", on_overlap="wait"):
-            pass
-
-    async with hold_project(tmp_path, "batch-1"):
-        waiting = asyncio.create_task(second())
-        await asyncio.sleep(0)
-        assert not waiting.done()
-
-    await waiting
