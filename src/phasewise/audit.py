@@ -19,6 +19,7 @@ from phasewise.project import Audit, Project, Reference
 from phasewise.queries import JsonValue, check_select, fetch_int, fetch_rows, find_missing_tables, first_line
 from phasewise.snapshots import list_columns, list_keys, list_tables
 from phasewise.staging import BatchPlan, Manifest, staged_files
+from phasewise.storage import StoredFile
 
 #: Bad rows that a result carries; ``bad_rows`` counts all of them.
 SAMPLE_ROWS = 20
@@ -148,7 +149,7 @@ def group_by_table(manifests: Iterable[Manifest]) -> dict[str, list[Manifest]]:
     return {table: list(parts) for table, parts in groupby(ordered, key=lambda manifest: manifest.table)}
 
 
-def read_parquet(files: Iterable[Path]) -> str:
+def read_parquet(files: Iterable[Path | StoredFile]) -> str:
     """Return the table function over *files*: their columns and no others, whatever their folders are called."""
     # Without the option a folder such as ``year=2024`` above the files would add a column.
     paths = ", ".join(quote_literal(str(file)) for file in files)

@@ -62,9 +62,14 @@ def find_schema(url: str) -> str:
     return dict(parse_qsl(urlsplit(url).query)).get("schema", "public")
 
 
-def list_options(url: str) -> str:
-    """Return what *url* says besides login and schema, such as ``sslmode``, in libpq's form."""
+def list_options(url: str, *, is_writer: bool = False) -> str:
+    """Return what *url* says besides login and schema, such as ``sslmode``, in libpq's form.
+
+    Connections of a writer of the warehouse have a name by which ``lock_catalog`` finds them.
+    """
     query = {"connect_timeout": "10", "application_name": "phasewise", **dict(parse_qsl(urlsplit(url).query))}
+    if is_writer:
+        query["application_name"] = _name_writer(url)
     for name in ("schema", "password"):
         query.pop(name, None)
     escaped = {name: value.replace("\\", "\\\\").replace("'", "\\'") for name, value in query.items()}
@@ -178,6 +183,14 @@ def lock_catalog(connection: duckdb.DuckDBPyConnection, url: str, *, timeout: fl
                     hint=f"Waited {timeout:g} s. Try again when it is done.",
                 )
             time.sleep(0.1)
+        # Of a writer that was killed the connection with the lock may end before the one that is just committing.
+        while (left := _count_writers(connection, url)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        if left:
+            raise WarehouseBusy(
+                f"A writer of the warehouse {redact_url(url)} has ended, and the server is still busy with its work.",
+                hint=f"Waited {timeout:g} s. Try again when it is done.",
+            )
     except duckdb.Error as exc:
         raise explain_unreachable(url, exc) from exc
     # The session ends with the caller's connection, and the lock with the session.
@@ -188,6 +201,17 @@ def _lock_key(url: str, what: str) -> int:
     """Return a key for *what* in the catalog *url*; advisory locks are the database's own, so the schema suffices."""
     digest = hashlib.sha256(f"phasewise {what} {find_schema(url)}".encode()).digest()
     return int.from_bytes(digest[:8], signed=True)
+
+
+def _name_writer(url: str) -> str:
+    return f"phasewise writer {find_schema(url)}"[:63]
+
+
+def _count_writers(connection: duckdb.DuckDBPyConnection, url: str) -> int:
+    name = quote_literal(_name_writer(url))
+    tell_server(connection, "SELECT pg_stat_clear_snapshot()")  # else a transaction sees the same all the time
+    query = f"SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND application_name = {name}"
+    return int(str(ask_server(connection, query)[0][0]))
 
 
 def _find_holder(connection: duckdb.DuckDBPyConnection, key: int) -> str:

@@ -12,13 +12,15 @@ from pathlib import Path
 
 import duckdb
 
+from phasewise.catalog import find_schema
 from phasewise.errors import LakeError, StagingError
-from phasewise.lake import Snapshot, has_lake, list_snapshots
+from phasewise.lake import Snapshot, has_lake, list_snapshots, quote_identifier
 from phasewise.project import Project
-from phasewise.publish import FILE_PREFIX, open_writer
+from phasewise.publish import File, open_writer
 from phasewise.queries import first_line
 from phasewise.settings import Settings
-from phasewise.staging import Batch, find_batch_folder, list_batches
+from phasewise.staging import Batch, find_batch_folder, list_batches, list_manifests, staged_files
+from phasewise.storage import FILE_PREFIX, StoredFile, list_stored
 
 #: Files below this size are merged with their neighbours; what a full refresh registers is mostly larger, and is
 #: replaced as a whole by the next batch, so that rewriting it would be for nothing.
@@ -26,6 +28,9 @@ MERGE_BELOW_BYTES = 4 * 1024 * 1024
 
 #: A Parquet file that no snapshot knows may belong to a transaction of somebody else's that is still open.
 ORPHAN_GRACE = timedelta(hours=1)
+
+#: Ids on DuckLake's list of files to delete, for those that it never had: far beyond the ids that it gives.
+_NO_DATA_FILE = 1 << 62
 
 #: A batch that is removed gets a name that no batch can have, first, so that a half-removed one is none.
 _TRASH = ".removed-"
@@ -82,16 +87,18 @@ def maintain_lake(project: Project, settings: Settings, *, orphan_grace: timedel
     """
     if not has_lake(project):
         return LakeMaintenance()
-    data = Path(project.data_path)
     retention = timedelta(days=settings.snapshot_retention_days)
     try:
         with open_writer(project, settings) as connection:
-            before = _list_files(data)
+            before = _list_data(connection, project)
             expired = _expire_snapshots(connection, retention)
             _delete_unneeded(connection, retention)
             merged = _merge_small_files(connection)
-            _delete_orphans(connection, before, orphan_grace)
-            deleted = before.keys() - _list_files(data).keys()
+            if project.is_stored:
+                _delete_stored_orphans(connection, project, before, orphan_grace)
+            else:
+                _delete_orphans(connection, before, orphan_grace)
+            deleted = before.keys() - _list_data(connection, project).keys()
     except duckdb.Error as exc:
         raise LakeError(
             f"The warehouse {project.warehouse_name} could not be maintained: {first_line(exc)}",
@@ -145,9 +152,16 @@ def _remove_tree(folder: Path) -> int:
     return size_bytes
 
 
-def _list_files(folder: Path) -> dict[Path, int]:
+def _list_data(connection: duckdb.DuckDBPyConnection, project: Project) -> dict[File, int]:
+    """Return the files of the lake with their bytes."""
+    if not project.is_stored:
+        return _list_files(Path(project.data_path))
+    return {file: listed.size_bytes for file, listed in list_stored(connection, f"{project.data_path}**").items()}
+
+
+def _list_files(folder: Path) -> dict[File, int]:
     """Return the files below *folder* with their bytes."""
-    found: dict[Path, int] = {}
+    found: dict[File, int] = {}
     for parent, _, names in os.walk(folder):
         for name in names:
             path = Path(parent, name)
@@ -190,14 +204,51 @@ def _merge_small_files(connection: duckdb.DuckDBPyConnection) -> int:
     return sum(int(row[-1]) for row in rows)
 
 
-def _delete_orphans(connection: duckdb.DuckDBPyConnection, files: Iterable[Path], grace: timedelta) -> None:
-    """Delete the Parquet files that no snapshot knows; under the writer's lock nobody is linking new ones."""
+def _list_orphans(connection: duckdb.DuckDBPyConnection) -> list[str]:
+    """Return the Parquet files among those of the lake that no snapshot knows."""
     rows = connection.execute(
         "call ducklake_delete_orphaned_files('lake', cleanup_all => true, dry_run => true)"
     ).fetchall()
+    return [str(name) for (name,) in rows]
+
+
+def _delete_stored_orphans(
+    connection: duckdb.DuckDBPyConnection, project: Project, files: Iterable[File], grace: timedelta
+) -> None:
+    """Delete the files on S3 that neither a snapshot nor a manifest knows; younger ones may get a manifest yet.
+
+    DuckLake deletes them: they are put on its list of files that nobody needs any more. So no other client of S3 is
+    needed, and what a killed cleanup leaves is deleted by the next.
+    """
+    staged = {
+        file
+        for batch in list_batches(project)
+        for manifest in list_manifests(project, batch.id)
+        for file in staged_files(project, manifest)
+    }
+    youngest = datetime.now(UTC) - grace
+    listed = list_stored(connection, f"{project.data_path}**/*.parquet")
+    orphans = {StoredFile(name) for name in _list_orphans(connection)} & set(files) & listed.keys() - staged
+    doomed = sorted(file for file in orphans if listed[file].modified_at < youngest)
+    if doomed:
+        connection.executemany(
+            f"insert into {_find_deletions(project)} values (?, ?, false, 'epoch'::timestamptz)",
+            [[_NO_DATA_FILE + number, str(file)] for number, file in enumerate(doomed)],
+        )
+        connection.execute("call ducklake_cleanup_old_files('lake', older_than => '1971-01-01'::timestamptz)")
+
+
+def _find_deletions(project: Project) -> str:
+    """Return DuckLake's table of files to delete; its columns: id, path, is that relative, since when."""
+    schema = find_schema(project.catalog) if project.catalog else "main"
+    return f"__ducklake_metadata_lake.{quote_identifier(schema)}.ducklake_files_scheduled_for_deletion"
+
+
+def _delete_orphans(connection: duckdb.DuckDBPyConnection, files: Iterable[File], grace: timedelta) -> None:
+    """Delete the Parquet files that no snapshot knows; under the writer's lock nobody is linking new ones."""
     youngest = datetime.now(UTC).timestamp() - grace.total_seconds()
     known = set(files)
-    for (name,) in rows:
+    for name in _list_orphans(connection):
         path = Path(name)
         # Only what was there when the lock was taken and the catalog agrees that nobody needs.
         if path in known and (path.name.startswith(FILE_PREFIX) or path.stat().st_mtime < youngest):

@@ -553,6 +553,7 @@ def _write_report(data: BatchData, *, status: Literal["published", "failed", "re
 def _open_warehouse(project: Project, settings: Settings) -> Iterator[duckdb.DuckDBPyConnection]:
     """Yield a session with the lake attached for reading, as ``lake``; without it while nothing was published."""
     with lake.open_session(settings, extensions=lake.list_extensions(project)) as connection:
+        lake.reach_warehouse(connection, project)
         if lake.has_lake(project):
             lake.attach_lake(connection, project, read_only=True)
         yield connection

@@ -2,7 +2,7 @@
 
 A warehouse is a folder: ``catalog.sqlite`` (DuckLake's catalog), ``data/`` (Parquet files, owned by DuckLake),
 ``phasewise.json`` (the format that wrote it) and ``writer.lock``. Several machines have the catalog, the format and the
-lock in PostgreSQL (``phasewise.catalog``), and the data in a folder that all reach.
+lock in PostgreSQL (``phasewise.catalog``), and the data on S3 (``phasewise.storage``) or in a folder that all reach.
 Published tables live in the schema ``main``, marts in the schema ``marts``.
 """
 
@@ -45,6 +45,7 @@ from phasewise.project import Project
 from phasewise.quoting import quote_identifier as quote_identifier
 from phasewise.quoting import quote_literal as quote_literal
 from phasewise.settings import Settings
+from phasewise.storage import create_storage_secret
 
 #: Layout of the warehouse's folder; a higher number in phasewise.json was written by a newer Phasewise.
 WAREHOUSE_FORMAT = 1
@@ -54,6 +55,7 @@ EXTENSIONS = ("ducklake", "sqlite_scanner", "postgres_scanner", "mysql_scanner",
 _CATALOG = "catalog.sqlite"
 _MARKER = "phasewise.json"
 _LOCK = "writer.lock"
+_PROBE = "phasewise.csv"
 
 #: Extension files whose signature this process, or the one it was forked from, has checked: path → identity.
 _checked: dict[Path, tuple[int, int, int]] = {}
@@ -139,7 +141,7 @@ def find_extension(name: str) -> Path:
 def list_extensions(project: Project) -> tuple[str, ...]:
     """Return the extensions that a session of the project's warehouse needs."""
     catalog = "postgres_scanner" if project.catalog else "sqlite_scanner"
-    return ("ducklake", catalog)
+    return ("ducklake", catalog, "httpfs") if project.is_stored else ("ducklake", catalog)
 
 
 def has_lake(project: Project) -> bool:
@@ -159,6 +161,8 @@ def reach_warehouse(connection: duckdb.DuckDBPyConnection, project: Project) -> 
         _load_extension(connection, name)  # a millisecond where it is loaded
     if project.catalog is not None:
         create_catalog_secret(connection, project.catalog)
+    if project.is_stored:
+        create_storage_secret(connection)
 
 
 def attach_lake(
@@ -195,7 +199,7 @@ def attach_lake(
         catalog = f"ducklake:sqlite:{project.warehouse / _CATALOG}"
         options += ["META_JOURNAL_MODE 'WAL'"]
     else:
-        catalog = f"ducklake:postgres:{list_options(project.catalog)}"
+        catalog = f"ducklake:postgres:{list_options(project.catalog, is_writer=not is_reader)}"
         options += [f"META_SCHEMA {quote_literal(find_schema(project.catalog))}", f"META_SECRET '{SECRET}'"]
     try:
         connection.execute(f"ATTACH {quote_literal(catalog)} AS {quote_identifier(name)} ({', '.join(options)})")
@@ -204,14 +208,17 @@ def attach_lake(
 
 
 def prepare_lake(project: Project, settings: Settings) -> None:
-    """Make sure that the warehouse can be written by this version and has ``min_free_bytes`` free.
+    """Make sure that the warehouse can be written by this version and, in a folder, has ``min_free_bytes`` free.
 
     Raises:
         WarehouseTooNew: a newer version wrote it.
-        LakeError: its catalog or its folder cannot be written, or too little is free.
+        LakeError: its catalog or its files cannot be written, or too little is free.
     """
     _prepare_warehouse(project)
     _check_format(project, _find_format(project) or WAREHOUSE_FORMAT)
+    if project.is_stored:
+        _try_storage(project, settings)
+        return
     data = Path(project.data_path)
     for folder in [data] if project.catalog else [project.warehouse, data]:
         if not os.access(folder, os.W_OK):
@@ -344,7 +351,8 @@ def _open_server(url: str) -> Iterator[duckdb.DuckDBPyConnection]:
 
 def _prepare_warehouse(project: Project) -> None:
     """Create what of the warehouse is missing: its folders, or the schema of its catalog."""
-    _make_folder(Path(project.data_path))
+    if not project.is_stored:
+        _make_folder(Path(project.data_path))
     if project.catalog is not None:
         with _open_server(project.catalog) as server:
             prepare_catalog(server, project.catalog, format_number=WAREHOUSE_FORMAT)
@@ -377,6 +385,21 @@ def _explain_folder(folder: Path, exc: OSError) -> LakeError:
         f"The warehouse {folder} cannot be written: {exc.strerror}.",
         hint="Check the folder's permissions and free space, or change [warehouse] path.",
     )
+
+
+def _try_storage(project: Project, settings: Settings) -> None:
+    """Write a small object beside the files of the warehouse, always the same."""
+    with open_session(settings, extensions=("httpfs",)) as connection:
+        create_storage_secret(connection)
+        try:
+            connection.execute(
+                f"COPY (SELECT {WAREHOUSE_FORMAT} AS format) TO {quote_literal(project.data_path + _PROBE)}"
+            )
+        except duckdb.Error as exc:
+            raise LakeError(
+                f"The warehouse {project.data_path} cannot be written: {str(exc).splitlines()[0].rstrip('.')}.",
+                hint="Check the bucket of [warehouse] data, and the variables AWS_* where the command and workers run.",
+            ) from exc
 
 
 def _find_format(project: Project) -> int | None:

@@ -9,7 +9,7 @@ url = "sqlite:///data/lahman.sqlite"      # ${NAME} is taken from the environmen
 [warehouse]
 path = "warehouse"                        # DuckLake: catalog.sqlite and data/ below it
 catalog = "postgresql://…"                # several machines: the catalog in PostgreSQL,
-data = "/mnt/shop"                        # the Parquet files in a folder that all reach
+data = "s3://bucket/prefix"               # the Parquet files on S3, or in a folder that all reach
 
 [tables]                                  # which tables; default: all of the source
 exclude = ["tmp_*"]
@@ -115,7 +115,7 @@ class WarehouseConfig(_Record):
     path: str = "warehouse"
     #: PostgreSQL URL of the catalog, for several machines. None: ``catalog.sqlite`` in the folder.
     catalog: str | None = Field(default=None, repr=False)
-    #: Folder of the Parquet files. None: ``data`` in the folder of the warehouse.
+    #: Folder or ``s3://bucket/prefix`` of the Parquet files. None: ``data`` in the folder of the warehouse.
     data: str | None = None
 
     @field_validator("catalog")
@@ -124,6 +124,13 @@ class WarehouseConfig(_Record):
         if url is not None and not re.match(r"postgres(ql)?://", url):
             raise ValueError("a catalog is a postgresql:// URL, or catalog.sqlite in the folder [warehouse] path")
         return url
+
+    @field_validator("data")
+    @classmethod
+    def _data_is_a_folder_or_s3(cls, data: str | None) -> str | None:
+        if data is not None and "://" in data and not re.match(r"s3://[^/?#@:*\[]+(/[^?#*\[]*)?$", data):
+            raise ValueError("data is a folder, or s3://bucket/prefix; endpoint and credentials are in AWS_* variables")
+        return data
 
 
 class TableSelection(_Record):
@@ -178,7 +185,7 @@ class Project(_Record):
     warehouse: Path
     #: PostgreSQL URL of the catalog, with its password. None: ``catalog.sqlite`` in the folder.
     catalog: str | None = Field(default=None, repr=False)
-    #: Folder of the Parquet files. None: ``data`` in the folder of the warehouse.
+    #: Folder or ``s3://bucket/prefix`` of the Parquet files. None: ``data`` in the folder of the warehouse.
     data: str | None = None
     staging: Path
     reports: Path
@@ -201,6 +208,11 @@ class Project(_Record):
     def data_path(self) -> str:
         """Where the Parquet files are, with a "/" at its end."""
         return f"{self.data or self.warehouse / 'data'}/"
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether the Parquet files are on S3."""
+        return self.data_path.startswith("s3://")
 
 
 def load_project(root: Path) -> Project:
@@ -349,7 +361,7 @@ def _build_project(root: Path, parsed: _ProjectFile) -> Project:
         source=SourceConfig(url=_expand_environment(parsed.source.url, what="source")),
         warehouse=(root / warehouse.path).resolve(),
         catalog=_expand_environment(catalog, what="catalog") if catalog else None,
-        data=str((root / warehouse.data).resolve()) if warehouse.data else None,
+        data=_locate_data(root, warehouse.data),
         staging=(state / "staging").resolve(),
         reports=(state / "reports").resolve(),
         tables=parsed.tables,
@@ -358,6 +370,12 @@ def _build_project(root: Path, parsed: _ProjectFile) -> Project:
         marts=_load_marts(root / "marts"),
         pipeline=parsed.pipeline,
     )
+
+
+def _locate_data(root: Path, data: str | None) -> str | None:
+    if data is None or data.startswith("s3://"):
+        return data and data.rstrip("/")
+    return str((root / data).resolve())
 
 
 def _expand_environment(url: str, *, what: str) -> str:

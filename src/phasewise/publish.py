@@ -2,7 +2,7 @@
 
 The staged Parquet files are not rewritten: they are linked into the lake's data folder and registered, so that a
 table of any size is published in milliseconds. They are linked because DuckLake owns what it registers, and
-deletes it once no snapshot needs it.
+deletes it once no snapshot needs it. On S3, which has no links, they were written into the lake's folder.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TypeAlias
 
 import duckdb
 
@@ -37,10 +38,11 @@ from phasewise.snapshots import (
     list_tables,
     require_publication,
 )
-from phasewise.staging import Manifest, list_manifests, mark_published, read_plan, staged_files
+from phasewise.staging import Manifest, list_manifests, mark_published, measure_file, read_plan, staged_files
+from phasewise.storage import FILE_PREFIX, StoredFile
 
-#: Files that this module put into the lake begin with it; DuckLake's own begin with ``ducklake-``.
-FILE_PREFIX = "phasewise-"
+#: What is registered: a file in a folder, or on S3.
+File: TypeAlias = Path | StoredFile
 
 #: ``link`` fails with these where the lake lies on another file system, or on one that has no links.
 _CANNOT_LINK = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
@@ -137,7 +139,7 @@ def _publish(
     only = find_buildable(connection, project, present) if is_partial else order_marts(project.marts)
     planned = _plan(project, batch, staged, only)
     _refuse_to_go_back(connection, planned)
-    files = _link_files(project, staged)
+    files = _link_files(connection, project, staged)
     with _transaction(connection, planned, f"Publish batch {batch}"):
         for table in planned.tables:
             _publish_table(connection, table.name, files[table.name], rows=table.rows)
@@ -221,7 +223,7 @@ def _roll_back(connection: duckdb.DuckDBPyConnection) -> None:
         pass  # a failed commit has ended the transaction itself
 
 
-def _publish_table(connection: duckdb.DuckDBPyConnection, table: str, files: Sequence[Path], *, rows: int) -> None:
+def _publish_table(connection: duckdb.DuckDBPyConnection, table: str, files: Sequence[File], *, rows: int) -> None:
     """Replace *table* by *files*, whatever columns it had before.
 
     Raises:
@@ -250,8 +252,10 @@ def _publish_table(connection: duckdb.DuckDBPyConnection, table: str, files: Seq
         )
 
 
-def _link_files(project: Project, staged: Mapping[str, Sequence[Manifest]]) -> dict[str, list[Path]]:
-    """Return, per table, its staged files as links in the lake's data folder.
+def _link_files(
+    connection: duckdb.DuckDBPyConnection, project: Project, staged: Mapping[str, Sequence[Manifest]]
+) -> dict[str, list[File]]:
+    """Return, per table, its staged files as links in the lake's data folder; those on S3 as they are.
 
     When publishing fails they stay there, and the next cleanup removes them: to remove them here could hit a commit
     that had succeeded after all, when a signal arrives just behind it.
@@ -261,12 +265,14 @@ def _link_files(project: Project, staged: Mapping[str, Sequence[Manifest]]) -> d
         LakeError: the lake's folder cannot be written.
     """
     data = Path(project.data_path, "main")
-    linked: dict[str, list[Path]] = {}
+    linked: dict[str, list[File]] = {}
     try:
         for table, parts in staged.items():
-            files = [file for part in parts for file in _check_files(project, part)]
-            linked[table] = [_link(file, data / _folder_name(table)) for file in files]
-        _sync_folders({file.parent for files in linked.values() for file in files})
+            files = [file for part in parts for file in _check_files(connection, project, part)]
+            linked[table] = [
+                _link(file, data / _folder_name(table)) if isinstance(file, Path) else file for file in files
+            ]
+        _sync_folders({file.parent for files in linked.values() for file in files if isinstance(file, Path)})
     except OSError as exc:
         raise _cannot_write(project, exc) from exc
     return linked
@@ -279,11 +285,11 @@ def _cannot_write(project: Project, exc: OSError) -> LakeError:
     )
 
 
-def _check_files(project: Project, manifest: Manifest) -> list[Path]:
+def _check_files(connection: duckdb.DuckDBPyConnection, project: Project, manifest: Manifest) -> list[File]:
     files = staged_files(project, manifest)
-    missing = [file for file in files if not file.is_file()]
-    size_bytes = sum(file.stat().st_size for file in files if file not in missing)
-    if missing or size_bytes != manifest.size_bytes:
+    sizes = [measure_file(connection, file) for file in files]
+    size_bytes = sum(size for size in sizes if size is not None)
+    if None in sizes or size_bytes != manifest.size_bytes:
         raise StagingError(
             f'The staged files of table "{manifest.table}" are not those of its manifest '
             f"({size_bytes} bytes, not {manifest.size_bytes}).",
@@ -318,6 +324,8 @@ def _sync_folders(folders: Iterable[Path]) -> None:
 
 def _link_past_files(connection: duckdb.DuckDBPyConnection, project: Project, snapshot: int) -> dict[str, list[Path]]:
     """Return new links to the files of each table of ``past`` that was published and not changed by others since."""
+    if project.is_stored:
+        return {}  # a file cannot belong to two tables, and S3 has no links: the rows are written again
     try:
         linked = {
             table: [_link(file, file.parent) for file in files]

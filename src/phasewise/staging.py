@@ -2,7 +2,7 @@
 
     staging/<batch>/batch.json                     the plan: which tables belong to the batch
     staging/<batch>/partitions.json                which of them are split, and into which parts
-    staging/<batch>/<table>/<attempt>.parquet      rows
+    staging/<batch>/<table>/<attempt>.parquet      rows; where the lake's files are on S3, they are there from the start
     staging/<batch>/<table>/manifest.json          written last; without it the folder counts for nothing
     staging/<batch>/published.json                 the snapshot that the batch became
 
@@ -52,6 +52,7 @@ from phasewise.sources import (
     describe_project_table,
     open_source,
 )
+from phasewise.storage import FILE_PREFIX, StoredFile, create_storage_secret, explain_storage, is_stored, list_stored
 
 #: Layout of manifest.json; a manifest of another version is extracted again.
 MANIFEST_VERSION = 1
@@ -80,7 +81,7 @@ class Manifest:
     source_rows: int
     columns: tuple[Column, ...]
     key: tuple[str, ...]
-    #: Names relative to the manifest's folder.
+    #: Names relative to the manifest's folder, or URLs on S3.
     files: tuple[str, ...]
     started_at: datetime
     ended_at: datetime
@@ -411,10 +412,18 @@ def mark_published(project: Project, batch: str, snapshot: int) -> None:
         raise explain_os_error(folder, exc) from exc
 
 
-def staged_files(project: Project, manifest: Manifest) -> list[Path]:
+def staged_files(project: Project, manifest: Manifest) -> list[Path | StoredFile]:
     """Return the Parquet files of a staged table, or of a part of it."""
     folder = _batch_folder(project, manifest.batch) / _folder_name(name_item(manifest.table, manifest.partition))
-    return [folder / name for name in manifest.files]
+    return [StoredFile(name) if is_stored(name) else folder / name for name in manifest.files]
+
+
+def measure_file(connection: duckdb.DuckDBPyConnection, file: Path | StoredFile) -> int | None:
+    """Return the bytes of a staged file; None when it is not there."""
+    if isinstance(file, Path):
+        return file.stat().st_size if file.is_file() else None
+    listed = list_stored(connection, f"{file}*").get(file)
+    return listed.size_bytes if listed else None
 
 
 def name_manifest(manifest: Manifest) -> str:
@@ -445,25 +454,29 @@ def _extract(
     source = open_source(project, settings)
     if snapshot is not None:
         _check_age(snapshot, settings, source)
-    path = folder / f"{uuid.uuid4().hex}.parquet"
-    with open_session(settings, extensions=source.extensions) as connection:
+    path = _name_file(project, folder)
+    extensions = dict.fromkeys([*source.extensions, *(["httpfs"] if project.is_stored else [])])
+    with open_session(settings, extensions=tuple(extensions)) as connection:
+        if project.is_stored:
+            create_storage_secret(connection)
         # Attached first, so that the table is described as it is in the snapshot.
         source.attach(connection, snapshot)
         table = describe_project_table(project, source, name)
         if part is not None:
             table = replace(table, conditions=(*table.conditions, part.condition))
         rows, source_rows = _copy(connection, source, table, path, snapshot)
+        size_bytes = measure_file(connection, path) or 0
     manifest = Manifest(
         batch=batch,
         table=name,
         partition=part.name if part else None,
         table_rows=split.rows if part and split else None,
         rows=rows,
-        size_bytes=path.stat().st_size,
+        size_bytes=size_bytes,
         source_rows=source_rows,
         columns=table.columns,
         key=table.key,
-        files=(path.name,),
+        files=(str(path) if isinstance(path, StoredFile) else path.name,),
         started_at=started_at,
         ended_at=datetime.now(UTC),
         source=source.url,
@@ -471,18 +484,30 @@ def _extract(
     )
     try:
         # The manifest says that the files are there: it may reach the disk only after them.
-        sync_path(path)
+        if isinstance(path, Path):
+            sync_path(path)
         write_atomically(folder / _MANIFEST, manifest.to_json())
     except OSError as exc:
         raise explain_os_error(folder, exc) from exc
     return manifest
 
 
+def _name_file(project: Project, folder: Path) -> Path | StoredFile:
+    """Return where the rows of *folder*'s table go.
+
+    On S3 that is where they stay, since nothing there can be linked: among the lake's files, under a name of their own.
+    """
+    name = f"{uuid.uuid4().hex}.parquet"
+    if project.is_stored:
+        return StoredFile(f"{project.data_path}main/{folder.name}/{FILE_PREFIX}{name}")
+    return folder / name
+
+
 def _copy(
     connection: duckdb.DuckDBPyConnection,
     source: Source,
     table: SourceTable,
-    path: Path,
+    path: Path | StoredFile,
     snapshot: SnapshotToken | None,
 ) -> tuple[int, int]:
     """Write the table's rows to *path*; return how many they are, here and as the source counts."""
@@ -509,17 +534,20 @@ def _copy(
     return rows, source_rows
 
 
-def _abandon(connection: duckdb.DuckDBPyConnection, path: Path) -> None:
-    path.unlink(missing_ok=True)
+def _abandon(connection: duckdb.DuckDBPyConnection, path: Path | StoredFile) -> None:
+    if isinstance(path, Path):  # an upload to S3 that is not finished leaves nothing that could be seen
+        path.unlink(missing_ok=True)
     try:
         connection.execute("ROLLBACK")
     except duckdb.Error:
         pass  # the failed statement may have ended the transaction itself
 
 
-def _find_staging_error(path: Path, exc: Exception) -> StagingError | None:
+def _find_staging_error(path: Path | StoredFile, exc: Exception) -> StagingError | None:
     """Tell a failure to write from a failure to read: DuckDB raises one class for both."""
     text = str(exc)
+    if isinstance(path, StoredFile) and isinstance(exc, duckdb.IOException):
+        return explain_storage(path, exc)
     if not isinstance(exc, duckdb.IOException | duckdb.OutOfMemoryException):
         return None
     if isinstance(exc, duckdb.OutOfMemoryException):
@@ -527,7 +555,7 @@ def _find_staging_error(path: Path, exc: Exception) -> StagingError | None:
             f"Extracting into {path.parent} needs more memory than allowed: {text.splitlines()[0]}.",
             hint="Raise PHASEWISE_MEMORY_LIMIT, or lower PHASEWISE_THREADS.",
         )
-    if str(path.parent) not in text and "No space left" not in text:
+    if isinstance(path, StoredFile) or (str(path.parent) not in text and "No space left" not in text):
         return None
     return explain_write(path.parent, text)
 
@@ -575,6 +603,8 @@ def _read_complete(folder: Path) -> Manifest | None:
     """Return the manifest in *folder* when all that it names is there in full; else None."""
     try:
         manifest = Manifest.from_json((folder / _MANIFEST).read_text(encoding="utf-8"))
+        if any(is_stored(name) for name in manifest.files):
+            return manifest  # they were there in full before it; publishing looks again
         size_bytes = sum((folder / name).stat().st_size for name in manifest.files)
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -104,12 +104,13 @@ def _load() -> tuple[Project, Settings]:
 
 def _audit(project: Project, settings: Settings, batch: str | None) -> list[AuditResult]:
     from phasewise.audit import audit_batch, audit_published, open_staged
-    from phasewise.lake import attach_lake, has_lake, list_extensions, open_session
+    from phasewise.lake import attach_lake, has_lake, list_extensions, open_session, reach_warehouse
     from phasewise.staging import list_batches, list_manifests, read_plan
 
     staged = [entry.id for entry in list_batches(project) if not entry.is_published]
     batch = batch or (staged[-1] if staged else None)
     with open_session(settings, extensions=list_extensions(project)) as connection:
+        reach_warehouse(connection, project)
         if has_lake(project):
             attach_lake(connection, project, read_only=True)
         elif batch is None:

@@ -150,9 +150,10 @@ def test_a_schema_that_may_not_be_created_is_an_error_of_the_warehouse(project: 
 
 def test_options_of_the_url_reach_the_server(project: Project, catalog: str):
     named = project.model_copy(update={"catalog": f"{catalog}&application_name=it%27s%20me"})
+    publish_batch(project, SETTINGS, stage_batch(project))
 
     with lake.open_session(SETTINGS) as connection:
-        lake.attach_lake(connection, named)
+        lake.attach_lake(connection, named, read_only=True)
         connection.execute("from lake.snapshots()").fetchall()
         assert psql("select count(*) from pg_stat_activity where application_name = 'it''s me'").strip() != "0"
 

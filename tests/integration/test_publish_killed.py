@@ -7,8 +7,7 @@ import random
 import shutil
 import signal
 import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from phasewise.project import Project
 from phasewise.publish import publish_batch
 from phasewise.samples import SAMPLE_SETTINGS, change_source, stage_batch, write_project
 from phasewise.snapshots import list_publications, open_reader
-from tests.integration.warehouses import HOST, drop_catalog, is_postgres_reachable, postgres_catalog
+from tests.integration.warehouses import HOST, drop_catalog, fork, is_postgres_reachable, postgres_catalog
 
 SETTINGS = SAMPLE_SETTINGS
 TABLES = [f"t{number}" for number in range(3)]
@@ -63,22 +62,6 @@ def project(tmp_path: Path, warehouse: str) -> Project:
 def stage_generation(project: Project, generation: int) -> str:
     change_source(project.root, "".join(f"update {table} set generation = {generation};" for table in TABLES))
     return stage_batch(project)
-
-
-def fork(run: Callable[[], object]) -> int:
-    """Run *run* in a forked process and return its pid; the caller waits for it."""
-    with warnings.catch_warnings():
-        # Other tests of the session may have left idle threads; the child uses none of theirs.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            run()
-            code = 0
-        finally:
-            os._exit(code)
-    return pid
 
 
 def look(project: Project) -> tuple[set[int], set[int], int, list[str]]:

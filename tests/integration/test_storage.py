@@ -1,0 +1,222 @@
+"""The lake's files on S3: extracted to where they stay, registered as they are, removed when nothing needs them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from phasewise import lake, staging
+from phasewise.audit import audit_batch, open_staged
+from phasewise.cleanup import maintain_lake, remove_finished_staging
+from phasewise.errors import LakeError, StagingError
+from phasewise.project import Project
+from phasewise.publish import publish_batch, rollback_batch
+from phasewise.samples import SAMPLE_SETTINGS, change_source, stage_batch, write_project
+from phasewise.snapshots import open_reader, query_warehouse
+from phasewise.storage import create_storage_secret, list_stored
+from tests.integration.warehouses import HOST, fork, is_postgres_reachable, postgres_catalog, s3_bucket
+
+SETTINGS = SAMPLE_SETTINGS
+AT_ONCE = SETTINGS.model_copy(update={"snapshot_retention_days": 0})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _preloaded():
+    lake.preload_extensions(("sqlite_scanner", "postgres_scanner", "httpfs", "ducklake"))
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    with s3_bucket() as url:
+        yield url
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def catalog(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The line of phasewise.toml for each kind of catalog."""
+    if request.param == "sqlite":
+        yield ""
+        return
+    if not is_postgres_reachable():
+        pytest.skip(f"no PostgreSQL with a database `test` on {HOST}:5432")
+    with postgres_catalog() as url:
+        yield f'catalog = "{url}"'
+
+
+@pytest.fixture
+def project(tmp_path: Path, bucket: str, catalog: str) -> Project:
+    return write_project(
+        tmp_path,
+        source="create table t (id integer primary key, n integer); insert into t values (1, 10), (2, 20);",
+        toml=f'[warehouse]\n{catalog}\ndata = "{bucket}/{tmp_path.name}"\n',
+        marts={"total": "select sum(n) as total from t"},
+    )
+
+
+def list_bucket(project: Project) -> set[str]:
+    """Return the Parquet files of the project's lake on S3."""
+    with lake.open_session(SETTINGS, extensions=("httpfs",)) as connection:
+        create_storage_secret(connection)
+        return {str(file) for file in list_stored(connection, f"{project.data_path}**/*.parquet")}
+
+
+def list_staged(project: Project, batch: str) -> set[str]:
+    return {
+        str(file)
+        for manifest in staging.list_manifests(project, batch)
+        for file in staging.staged_files(project, manifest)
+    }
+
+
+def read_total(project: Project) -> int:
+    return query_warehouse(project, SETTINGS, "from total")[1][0][0]
+
+
+def test_staged_files_are_published_where_they_were_written(project: Project):
+    lake.prepare_lake(project, SETTINGS)
+    batch = stage_batch(project)
+    staged = list_staged(project, batch)
+    assert staged == list_bucket(project)
+    assert not list(project.staging.rglob("*.parquet"))
+
+    publish_batch(project, SETTINGS, batch)
+
+    with open_reader(project, SETTINGS) as connection:
+        registered = connection.execute("select data_file from ducklake_list_files('lake', 't')").fetchall()
+    assert {name for (name,) in registered} == staged
+    assert read_total(project) == 30
+
+
+def test_staged_files_are_audited_before_anything_was_published(project: Project):
+    batch = stage_batch(project)
+    manifests = staging.list_manifests(project, batch)
+
+    with lake.open_session(SETTINGS, extensions=lake.list_extensions(project)) as connection:
+        lake.reach_warehouse(connection, project)
+        open_staged(connection, project, manifests)
+        results = audit_batch(connection, project, manifests, staging.read_plan(project, batch))
+
+    assert results
+    assert all(result.passed for result in results)
+
+
+def test_rolling_back_brings_the_rows_back_into_files_of_their_own(project: Project):
+    first = stage_batch(project)
+    publish_batch(project, SETTINGS, first)
+    change_source(project.root, "update t set n = 0;")
+    publish_batch(project, SETTINGS, stage_batch(project))
+
+    rollback_batch(project, SETTINGS, first)
+    # The files of the first batch go with its snapshot; those of the rollback must not be the same.
+    maintain_lake(project, AT_ONCE, orphan_grace=timedelta(0))
+
+    assert read_total(project) == 30
+
+
+def test_cleanup_keeps_what_is_staged_and_deletes_what_nothing_names(project: Project):
+    publish_batch(project, SETTINGS, stage_batch(project))
+    given_up, open_batch = stage_batch(project), stage_batch(project)
+    orphans = list_staged(project, given_up)
+    shutil.rmtree(staging.find_batch_folder(project, given_up))
+
+    done = maintain_lake(project, SETTINGS, orphan_grace=timedelta(0))
+
+    assert done.deleted_files == len(orphans) == 1
+    assert not orphans & list_bucket(project)
+    assert list_staged(project, open_batch) <= list_bucket(project)
+    publish_batch(project, SETTINGS, open_batch)
+    assert read_total(project) == 30
+
+
+def test_a_file_that_was_just_uploaded_may_still_get_its_manifest(project: Project):
+    publish_batch(project, SETTINGS, stage_batch(project))
+    batch = stage_batch(project)
+    shutil.rmtree(staging.find_batch_folder(project, batch) / "t")
+
+    assert maintain_lake(project, SETTINGS).deleted_files == 0
+
+
+def test_cleanup_of_staging_leaves_what_is_published(project: Project):
+    batch = stage_batch(project)
+    publish_batch(project, SETTINGS, batch)
+
+    assert remove_finished_staging(project, SETTINGS, keep=()).removed == (batch,)
+    maintain_lake(project, AT_ONCE, orphan_grace=timedelta(0))
+
+    assert read_total(project) == 30
+
+
+def test_files_of_expired_snapshots_are_deleted(project: Project):
+    first = stage_batch(project)
+    publish_batch(project, SETTINGS, first)
+    publish_batch(project, SETTINGS, stage_batch(project))
+
+    maintain_lake(project, AT_ONCE)
+
+    assert not list_staged(project, first) & list_bucket(project)
+    assert read_total(project) == 30
+
+
+def test_a_reader_within_retention_is_never_broken_by_cleanup(project: Project):
+    publish_batch(project, SETTINGS, stage_batch(project))
+
+    with open_reader(project, SETTINGS) as connection:
+        for number in range(2):
+            change_source(project.root, f"update t set n = {number};")
+            publish_batch(project, SETTINGS, stage_batch(project))
+            maintain_lake(project, SETTINGS, orphan_grace=timedelta(0))
+
+        assert connection.execute("select n from t order by id").fetchall() == [(10,), (20,)]
+
+
+def test_a_publisher_killed_before_its_commit_leaves_the_batch_to_the_next(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+):
+    publish_batch(project, SETTINGS, stage_batch(project))
+    change_source(project.root, "update t set n = 1;")
+    batch = stage_batch(project)
+    before = list_bucket(project)
+    monkeypatch.setattr("phasewise.publish.build_marts", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+    pid = fork(lambda: publish_batch(project, SETTINGS, batch))
+    assert os.waitpid(pid, 0)[1] == signal.SIGKILL
+    monkeypatch.undo()
+
+    maintain_lake(project, SETTINGS, orphan_grace=timedelta(0))
+
+    assert list_bucket(project) == before
+    assert read_total(project) == 30
+    publish_batch(project, SETTINGS, batch)
+    assert read_total(project) == 2
+
+
+def test_a_staged_file_that_is_gone_is_not_published(project: Project):
+    publish_batch(project, SETTINGS, stage_batch(project))
+    batch = stage_batch(project)
+    folder = staging.find_batch_folder(project, batch)
+    folder.rename(folder.with_name("aside"))
+    maintain_lake(project, SETTINGS, orphan_grace=timedelta(0))
+    folder.with_name("aside").rename(folder)
+
+    with pytest.raises(StagingError, match='"t" are not those of its manifest'):
+        publish_batch(project, SETTINGS, batch)
+
+
+def test_storage_that_does_not_answer_is_named_without_the_credentials(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:1")
+
+    with pytest.raises(LakeError, match="s3://lake/.* cannot be written.*AWS_") as prepared:
+        lake.prepare_lake(project, SETTINGS)
+    with pytest.raises(StagingError, match="s3://lake/.* cannot be written.*AWS_") as staged:
+        stage_batch(project)
+
+    chain = "".join(f"{caught.value} {caught.value.__cause__}" for caught in (prepared, staged))
+    assert "secret-of-tests" not in chain
+    assert "key-of-tests" not in chain
