@@ -74,6 +74,10 @@ def test_stretches_of_any_length_are_divided_evenly(weights, parts):
     assert sum(sizes) == total
 
 
+def test_empty_stretches_at_either_end_are_no_partition():
+    assert find_bounds([(0, 0), (1, 10), (2, 10), (3, 0), (4, 0)], 10) == [2]
+
+
 def test_a_table_no_larger_than_the_limit_is_not_divided():
     assert find_bounds([(0, 500), (1, 500)], 1000) == []
     assert find_bounds([], 10) == []

@@ -31,7 +31,7 @@ def find_bounds(blocks: Sequence[tuple[int, int]], limit: int) -> list[int]:
     read, last = 0, 0
     for start, rows in blocks:
         # The middle of a block says which partition it is of.
-        part = int((read + rows / 2) * parts / total) if total else 0
+        part = min(int((read + rows / 2) * parts / total), parts - 1) if total else 0
         if part > last and read:
             bounds.append(start)
         read, last = read + rows, max(part, last)
