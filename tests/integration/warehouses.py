@@ -9,6 +9,7 @@ import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from urllib.parse import quote
 
 import httpx
 import pytest
@@ -84,3 +85,11 @@ def fork(run: Callable[[], object]) -> int:
         finally:
             os._exit(code)
     return pid
+
+
+def put_object(name: str, content: bytes) -> None:
+    """Write an object into the bucket of ``s3_bucket``, which must be open."""
+    # Anonymous clients may not replace an object. The server does not check the signature.
+    headers = {"Authorization": "AWS4-HMAC-SHA256 Credential=key-of-tests/20260101/us-east-1/s3/aws4_request"}
+    url = f"{os.environ['AWS_ENDPOINT_URL']}/lake/{quote(name)}"
+    httpx.put(url, content=content, headers=headers).raise_for_status()

@@ -154,6 +154,7 @@ _BUILT_IN = {
     "mysql": "phasewise.sources.mysql:MysqlSource",
     "postgres": "phasewise.sources.postgres:PostgresSource",
     "postgresql": "phasewise.sources.postgres:PostgresSource",
+    "s3": "phasewise.sources.files:FilesSource",
     "sqlite": "phasewise.sources.sqlite:SqliteSource",
 }
 

@@ -1,5 +1,7 @@
 """Files as a source: ``file:///relative/folder``, ``file:////absolute/folder``, ``file:///exports/2024-*.csv``.
 
+On S3-compatible storage: ``s3://bucket/folder``, ``s3://bucket/exports/2024-*.csv``; the variables ``AWS_*`` say how.
+
 A folder is a database: each CSV, JSON or Parquet file in it (also compressed with gzip or zstd) is the table of its
 name, and each folder in it is one table of all its files. A pattern selects files of one folder.
 
@@ -14,6 +16,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import duckdb
@@ -25,6 +28,7 @@ from phasewise.settings import Settings
 from phasewise.sources import Column, SnapshotToken, SourceTable
 from phasewise.sources.decoding import MOMENTS, decode_text, explain_unfaithful, fail_where_null
 from phasewise.sources.duckdb_file import find_lake_type, find_local_path
+from phasewise.storage import create_storage_secret, is_stored, list_stored
 
 _NAME = re.compile(r"(?P<table>.+?)\.(?P<kind>csv|tsv|parquet|json|ndjson|jsonl)(?:\.(?:gz|zst))?", re.IGNORECASE)
 _KINDS = {"tsv": "csv", "ndjson": "json", "jsonl": "json"}
@@ -32,21 +36,36 @@ _CHECKED = {"BIGINT", "DOUBLE", "BOOLEAN", "UUID", *MOMENTS}
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Entry:
+    """One file: in the folder itself, or in a folder in it."""
+
+    #: Names below the folder: that of the file, or those of its folder and of the file.
+    names: tuple[str, ...]
+    #: Path or URL.
+    location: str
+    #: Changes with what is in the file.
+    mark: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Files:
     #: csv, json or parquet.
     kind: str
-    paths: tuple[Path, ...]
+    entries: tuple[_Entry, ...]
 
 
 class FilesSource:
-    """A folder, or a pattern, of local files."""
-
-    extensions: tuple[str, ...] = ()
+    """A folder, or a pattern, of files: local ones, or on S3."""
 
     def __init__(self, url: str, root: Path, settings: Settings) -> None:
         self._url = url
-        self._path = find_local_path(url, root)
         self._settings = settings
+        self._attached: duckdb.DuckDBPyConnection | None = None
+        #: A path, or a URL on S3.
+        self._place = url.rstrip("/") if is_stored(url) else str(find_local_path(url, root))
+        self.extensions: tuple[str, ...] = ("httpfs",) if is_stored(url) else ()
+        if is_stored(url) and not re.match(r"s3://[^/?#@:]+($|/)", url):
+            raise ProjectError(f'"{redact_url(url)}" names no bucket.', hint="Write s3://bucket/folder.")
 
     @property
     def url(self) -> str:
@@ -60,12 +79,12 @@ class FilesSource:
 
     def describe_table(self, name: str) -> SourceTable:
         files = self._find_files(name)
-        with open_session(self._settings, extensions=()) as connection:
+        with self._open() as connection:
             try:
                 names = _list_columns(connection, files)
             except duckdb.Error as exc:
                 raise SourceUnavailable(
-                    f'The files of table "{name}" cannot be read: {exc}', hint=f"Check {files.paths[0]}."
+                    f'The files of table "{name}" cannot be read: {exc}', hint=f"Check {files.entries[0].location}."
                 ) from exc
         return SourceTable(name=name, columns=tuple(names))
 
@@ -80,6 +99,9 @@ class FilesSource:
         yield {"id": self._fingerprint()}
 
     def attach(self, connection: duckdb.DuckDBPyConnection, snapshot: SnapshotToken | None = None) -> None:
+        if self.extensions:
+            create_storage_secret(connection)
+        self._attached = connection
         if snapshot is not None and snapshot["id"] != self._fingerprint():
             raise SourceUnavailable(
                 f"The files of {self.url} have changed since the batch began.", hint="Start a new batch."
@@ -135,45 +157,93 @@ class FilesSource:
     def _find_files(self, name: str) -> _Files:
         tables = self._find_tables()
         if name not in tables:
-            raise TableMissing(name, hint=f"Looked in {self._path}. It has: {', '.join(sorted(tables)[:40])}.")
+            raise TableMissing(name, hint=f"Looked in {self._place}. It has: {', '.join(sorted(tables)[:40])}.")
         return tables[name]
 
     def _find_tables(self) -> dict[str, _Files]:
-        is_folder = self._path.is_dir()
-        folder, pattern = (self._path, "*") if is_folder else (self._path.parent, self._path.name)
-        if not folder.is_dir() or not (is_folder or any(folder.glob(pattern))):
-            what = "No file matches" if folder.is_dir() else "There is no folder for"
-            raise SourceUnavailable(f"{what} {self._path}.", hint="Check [source] url in phasewise.toml.")
-        tables: dict[str, _Files] = {}
-        for path in sorted(folder.glob(pattern)):
-            name, files = _describe_path(path)
-            if files is None:
-                continue
-            if name in tables:
-                raise ProjectError(f'Two files of {folder} are the table "{name}".', hint="Rename one of them.")
-            tables[name] = files
-        return tables
+        groups: dict[str, list[_Entry]] = {}
+        for entry in self._list_entries():
+            # Such as _SUCCESS, and files that are still being written.
+            if not entry.names[0].startswith((".", "_")) and (name := _name_table(entry)):
+                groups.setdefault(name, []).append(entry)
+        return {name: _gather(name, entries) for name, entries in sorted(groups.items())}
+
+    def _list_entries(self) -> list[_Entry]:
+        found = self._list_stored() if self.extensions else _list_local(Path(self._place))
+        if not found and not Path(self._place).is_dir():
+            raise SourceUnavailable(f"No file matches {self._place}.", hint="Check [source] url in phasewise.toml.")
+        return sorted(found, key=lambda entry: entry.names)
+
+    def _list_stored(self) -> list[_Entry]:
+        folder, _, last = self._place.rpartition("/")
+        is_pattern = bool(set(last) & set("*?[")) or _NAME.fullmatch(last) is not None
+        folder, pattern = (folder, last) if is_pattern else (self._place, "*")
+        try:
+            with self._open() as connection:
+                listed = list_stored(connection, f"{_escape(folder)}/**")
+        except duckdb.Error as exc:
+            raise SourceUnavailable(
+                f"{self._place} cannot be listed: {str(exc).splitlines()[0]}",
+                hint="Check [source] url in phasewise.toml, and the variables AWS_* where commands and workers run.",
+            ) from exc
+        found = []
+        for file, item in listed.items():
+            names = tuple(file.url.removeprefix(f"{folder}/").split("/"))
+            if len(names) <= 2 and names[-1] and fnmatchcase(names[0], pattern):
+                found.append(
+                    _Entry(names=names, location=file.url, mark=f"{item.size_bytes} {item.modified_at.isoformat()}")
+                )
+        return found
+
+    @contextmanager
+    def _open(self) -> Iterator[duckdb.DuckDBPyConnection]:
+        if self._attached is not None:  # an extraction describes its table in the session that it has
+            yield self._attached
+            return
+        with open_session(self._settings, extensions=self.extensions) as connection:
+            if self.extensions:
+                create_storage_secret(connection)
+            yield connection
 
     def _fingerprint(self) -> str:
         digest = hashlib.sha256()
-        for name, files in sorted(self._find_tables().items()):
-            for path in files.paths:
-                stat = path.stat()
-                digest.update(f"{name}\0{path}\0{stat.st_ino}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+        for name, files in self._find_tables().items():
+            for entry in files.entries:
+                digest.update(f"{name}\0{entry.location}\0{entry.mark}\n".encode())
         return f"files-{digest.hexdigest()[:16]}"
 
 
-def _describe_path(path: Path) -> tuple[str, _Files | None]:
-    if path.name.startswith((".", "_")):  # such as _SUCCESS, and files that are still being written
-        return path.name, None
-    if path.is_dir():
-        inner = [(entry, match) for entry in sorted(path.iterdir()) if (match := _NAME.fullmatch(entry.name))]
-        kinds = {_find_kind(match) for _, match in inner}
-        if len(kinds) > 1:
-            raise ProjectError(f"The folder {path} mixes {' and '.join(sorted(kinds))}.", hint="A table has one kind.")
-        return path.name, _Files(kind=kinds.pop(), paths=tuple(entry for entry, _ in inner)) if inner else None
-    match = _NAME.fullmatch(path.name)
-    return (match["table"], _Files(kind=_find_kind(match), paths=(path,))) if match else (path.name, None)
+def _list_local(place: Path) -> list[_Entry]:
+    is_folder = place.is_dir()
+    folder, pattern = (place, "*") if is_folder else (place.parent, place.name)
+    if not folder.is_dir():
+        raise SourceUnavailable(f"There is no folder for {place}.", hint="Check [source] url in phasewise.toml.")
+    inner = [file for path in folder.glob(pattern) for file in (path.iterdir() if path.is_dir() else [path])]
+    return [_describe_local(path, path.relative_to(folder).parts) for path in inner]
+
+
+def _describe_local(path: Path, names: tuple[str, ...]) -> _Entry:
+    stat = path.stat()
+    return _Entry(names=names, location=str(path), mark=f"{stat.st_ino} {stat.st_size} {stat.st_mtime_ns}")
+
+
+def _name_table(entry: _Entry) -> str | None:
+    """Return the table that a file belongs to; None for a file of no kind that is known."""
+    match = _NAME.fullmatch(entry.names[-1])
+    if match is None:
+        return None
+    return match["table"] if len(entry.names) == 1 else entry.names[0]
+
+
+def _gather(name: str, entries: list[_Entry]) -> _Files:
+    folders = {entry.names[:-1] for entry in entries}
+    if len(folders) > 1 or (folders == {()} and len(entries) > 1):
+        places = " and ".join(entry.location for entry in entries[:2])
+        raise ProjectError(f'Two files of one folder are the table "{name}": {places}.', hint="Rename one of them.")
+    kinds = {_find_kind(match) for entry in entries if (match := _NAME.fullmatch(entry.names[-1]))}
+    if len(kinds) > 1:
+        raise ProjectError(f'The folder "{name}" mixes {" and ".join(sorted(kinds))}.', hint="A table has one kind.")
+    return _Files(kind=kinds.pop(), entries=tuple(entries))
 
 
 def _find_kind(match: re.Match[str]) -> str:
@@ -220,8 +290,11 @@ def _json_path(name: str) -> str:
 
 def _quote_paths(files: _Files) -> str:
     # DuckDB takes *, ? and [ in a path for a pattern; in brackets they are themselves.
-    escaped = [re.sub(r"([*?\[])", r"[\1]", str(path)) for path in files.paths]
-    return f"[{', '.join(quote_literal(path) for path in escaped)}]"
+    return f"[{', '.join(quote_literal(_escape(entry.location)) for entry in files.entries)}]"
+
+
+def _escape(location: str) -> str:
+    return re.sub(r"([*?\[])", r"[\1]", location)
 
 
 def _decode_or_fail(column: Column) -> str:
