@@ -9,13 +9,13 @@ from functools import partial
 from itertools import groupby
 from pathlib import Path
 from time import perf_counter
-from typing import Literal
 
 import duckdb
 
 from phasewise.errors import AuditFailed, PhasewiseError, ProjectError, StagingError
 from phasewise.lake import normalize_type, quote_identifier, quote_literal
-from phasewise.project import Audit, Project, Reference
+from phasewise.project import Audit, Project, Reference, Severity
+from phasewise.quarantine import BAD_ROWS
 from phasewise.queries import JsonValue, check_select, fetch_int, fetch_rows, find_missing_tables, first_line
 from phasewise.snapshots import list_columns, list_keys, list_tables
 from phasewise.staging import BatchPlan, Manifest, staged_files
@@ -23,8 +23,6 @@ from phasewise.storage import StoredFile
 
 #: Bad rows that a result carries; ``bad_rows`` counts all of them.
 SAMPLE_ROWS = 20
-
-Severity = Literal["blocking", "warning"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +54,12 @@ class AuditResult:
             return f"{subject} passed its audit: {self.name}."
         if self.error is not None:
             return f"{subject} could not be audited: {self.name}: {self.error}"
-        verb = "failed its audit" if self.severity == "blocking" else "has a warning"
+        verb = _VERBS[self.severity]
         found = self.detail or f"{self.bad_rows} {'row breaks' if self.bad_rows == 1 else 'rows break'} {self.name}"
         return f"{subject} {verb}: {found}."
+
+
+_VERBS = {"blocking": "failed its audit", "warning": "has a warning", "quarantine": "has rows set aside"}
 
 
 def open_staged(connection: duckdb.DuckDBPyConnection, project: Project, manifests: Iterable[Manifest]) -> None:
@@ -99,27 +100,36 @@ def audit_batch(
     *,
     without: Collection[str] = (),
     is_partial: bool = False,
+    isolated: Collection[str] = (),
 ) -> list[AuditResult]:
     """Audit what is staged, after ``open_staged``: the built-in audits of each table, then those of the project.
 
     Complete means that every table of *plan* is staged but for those *without*; there is no such audit without a plan.
     With *is_partial* an audit that needs a table which is neither staged nor published is a warning that says so:
     single tables can be published before the rest is there.
+    Audits that set rows aside are left out for the tables *isolated*: ``phasewise.isolation`` has run them. For any
+    other table they block.
     """
     present = set(list_tables(connection, "memory.main")) if is_partial else None
     staged = group_by_table(manifests)
     planned = [table for table in (plan.tables if plan else ()) if table not in without]
     results = [_audit_completeness(list(staged), planned)]
     for table, parts in staged.items():
-        results.append(_guard("row count", table, partial(_audit_row_count, connection, table, parts)))
-        results.append(_guard("columns", table, partial(_audit_staged_types, connection, table, parts)))
-        results += _audit_table(connection, project, table, key=parts[0].key, present=present)
-    return results + _audit_project(connection, project, present=present)
+        files = read_parquet(file for part in parts for file in staged_files(project, part))
+        results.append(_guard("row count", table, partial(_audit_row_count, connection, table, parts, files)))
+        results.append(_guard("columns", table, partial(_audit_staged_types, connection, table, parts, files)))
+        results += _audit_table(connection, project, table, key=parts[0].key, present=present, isolated=isolated)
+    return results + _audit_project(connection, project, present=present, isolated=isolated)
 
 
 def audit_published(connection: duckdb.DuckDBPyConnection, project: Project) -> list[AuditResult]:
     """Audit the tables of the attached lake again, with the keys that they were published with."""
     open_published(connection)
+    return audit_tables(connection, project)
+
+
+def audit_tables(connection: duckdb.DuckDBPyConnection, project: Project) -> list[AuditResult]:
+    """Audit the published tables as the views of *connection* show them."""
     keys = list_keys(connection)
     published = list_tables(connection, "lake.main")
     results: list[AuditResult] = []
@@ -175,9 +185,11 @@ def _audit_completeness(staged: Sequence[str], planned: Sequence[str]) -> AuditR
     )
 
 
-def _audit_row_count(connection: duckdb.DuckDBPyConnection, table: str, parts: Sequence[Manifest]) -> AuditResult:
+def _audit_row_count(
+    connection: duckdb.DuckDBPyConnection, table: str, parts: Sequence[Manifest], files: str
+) -> AuditResult:
     """The files hold as many rows as their manifests say, and as the source had: of each part, and of the whole."""
-    staged = fetch_int(connection, f"select count(*) from {quote_identifier(table)}")
+    staged = fetch_int(connection, f"select count(*) from {files}")
     written = sum(part.rows for part in parts)
     in_source = sum(part.source_rows for part in parts)
     whole = in_source if parts[0].table_rows is None else parts[0].table_rows
@@ -188,10 +200,14 @@ def _audit_row_count(connection: duckdb.DuckDBPyConnection, table: str, parts: S
     return AuditResult(name="row count", table=table, bad_rows=bad, detail=detail)
 
 
-def _audit_staged_types(connection: duckdb.DuckDBPyConnection, table: str, parts: Sequence[Manifest]) -> AuditResult:
+def _audit_staged_types(
+    connection: duckdb.DuckDBPyConnection, table: str, parts: Sequence[Manifest], files: str
+) -> AuditResult:
     """The files have the columns and types of the manifest."""
     expected = {column.name: column.type for column in parts[0].columns}
-    return _compare_types(connection, table, expected, name="columns", promised_by="manifest", is_complete=True)
+    return _compare_types(
+        connection, table, expected, name="columns", promised_by="manifest", is_complete=True, relation=files
+    )
 
 
 def _audit_table(
@@ -201,6 +217,7 @@ def _audit_table(
     *,
     key: Sequence[str],
     present: Collection[str] | None,
+    isolated: Collection[str] = (),
 ) -> list[AuditResult]:
     """The audits that follow from what project and source say about *table*."""
     declared = project.find_table(table)
@@ -208,19 +225,52 @@ def _audit_table(
     if declared.columns:
         compare = partial(_compare_types, connection, table, declared.columns, name="contract", promised_by="contract")
         results.append(_guard("contract", table, compare))
-    if columns := tuple(declared.key or key):
-        results += [_run(connection, _not_null(table, columns)), _run(connection, _unique(table, columns))]
-    references = [_references(table, reference) for reference in declared.references]
-    return results + [_skip(connection, audit, present) or _run(connection, audit) for audit in references]
+    audits = list_row_audits(project, table, key)
+    return results + _run_all(connection, audits, present=present, isolated=isolated)
+
+
+def list_row_audits(project: Project, table: str, key: Sequence[str]) -> list[Audit]:
+    """Return the built-in audits of *table* that return its bad rows, with what the project wants done with them."""
+    declared = project.find_table(table)
+    columns = tuple(declared.key or key)
+    of_key = [_not_null(table, columns), _unique(table, columns)] if columns else []
+    of_references = [_references(table, reference) for reference in declared.references]
+    return [
+        audit.model_copy(update={"severity": "quarantine"}) if kind in declared.quarantine else audit
+        for kind, audits in (("key", of_key), ("references", of_references))
+        for audit in audits
+    ]
 
 
 def _audit_project(
-    connection: duckdb.DuckDBPyConnection, project: Project, *, present: Collection[str] | None
+    connection: duckdb.DuckDBPyConnection,
+    project: Project,
+    *,
+    present: Collection[str] | None,
+    isolated: Collection[str] = (),
 ) -> list[AuditResult]:
-    return [_skip(connection, audit, present) or _run(connection, audit) for audit in project.audits]
+    return _run_all(connection, project.audits, present=present, isolated=isolated)
 
 
-def _skip(connection: duckdb.DuckDBPyConnection, audit: Audit, present: Collection[str] | None) -> AuditResult | None:
+def _run_all(
+    connection: duckdb.DuckDBPyConnection,
+    audits: Iterable[Audit],
+    *,
+    present: Collection[str] | None,
+    isolated: Collection[str],
+) -> list[AuditResult]:
+    wanted = [audit for audit in audits if audit.severity != "quarantine" or audit.table not in isolated]
+    return [skip_audit(connection, audit, present) or run_audit(connection, _block(audit)) for audit in wanted]
+
+
+def _block(audit: Audit) -> Audit:
+    """Return *audit* as one that blocks, where it would set aside rows that cannot be."""
+    return audit.model_copy(update={"severity": "blocking"}) if audit.severity == "quarantine" else audit
+
+
+def skip_audit(
+    connection: duckdb.DuckDBPyConnection, audit: Audit, present: Collection[str] | None
+) -> AuditResult | None:
     """Return a warning when *audit* reads a table that is not *present*; None when it can run."""
     missing = find_missing_tables(connection, audit.sql, present) if present is not None else []
     if not missing:
@@ -264,17 +314,16 @@ def _references(table: str, reference: Reference) -> Audit:
     )
 
 
-def _run(connection: duckdb.DuckDBPyConnection, audit: Audit) -> AuditResult:
-    """Run one query; when it fails, the result says why and counts as a failed blocking audit."""
+def run_audit(connection: duckdb.DuckDBPyConnection, audit: Audit) -> AuditResult:
+    """Run one query and leave its rows in ``BAD_ROWS``; a query that fails is a failed blocking audit and says why."""
     started = perf_counter()
     result = AuditResult(name=audit.name, table=audit.table, severity=audit.severity)
     try:
         check_select(audit.sql, where=f'The audit "{audit.name}"')
         # One pass: the bad rows are few, and a second run of the query would cost as much as the first.
-        connection.execute(f"create or replace temp table audit_bad_rows as {audit.sql}")
-        count = fetch_int(connection, "select count(*) from audit_bad_rows")
-        rows = fetch_rows(connection, "from audit_bad_rows", limit=SAMPLE_ROWS)
-        connection.execute("drop table audit_bad_rows")
+        connection.execute(f"create or replace temp table {BAD_ROWS} as {audit.sql}")
+        count = fetch_int(connection, f"select count(*) from {BAD_ROWS}")
+        rows = fetch_rows(connection, f"from {BAD_ROWS}", limit=SAMPLE_ROWS)
     except duckdb.Error as exc:
         # An audit that cannot run has not passed, and a warning that nobody can see is none.
         return replace(result, severity="blocking", error=first_line(exc), seconds=perf_counter() - started)
@@ -307,9 +356,10 @@ def _compare_types(
     name: str,
     promised_by: str,
     is_complete: bool = False,
+    relation: str | None = None,
 ) -> AuditResult:
     """Compare the table's columns with *expected*; with *is_complete* there must be no others."""
-    actual = list_columns(connection, quote_identifier(table))
+    actual = list_columns(connection, relation or quote_identifier(table))
     problems = [
         f'column "{column}" is {actual.get(column, "missing")}, its {promised_by} says {type_}'
         for column, type_ in expected.items()

@@ -13,6 +13,7 @@ from phasewise.marts import MartData
 from phasewise.outcomes import StepOutcome
 from phasewise.project import Project, redact_url
 from phasewise.publish import Publication
+from phasewise.quarantine import SetAside
 from phasewise.report import (
     AuditReport,
     BatchReport,
@@ -39,6 +40,8 @@ class BatchData:
     #: Tables that failed within the failure budget, with the reason.
     given_up: Mapping[str, str] = field(default_factory=dict)
     publication: Publication | None = None
+    #: Rows of staged tables that are in quarantine, or would be.
+    set_aside: Sequence[SetAside] = ()
 
 
 def write_batch_report(
@@ -70,6 +73,7 @@ def _describe_tables(data: BatchData, status: str) -> list[TableReport]:
     by_table: dict[str, list[Manifest]] = {}
     for manifest in data.manifests:
         by_table.setdefault(manifest.table, []).append(manifest)
+    set_aside = {aside.table: aside for aside in data.set_aside}
     kept = [
         TableReport(name=table, rows=0, size_bytes=0, seconds=0, status="kept", notes=[reason])
         for table, reason in data.given_up.items()
@@ -77,11 +81,12 @@ def _describe_tables(data: BatchData, status: str) -> list[TableReport]:
     return kept + [
         TableReport(
             name=table,
-            rows=sum(part.rows for part in parts),
+            rows=sum(part.rows for part in parts) - (set_aside[table].rows if table in set_aside else 0),
             size_bytes=sum(part.size_bytes for part in parts),
             seconds=sum(part.seconds for part in parts),
             status="staged" if status == "failed" else "published",
-            notes=[f"{column.name}: {column.note}" for column in parts[0].columns if column.note],
+            notes=[set_aside[table].describe()] * (table in set_aside)
+            + [f"{column.name}: {column.note}" for column in parts[0].columns if column.note],
         )
         for table, parts in by_table.items()
     ]

@@ -25,7 +25,7 @@ from prefect.exceptions import Abort
 from prefect.flow_engine import run_flow_async
 from prefect.settings import get_current_settings
 
-from phasewise import audit, cleanup, lake, marts, publish, sources, staging
+from phasewise import audit, cleanup, isolation, lake, marts, publish, sources, staging
 from phasewise.batch_report import BatchData, write_batch_report
 from phasewise.batches import resume_batch
 from phasewise.claim import claiming_project, ending_when_cancelled, hold_project, identify_process
@@ -479,11 +479,18 @@ def _publish(project: Project, settings: Settings, batch: str, *, is_partial: bo
     manifests = staging.list_manifests(project, batch)
     given_up = staging.read_given_up(project, batch)
     with _open_warehouse(project, settings) as connection:
-        audit.open_staged(connection, project, manifests)
         plan = staging.read_plan(project, batch)
-        results = audit.audit_batch(connection, project, manifests, plan, without=given_up, is_partial=is_partial)
+        found = isolation.audit_staged(connection, project, manifests, plan, without=given_up, is_partial=is_partial)
+    results = found.results
     _log_audits(results)
-    data = BatchData(project=project, batch=batch, manifests=manifests, audits=results, given_up=given_up)
+    data = BatchData(
+        project=project,
+        batch=batch,
+        manifests=manifests,
+        audits=results,
+        given_up=given_up,
+        set_aside=found.set_aside,
+    )
     try:
         audit.raise_for(results)
     except AuditFailed as exc:
@@ -492,7 +499,9 @@ def _publish(project: Project, settings: Settings, batch: str, *, is_partial: bo
     moments = {manifest.snapshot for manifest in manifests}
     is_consistent = len(manifests) == 1 or (len(moments) == 1 and None not in moments)
     message = "" if is_consistent else _MOMENTS
-    publication = publish.publish_batch(project, settings, batch, without=given_up, is_partial=is_partial)
+    publication = publish.publish_batch(
+        project, settings, batch, without=given_up, is_partial=is_partial, set_aside=found.set_aside
+    )
     current_logger().info("Published %d tables as snapshot %d", len(publication.tables), publication.snapshot)
     return _report(project, settings, replace(data, publication=publication), status="published", message=message)
 
@@ -538,7 +547,8 @@ def _report(
         "rows": sum(table.rows for table in publication.tables),
         "marts": len(publication.marts),
         "audits": len(data.audits),
-        "warnings": sum(not result.passed for result in data.audits),
+        "warnings": sum(not result.passed and result.severity == "warning" for result in data.audits),
+        "quarantined": sum(table.quarantined for table in publication.tables),
         "report": html,
     }
 

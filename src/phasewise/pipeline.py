@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any, Literal
 
 from phasewise.errors import PipelineInvalid
+from phasewise.project import count_share
 
 #: As a parameter's value it stands for the id of the batch that is running.
 BATCH = "{batch}"
@@ -194,14 +195,10 @@ def count_allowed(allow_failed: int | str, total: int) -> int:
     Raises:
         PipelineInvalid: it is neither a number from 0 on nor a percentage from 0 to 100.
     """
-    text = str(allow_failed)
     try:
-        allowed = total * float(text[:-1]) / 100 if text.endswith("%") else int(text)
-    except ValueError:
-        allowed = -1
-    if allowed < 0 or (text.endswith("%") and allowed > total):
-        raise PipelineInvalid(f'allow_failed = "{allow_failed}" is neither a number nor a share such as "10%".')
-    return int(allowed)
+        return count_share(allow_failed, total)
+    except ValueError as exc:
+        raise PipelineInvalid(f"allow_failed = {exc}.") from exc
 
 
 def validate_phases(phases: Sequence[Phase]) -> None:

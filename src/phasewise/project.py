@@ -79,6 +79,20 @@ class Table(_Record):
     references: tuple[Reference, ...] = ()
     #: Rows above which the table is split into partitions; 0: never, None: as the setting says.
     partition_rows: int | None = Field(default=None, ge=0)
+    #: Built-in audits whose bad rows are set aside instead of stopping the batch.
+    quarantine: tuple[Literal["key", "references"], ...] = ()
+    #: Rows of the table that may be set aside: a number, or a share such as "1%". More of them stop the batch.
+    quarantine_limit: int | str = "1%"
+
+    @field_validator("quarantine_limit")
+    @classmethod
+    def _limit_is_a_share(cls, limit: int | str) -> int | str:
+        count_share(limit, 100)
+        return limit
+
+
+#: What a bad row does: it stops the batch, is reported, or is set aside.
+Severity = Literal["blocking", "warning", "quarantine"]
 
 
 class Audit(_Record):
@@ -87,7 +101,13 @@ class Audit(_Record):
     name: str
     sql: str
     table: str | None = None
-    severity: Literal["blocking", "warning"] = "blocking"
+    severity: Severity = "blocking"
+
+    @model_validator(mode="after")
+    def _rows_are_of_a_table(self) -> Audit:
+        if self.severity == "quarantine" and self.table is None:
+            raise ValueError("an audit that sets rows aside needs the table that they are of")
+        return self
 
 
 class Mart(_Record):
@@ -272,6 +292,22 @@ def resolve_table(name: str, known: list[str] | tuple[str, ...]) -> str:
     near = difflib.get_close_matches(name, known, n=1)
     hint = f'Did you mean "{near[0]}"?' if near else f"It has: {', '.join(sorted(known)[:40]) or 'no tables'}."
     raise UnknownTable(name, hint=hint)
+
+
+def count_share(limit: int | str, total: int) -> int:
+    """Return how many of *total* the limit allows: ``2``, or ``"10%"`` (rounded down).
+
+    Raises:
+        ValueError: it is neither a number from 0 on nor a percentage from 0 to 100.
+    """
+    text = str(limit)
+    try:
+        allowed = total * float(text[:-1]) / 100 if text.endswith("%") else int(text)
+    except ValueError:
+        allowed = -1
+    if not allowed >= 0 or (text.endswith("%") and allowed > total):
+        raise ValueError(f'"{limit}" is neither a number nor a share such as "10%"')
+    return int(allowed)
 
 
 def redact_url(url: str) -> str:

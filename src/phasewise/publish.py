@@ -27,6 +27,7 @@ from phasewise.errors import LakeError, NothingStaged, PublishConflict, StagingE
 from phasewise.lake import attach_lake, list_extensions, lock_lake, open_session, quote_identifier, quote_literal
 from phasewise.marts import MARTS_SCHEMA, build_marts, find_buildable, order_marts
 from phasewise.project import Mart, Project
+from phasewise.quarantine import QUARANTINE_SCHEMA, SetAside, publish_quarantine
 from phasewise.queries import fetch_int, first_line
 from phasewise.settings import Settings
 from phasewise.snapshots import Publication as Publication
@@ -49,12 +50,19 @@ _CANNOT_LINK = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EOP
 
 
 def publish_batch(
-    project: Project, settings: Settings, batch: str, *, without: Collection[str] = (), is_partial: bool = False
+    project: Project,
+    settings: Settings,
+    batch: str,
+    *,
+    without: Collection[str] = (),
+    is_partial: bool = False,
+    set_aside: Sequence[SetAside] = (),
 ) -> Publication:
     """Publish the staged tables of *batch*, and the marts built from them, as one snapshot.
 
-    Does not audit: see ``phasewise.audit``. The tables *without* may be missing; readers keep their last version. With
-    *is_partial* marts that need a table which is neither staged nor published are left out.
+    Does not audit: see ``phasewise.isolation``. The tables *without* may be missing; readers keep their last version.
+    With *is_partial* marts that need a table which is neither staged nor published are left out. The rows *set_aside*
+    go to the quarantine of their table, in place of what was there.
     Publishing a batch that is published already changes nothing. However the process ends, readers see all of the
     batch or nothing of it.
 
@@ -66,7 +74,9 @@ def publish_batch(
         LakeError: the warehouse cannot be written. As with all of these, it is unchanged.
     """
     with open_writer(project, settings) as connection:
-        publication = _find_published(connection, batch) or _publish(connection, project, batch, without, is_partial)
+        publication = _find_published(connection, batch) or _publish(
+            connection, project, batch, without, is_partial, {aside.table: aside for aside in set_aside}
+        )
     if list_manifests(project, batch):
         mark_published(project, batch, publication.snapshot)
     return publication
@@ -82,7 +92,7 @@ def renew_marts(project: Project, settings: Settings) -> Publication:
         latest = require_publication(connection, project)
         only = find_buildable(connection, project, list_tables(connection, "lake.main"))
         marts = tuple(mart.name for mart in only)
-        with _transaction(connection, replace(latest, kind="marts", marts=marts), "Build the marts again"):
+        with transaction(connection, replace(latest, kind="marts", marts=marts), "Build the marts again"):
             build_marts(connection, project, schema=f"lake.{MARTS_SCHEMA}", only=only)
         return require_publication(connection, project)
 
@@ -100,8 +110,8 @@ def rollback_batch(project: Project, settings: Settings, batch: str) -> Publicat
         target = find_publication(connection, batch)
         attach_lake(connection, project, snapshot=target.snapshot, name="past")
         files = _link_past_files(connection, project, target.snapshot)
-        with _transaction(connection, replace(target, kind="rollback"), f"Roll back to batch {batch}"):
-            for schema in ("main", MARTS_SCHEMA):
+        with transaction(connection, replace(target, kind="rollback"), f"Roll back to batch {batch}"):
+            for schema in ("main", MARTS_SCHEMA, QUARANTINE_SCHEMA):
                 _restore_schema(connection, schema, files if schema == "main" else {})
         return require_publication(connection, project)
 
@@ -129,7 +139,12 @@ def _find_published(connection: duckdb.DuckDBPyConnection, batch: str) -> Public
 
 
 def _publish(
-    connection: duckdb.DuckDBPyConnection, project: Project, batch: str, without: Collection[str], is_partial: bool
+    connection: duckdb.DuckDBPyConnection,
+    project: Project,
+    batch: str,
+    without: Collection[str],
+    is_partial: bool,
+    set_aside: Mapping[str, SetAside],
 ) -> Publication:
     staged = group_by_table(list_manifests(project, batch))
     if not staged:
@@ -137,12 +152,15 @@ def _publish(
     _refuse_incomplete(project, batch, {*staged, *without})
     present = {*staged, *list_tables(connection, "lake.main")}
     only = find_buildable(connection, project, present) if is_partial else order_marts(project.marts)
-    planned = _plan(project, batch, staged, only)
+    planned = _subtract(_plan(project, batch, staged, only), set_aside)
     _refuse_to_go_back(connection, planned)
     files = _link_files(connection, project, staged)
-    with _transaction(connection, planned, f"Publish batch {batch}"):
+    with transaction(connection, planned, f"Publish batch {batch}"):
         for table in planned.tables:
-            _publish_table(connection, table.name, files[table.name], rows=table.rows)
+            _publish_table(connection, table.name, files[table.name], rows=table.rows + table.quarantined)
+            names = [file.name for part in staged[table.name] for file in staged_files(project, part)]
+            registered = dict(zip(names, files[table.name], strict=True))
+            publish_quarantine(connection, table.name, registered, set_aside.get(table.name), planned)
         build_marts(connection, project, schema=f"lake.{MARTS_SCHEMA}", only=only)
     return require_publication(connection, project)
 
@@ -179,6 +197,15 @@ def _plan(project: Project, batch: str, staged: Mapping[str, Sequence[Manifest]]
     )
 
 
+def _subtract(planned: Publication, set_aside: Mapping[str, SetAside]) -> Publication:
+    counts = {table: aside.rows for table, aside in set_aside.items()}
+    tables = [
+        replace(table, rows=table.rows - counts.get(table.name, 0), quarantined=counts.get(table.name, 0))
+        for table in planned.tables
+    ]
+    return replace(planned, tables=tuple(tables))
+
+
 def _refuse_to_go_back(connection: duckdb.DuckDBPyConnection, planned: Publication) -> None:
     """Refuse a batch that began before the one that readers see: its tables would be older than theirs."""
     latest = latest_publication(connection)
@@ -191,7 +218,7 @@ def _refuse_to_go_back(connection: duckdb.DuckDBPyConnection, planned: Publicati
 
 
 @contextmanager
-def _transaction(connection: duckdb.DuckDBPyConnection, publication: Publication, message: str) -> Iterator[None]:
+def transaction(connection: duckdb.DuckDBPyConnection, publication: Publication, message: str) -> Iterator[None]:
     """Run the block in one transaction of the lake, whose commit carries *message* and *publication*.
 
     Raises:
@@ -358,6 +385,8 @@ def _find_published_files(connection: duckdb.DuckDBPyConnection, table: str, sna
 def _restore_schema(connection: duckdb.DuckDBPyConnection, schema: str, files: Mapping[str, Sequence[Path]]) -> None:
     """Make the tables of *schema* those of the attached ``past``: from *files* where they are given, else rewritten."""
     then = list_tables(connection, f"past.{schema}")
+    if then:
+        connection.execute(f"create schema if not exists lake.{schema}")
     for table in list_tables(connection, f"lake.{schema}"):
         if table not in then:
             connection.execute(f"drop table lake.{schema}.{quote_identifier(table)}")

@@ -17,8 +17,9 @@ from phasewise.project import Project
 from phasewise.queries import fetch_int
 from phasewise.settings import Settings
 
-#: How a snapshot came to carry its batch: published, published again by a rollback, or its marts built anew.
-Kind = Literal["publish", "rollback", "marts"]
+#: How a snapshot came to carry its batch: published, published again by a rollback, its marts built anew, or rows that
+#: had been set aside put back.
+Kind = Literal["publish", "rollback", "marts", "replay"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,8 @@ class PublishedTable:
     size_bytes: int
     #: Columns that the source or the project declares unique and not null.
     key: tuple[str, ...] = ()
+    #: Rows of the batch that were set aside, and not among *rows*.
+    quarantined: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

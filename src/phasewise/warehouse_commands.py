@@ -27,9 +27,13 @@ def audit(
     *,
     batch: Annotated[str | None, Parameter(help="Default: the newest that is not published.")] = None,
     show: Annotated[bool, Parameter(help="Print the first bad rows of each audit that failed.")] = False,
+    replay: Annotated[bool, Parameter(help="Put rows of the quarantine that pass now back into their tables.")] = False,
 ) -> None:
-    """Audit a staged batch, or what is published when nothing is staged. Publishes nothing."""
+    """Audit a staged batch, or what is published when nothing is staged. Publishes nothing without --replay."""
     project, settings = _load()
+    if replay:
+        _replay(project, settings, table)
+        return
     results = _audit(project, settings, batch)
     if table is not None:
         audited = sorted({result.table for result in results if result.table})
@@ -102,8 +106,16 @@ def _load() -> tuple[Project, Settings]:
     return load_project(find_project(settings)), settings
 
 
+def _replay(project: Project, settings: Settings, table: str | None) -> None:
+    from phasewise.replay import replay_quarantine
+
+    for replay in replay_quarantine(project, settings, None if table is None else [table]):
+        print(f'Table "{replay.table}": {replay.returned} rows put back, {replay.left} still in quarantine.')
+
+
 def _audit(project: Project, settings: Settings, batch: str | None) -> list[AuditResult]:
-    from phasewise.audit import audit_batch, audit_published, open_staged
+    from phasewise.audit import audit_published
+    from phasewise.isolation import audit_staged
     from phasewise.lake import attach_lake, has_lake, list_extensions, open_session, reach_warehouse
     from phasewise.staging import list_batches, list_manifests, read_plan
 
@@ -122,8 +134,7 @@ def _audit(project: Project, settings: Settings, batch: str | None) -> list[Audi
         manifests = list_manifests(project, batch)
         if not manifests:
             raise NothingStaged(f'Nothing is staged for the batch "{batch}".', hint=f"Staged: {', '.join(staged)}.")
-        open_staged(connection, project, manifests)
-        return audit_batch(connection, project, manifests, read_plan(project, batch))
+        return list(audit_staged(connection, project, manifests, read_plan(project, batch)).results)
 
 
 def _describe_columns(entry: TableDiff) -> str:

@@ -8,10 +8,12 @@ import pytest
 
 from phasewise import lake
 from phasewise.errors import AuditFailed, LakeError, NothingStaged, PublishConflict, UnknownTable
+from phasewise.isolation import audit_staged
 from phasewise.project import Project
-from phasewise.publish import publish_batch
+from phasewise.publish import open_writer, publish_batch
 from phasewise.samples import SAMPLE_SETTINGS, change_source, stage_batch, write_project
 from phasewise.snapshots import query_warehouse
+from phasewise.staging import list_manifests
 from phasewise.warehouse_commands import audit, diff, rollback, snapshots
 
 SOURCE = "create table people (id integer, name text); insert into people values (1, 'Babe'), (2, 'Hank')"
@@ -117,3 +119,20 @@ def test_the_warehouse_cannot_be_changed_by_a_query(project: Project):
 
     with pytest.raises(LakeError, match="read-only"):
         query_warehouse(project, SAMPLE_SETTINGS, "delete from people")
+
+
+def test_audit_replay_puts_mended_rows_back_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setenv("PHASEWISE_PROJECT", str(tmp_path))
+    toml = '[table.people]\nkey = ["id"]\nquarantine = ["key"]\nquarantine_limit = 2'
+    project = write_project(tmp_path, source=f"{SOURCE}, (2, 'Willie')", toml=toml)
+    batch = stage_batch(project)
+    with lake.open_session(SAMPLE_SETTINGS) as connection:
+        found = audit_staged(connection, project, list_manifests(project, batch))
+    publish_batch(project, SAMPLE_SETTINGS, batch, set_aside=found.set_aside)
+    with open_writer(project, SAMPLE_SETTINGS) as connection:
+        connection.execute("update lake._quarantine.people set id = 3 where name = 'Willie'")
+
+    audit("people", replay=True)
+
+    assert 'Table "people": 2 rows put back, 0 still in quarantine.' in capsys.readouterr().out
+    assert query_warehouse(project, SAMPLE_SETTINGS, "select count(*) from people")[1] == [(3,)]

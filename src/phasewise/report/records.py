@@ -14,7 +14,7 @@ from phasewise.outcomes import StepOutcome
 
 BatchStatus = Literal["published", "failed", "renewed"]
 RunKind = Literal["completed", "failed", "cancelled", "running", "waiting"]
-Severity = Literal["blocking", "warning"]
+Severity = Literal["blocking", "warning", "quarantine"]
 
 
 @dataclass(frozen=True, kw_only=True)
