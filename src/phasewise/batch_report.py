@@ -69,6 +69,19 @@ def write_batch_report(
     return write_report(report, data.project.reports)
 
 
+def describe_moments(manifests: Sequence[Manifest]) -> str:
+    """Return what a reader should know about the moments at which the tables were read; empty when it was one."""
+    moments = {manifest.snapshot for manifest in manifests}
+    if len(manifests) == 1 or (len(moments) == 1 and None not in moments):
+        return ""
+    loose = sorted({manifest.table for manifest in manifests if manifest.partition and manifest.snapshot is None})
+    but = f" but for those whose partitions were read one after another: {', '.join(loose)}" if loose else ""
+    return (
+        "The tables were not read at one moment of the source: the batch was resumed after the source was mended, or "
+        f"this source cannot hold a moment for all tables. Each table is consistent for itself{but}."
+    )
+
+
 def _describe_tables(data: BatchData, status: str) -> list[TableReport]:
     by_table: dict[str, list[Manifest]] = {}
     for manifest in data.manifests:
@@ -85,11 +98,21 @@ def _describe_tables(data: BatchData, status: str) -> list[TableReport]:
             size_bytes=sum(part.size_bytes for part in parts),
             seconds=sum(part.seconds for part in parts),
             status="staged" if status == "failed" else "published",
-            notes=[set_aside[table].describe()] * (table in set_aside)
-            + [f"{column.name}: {column.note}" for column in parts[0].columns if column.note],
+            notes=[
+                *([set_aside[table].describe()] if table in set_aside else []),
+                *_describe_partitions(parts),
+                *(f"{column.name}: {column.note}" for column in parts[0].columns if column.note),
+            ],
         )
         for table, parts in by_table.items()
     ]
+
+
+def _describe_partitions(parts: Sequence[Manifest]) -> list[str]:
+    if len(parts) == 1:
+        return []
+    rows = [part.rows for part in parts]
+    return [f"staged in {len(parts)} partitions of {min(rows):,} to {max(rows):,} rows"]
 
 
 def _describe_audit(result: AuditResult) -> AuditReport:

@@ -26,7 +26,7 @@ from prefect.flow_engine import run_flow_async
 from prefect.settings import get_current_settings
 
 from phasewise import audit, cleanup, isolation, lake, marts, publish, sources, staging
-from phasewise.batch_report import BatchData, write_batch_report
+from phasewise.batch_report import BatchData, describe_moments, write_batch_report
 from phasewise.batches import resume_batch
 from phasewise.claim import claiming_project, ending_when_cancelled, hold_project, identify_process
 from phasewise.deployments import plan_deployments
@@ -496,20 +496,17 @@ def _publish(project: Project, settings: Settings, batch: str, *, is_partial: bo
     except AuditFailed as exc:
         _write_report(replace(data, runs=_batch_runs(batch)), status="failed", message=str(exc))
         raise
-    moments = {manifest.snapshot for manifest in manifests}
-    is_consistent = len(manifests) == 1 or (len(moments) == 1 and None not in moments)
-    message = "" if is_consistent else _MOMENTS
     publication = publish.publish_batch(
         project, settings, batch, without=given_up, is_partial=is_partial, set_aside=found.set_aside
     )
     current_logger().info("Published %d tables as snapshot %d", len(publication.tables), publication.snapshot)
-    return _report(project, settings, replace(data, publication=publication), status="published", message=message)
-
-
-_MOMENTS = (
-    "The tables were not read at one moment of the source: the batch was resumed after the source was mended, or this "
-    "source cannot hold a moment for all tables. Each table is consistent for itself."
-)
+    return _report(
+        project,
+        settings,
+        replace(data, publication=publication),
+        status="published",
+        message=describe_moments(manifests),
+    )
 
 
 def _renew(project: Project, settings: Settings) -> dict[str, Any]:

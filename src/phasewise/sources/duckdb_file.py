@@ -7,7 +7,6 @@ TIMETZ its zone) are carried as text.
 from __future__ import annotations
 
 import re
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -113,9 +112,12 @@ class DuckdbSource:
 
     @contextmanager
     def open_snapshot(self, folder: Path) -> Iterator[SnapshotToken | None]:
-        """Hold the file open: DuckDB lets nobody write to a file that another process reads."""
+        """Hold the file open: DuckDB lets nobody write to a file that another process reads.
+
+        A file that was not written to since is at the same moment, also for a batch that is resumed.
+        """
         with self._open():
-            yield {"id": f"held-{uuid.uuid4().hex}"}
+            yield {"id": f"file-{self._fingerprint()}"}
 
     def attach(self, connection: duckdb.DuckDBPyConnection, snapshot: SnapshotToken | None = None) -> None:
         if not self._path.is_file():
@@ -165,6 +167,12 @@ class DuckdbSource:
 
     def explain(self, connection: duckdb.DuckDBPyConnection, table: SourceTable, error: Exception) -> PhasewiseError:
         return SourceError(f'Table "{table.name}" of {self.url} cannot be read: {error}')
+
+    def _fingerprint(self) -> str:
+        # What was committed and not yet moved into the file lies beside it.
+        wal = self._path.with_name(f"{self._path.name}.wal")
+        stats = [path.stat() for path in (self._path, wal) if path.exists()]
+        return "-".join(f"{stat.st_ino:x}-{stat.st_size:x}-{stat.st_mtime_ns:x}" for stat in stats)
 
     def _qualify(self, table: SourceTable) -> str:
         return f"source.{quote_identifier(self._schema)}.{quote_identifier(table.name)}"
