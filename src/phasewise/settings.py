@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import ByteSize, Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -73,6 +73,11 @@ class Settings(BaseSettings):
         ge=0,
         description="Seconds that a worker which is stopped lets its flow runs finish. "
         "Then it stops and reschedules them.",
+    )
+    run_memory_limit: ByteSize | None = Field(
+        default=None,
+        description="Memory that a process of a flow run may use, such as 2GB. It holds more than DuckDB's: "
+        "leave 512MB beside PHASEWISE_MEMORY_LIMIT. Default: no limit.",
     )
     forkserver_runs: int = Field(
         default=1000, ge=1, description="Flow runs after which a worker forks from a new warm process."

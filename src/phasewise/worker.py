@@ -83,6 +83,7 @@ from phasewise.jobs import (
     version_of,
     why_not_workspace,
 )
+from phasewise.memory import count_oom_kills, limit_memory
 from phasewise.settings import Settings
 from phasewise.zygotes import Zygotes
 
@@ -222,6 +223,8 @@ class WarmProcessWorker(ProcessWorker):
         configuration: ProcessJobConfiguration,
         task_status: anyio.abc.TaskStatus[int] | None = None,
     ) -> ProcessWorkerResult:
+        if limit := Settings().run_memory_limit:
+            task_status = _LimitsMemory(task_status or anyio.TASK_STATUS_IGNORED, limit)
         reason = await self._why_not_warm(configuration)
         if reason is not None:
             self.get_flow_run_logger(flow_run).info("Starting a new Python for this run: %s", reason)
@@ -541,7 +544,7 @@ class _Executors:
     async def _run(self, flow_run: FlowRun, task_status: anyio.abc.TaskStatus[int], line: int) -> ProcessWorkerResult:
         executor = FlowRunExecutor(
             flow_run=flow_run,
-            starter=_ForkStarter(self._zygotes, self._channel, self._jobs[flow_run.id], line),
+            starter=_ForkStarter(self._zygotes, self._channel, self._jobs[flow_run.id], line, self._proposer.notes),
             process_manager=self._processes,
             state_proposer=self._proposer,
             hook_runner=self._hooks,
@@ -594,6 +597,19 @@ class _Executors:
 
 
 @dataclass(frozen=True)
+class _LimitsMemory(anyio.abc.TaskStatus[int]):
+    """Limits the memory of a process as soon as it is known which one runs the flow."""
+
+    task_status: anyio.abc.TaskStatus[int]
+    size_bytes: int
+
+    def started(self, value: int | None = None) -> None:
+        assert value is not None
+        limit_memory(value, self.size_bytes)
+        self.task_status.started(value)
+
+
+@dataclass(frozen=True)
 class _ReportsPid:
     """Passes the process id on where Prefect's executor reports the process."""
 
@@ -608,7 +624,8 @@ class _ReportsPid:
 class _ForkStarter:
     """Starts a flow run by a fork; it has the shape of Prefect's ``ProcessStarter``."""
 
-    def __init__(self, zygotes: Zygotes, channel: ControlChannel, job: Job, line: int) -> None:
+    def __init__(self, zygotes: Zygotes, channel: ControlChannel, job: Job, line: int, notes: dict[UUID, str]) -> None:
+        self._notes = notes
         self._zygotes = zygotes
         self._channel = channel
         self._job = job
@@ -629,10 +646,13 @@ class _ForkStarter:
         except BaseException:
             self._channel.unregister(flow_run.id)
             raise
+        oom_kills = count_oom_kills()
         scope = create_isolated_termination_scope(process.pid)
         try:
             task_status.started(ProcessHandle(process, scope))  # type: ignore[arg-type] # it reads pid and returncode
-            await process.wait()
+            if await process.wait() == -signal.SIGKILL and count_oom_kills() > oom_kills:
+                peak = process.peak_rss_bytes // 2**20
+                self._notes[flow_run.id] = f"The kernel ended it for want of memory; it used up to {peak} MiB."
         except BaseException:  # the worker is ending
             with contextlib.suppress(ProcessLookupError), anyio.move_on_after(_END_SECONDS, shield=True):
                 scope.graceful_kill(process.pid)
@@ -646,6 +666,8 @@ class _Proposer(StateProposer):
     def __init__(self, *, client: PrefectClient) -> None:
         super().__init__(client=client)
         self.released: set[UUID] = set()
+        #: What is known of why a run crashed, beside its exit code.
+        self.notes: dict[UUID, str] = {}
         #: Runs whose crash is on the server.
         self.reported: set[UUID] = set()
 
@@ -653,7 +675,8 @@ class _Proposer(StateProposer):
         if flow_run.id in self.released:
             return None
         self.reported.add(flow_run.id)
-        return await super().propose_crashed(flow_run, message)
+        note = self.notes.pop(flow_run.id, None)
+        return await super().propose_crashed(flow_run, f"{message} {note}" if note else message)
 
 
 class _Processes(ProcessManager):
@@ -825,6 +848,17 @@ def _observe_suspension(
 def _send_heartbeats(engine: BaseFlowRunEngine[Any, Any], join_on_exit: bool = True) -> Iterator[None]:
     """Stand in for Prefect's, which looks once a second whether to end, and every run waits for that look."""
     _Line.tell_hooks(engine.flow)
+    try:
+        with _heartbeats(engine, join_on_exit):
+            yield
+    except MemoryError as exc:
+        if not exc.args and (limit := Settings().run_memory_limit):  # it becomes the message of the run's state
+            exc.args = (f"A flow run may use {limit.human_readable()} of memory (PHASEWISE_RUN_MEMORY_LIMIT).",)
+        raise
+
+
+@contextlib.contextmanager
+def _heartbeats(engine: BaseFlowRunEngine[Any, Any], join_on_exit: bool) -> Iterator[None]:
     seconds = engine.heartbeat_seconds
     if seconds is None:
         yield

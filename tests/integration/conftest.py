@@ -53,9 +53,11 @@ class Runs:
             **{"pull_steps": [step], **options},
         )
 
-    async def start(self, name: str, *, job_variables: dict[str, Any] | None = None, **parameters: Any) -> FlowRun:
+    async def start(
+        self, name: str, *, entrypoint: str = "", job_variables: dict[str, Any] | None = None, **parameters: Any
+    ) -> FlowRun:
         return await self.client.create_flow_run_from_deployment(
-            await self.deploy(name), parameters=parameters, job_variables=job_variables
+            await self.deploy(name, entrypoint=entrypoint), parameters=parameters, job_variables=job_variables
         )
 
     async def until(self, run: FlowRun, *names: str, seconds: float = 30) -> FlowRun:

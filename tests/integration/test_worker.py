@@ -42,6 +42,15 @@ INSTALLED_WITH_PREFECT = {
 # The first test waits for the stack to come up as well.
 pytestmark = pytest.mark.timeout(150)
 
+
+def find_memory_cgroup() -> Path:
+    """Return this process's cgroup in the hierarchy of version 1, where there is one."""
+    lines = Path("/proc/self/cgroup").read_text().splitlines()
+    paths = [line.split(":", 2)[2] for line in lines if line.split(":")[1] == "memory"]
+    return Path(f"/sys/fs/cgroup/memory{paths[0]}") if paths else Path("/nowhere")
+
+
+OWN_MEMORY_CGROUP = find_memory_cgroup()
 BEFORE_RUNNING = ["Scheduled", "Pending", "Submitting"]
 
 
@@ -154,10 +163,16 @@ async def test_what_a_cancelled_run_has_started_is_gone_too(runs: Runs, tmp_path
 async def test_hooks_run_when_a_run_is_cancelled_or_crashes(runs: Runs, tmp_path: Path) -> None:
     file = tmp_path / "hooks"
 
-    await cancel(runs, "with_hooks", file=str(file), die=False)
+    cancelled, _ = await cancel(runs, "with_hooks", file=str(file), die=False)
     await runs.finish("with_hooks", file=str(file), die=True)
 
     await until(lambda: file.exists() and file.read_text() == "Cancelling\nCrashed\n")
+    line = "Running hook 'note' in response to entering state 'Cancelling'"
+
+    async def is_logged_once() -> bool:
+        return (await messages(runs, cancelled)).count(line) == 1
+
+    await until(is_logged_once)
 
 
 async def test_a_run_that_is_suspended_leaves_its_process(runs: Runs) -> None:
@@ -275,6 +290,56 @@ async def test_no_connection_thread_or_file_is_open_at_the_fork() -> None:
 
     assert [kind for kind in opened if kind != "anon_inode:[eventpoll]"] == ["socket"] * 3
     assert "Threads:\t1\n" in status
+
+
+@pytest.mark.parametrize("colour", ["", "ERROR"], ids=["forked", "new Python"])
+async def test_a_run_that_needs_more_memory_than_its_limit_fails(runs: Runs, stack: StackInfo, colour: str) -> None:
+    limited = Runs(client=runs.client, pool="limited")
+    job = {"env": {"PREFECT_LOGGING_LEVEL": colour}} if colour else None
+    with worker_of_a_pool("limited", stack, PHASEWISE_RUN_MEMORY_LIMIT="1GB"):
+        await until_pool_exists(limited)
+        enough = await limited.finish("takes_memory", size_bytes=200_000_000, job_variables=job)
+        failed = await limited.finish("takes_memory", size_bytes=1_000_000_000, job_variables=job)
+
+    assert enough.state.name == "Completed"
+    assert failed.state.name == "Failed"
+    assert "MemoryError" in failed.state.message
+    if not colour:
+        assert "A flow run may use 953.7MiB of memory (PHASEWISE_RUN_MEMORY_LIMIT)." in failed.state.message
+
+
+@pytest.mark.skipif(not OWN_MEMORY_CGROUP.is_dir(), reason="no cgroup of memory to make one below")
+async def test_a_run_that_the_kernel_ends_for_want_of_memory_says_so(runs: Runs, stack: StackInfo) -> None:
+    starved = Runs(client=runs.client, pool="starved")
+    with small_cgroup(600_000_000) as cgroup, worker_of_a_pool("starved", stack) as worker:
+        (cgroup / "cgroup.procs").write_text(str(worker.pid))
+        await until_pool_exists(starved)
+        run = await starved.finish("takes_memory", size_bytes=2_000_000_000)
+
+    assert run.state.name == "Crashed"
+    assert "The kernel ended it for want of memory; it used up to " in run.state.message
+
+
+async def messages(runs: Runs, run: FlowRun) -> list[str]:
+    logs = await runs.client.read_logs(LogFilter.model_validate({"flow_run_id": {"any_": [run.id]}}))
+    return [log.message for log in logs]
+
+
+@contextlib.contextmanager
+def small_cgroup(size_bytes: int) -> Iterator[Path]:
+    cgroup = OWN_MEMORY_CGROUP / f"phasewise-test-{os.getpid()}"
+    try:
+        cgroup.mkdir()
+        (cgroup / "memory.limit_in_bytes").write_text(str(size_bytes))
+    except OSError as exc:
+        pytest.skip(f"no cgroup can be made here: {exc}")
+    try:
+        yield cgroup
+    finally:
+        deadline = time.monotonic() + 10
+        while (cgroup / "cgroup.procs").read_text() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        cgroup.rmdir()
 
 
 @contextlib.contextmanager

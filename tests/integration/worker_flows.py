@@ -31,6 +31,22 @@ def killed() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@flow
+def leaves_with_a_code() -> None:
+    os._exit(3)
+
+
+@flow
+def takes_memory(size_bytes: int) -> None:
+    bytearray(size_bytes)
+
+
+@flow
+def says() -> None:
+    print("said on stdout", flush=True)
+    print("said on stderr", file=sys.stderr, flush=True)
+
+
 @task
 def double(value: int) -> int:
     return 2 * value
