@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -87,6 +88,7 @@ def _describe_tables(data: BatchData, status: str) -> list[TableReport]:
     for manifest in data.manifests:
         by_table.setdefault(manifest.table, []).append(manifest)
     set_aside = {aside.table: aside for aside in data.set_aside}
+    shared = _find_shared_moment(data.manifests)
     kept = [
         TableReport(name=table, rows=0, size_bytes=0, seconds=0, status="kept", notes=[reason])
         for table, reason in data.given_up.items()
@@ -102,6 +104,7 @@ def _describe_tables(data: BatchData, status: str) -> list[TableReport]:
                 *([set_aside[table].describe()] if table in set_aside else []),
                 *_describe_partitions(parts),
                 *(f"{column.name}: {column.note}" for column in parts[0].columns if column.note),
+                *_note_moment(parts, shared, is_alone=len(data.manifests) == 1),
             ],
         )
         for table, parts in by_table.items()
@@ -113,6 +116,19 @@ def _describe_partitions(parts: Sequence[Manifest]) -> list[str]:
         return []
     rows = [part.rows for part in parts]
     return [f"staged in {len(parts)} partitions of {min(rows):,} to {max(rows):,} rows"]
+
+
+def _find_shared_moment(manifests: Sequence[Manifest]) -> str | None:
+    """Return the moment of the source at which most tables were read; None when each was read at one of its own."""
+    counts = Counter(one.snapshot for one in manifests if one.snapshot is not None)
+    return counts.most_common(1)[0][0] if counts else None
+
+
+def _note_moment(parts: Sequence[Manifest], shared: str | None, *, is_alone: bool) -> list[str]:
+    if is_alone or (shared is not None and all(part.snapshot == shared for part in parts)):
+        return []
+    reason = next((f" ({part.snapshot_note})" for part in parts if part.snapshot_note), "")
+    return [f"not read at the moment of the other tables, so it may not be consistent with them{reason}"]
 
 
 def _describe_audit(result: AuditResult) -> AuditReport:

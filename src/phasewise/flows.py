@@ -279,6 +279,8 @@ async def sub_etl(batch_id: str | None = None) -> dict[str, Any]:
     tables = sources.list_project_tables(project, sources.open_source(project, settings))
     tables = list(staging.begin_batch(project, batch, tables).tables)
     with staging.open_snapshot(project, settings, batch) as snapshot:
+        if snapshot is not None and snapshot.get("remark"):
+            current_logger().warning("Source: %s", snapshot["remark"])
         splits = staging.plan_partitions(project, settings, batch, snapshot)
         failed = await _stage_tables(project, settings, batch, _plan_fan_out(project, settings, tables, splits))
     await _clean_up(project, settings, batch)

@@ -23,7 +23,7 @@ from phasewise.errors import PhasewiseError, SourceUnavailable, StagingError
 from phasewise.lake import open_session
 from phasewise.project import Project
 from phasewise.settings import Settings
-from phasewise.sources import SnapshotToken, Source, SourceTable, describe_project_table, open_source
+from phasewise.sources import SnapshotToken, Source, SourceTable, describe_project_table, find_moment, open_source
 
 _FILE = "partitions.json"
 
@@ -137,6 +137,8 @@ def split_tables(
     limits = {table: limit for table in tables if (limit := _find_limit(project, settings, table, snapshot))}
     if not limits:
         return {}
+    if snapshot is not None and snapshot["id"] is None:
+        snapshot = None  # none could be held
     source = open_source(project, settings)
     found: dict[str, SplitTable] = {}
     with open_session(settings, extensions=source.extensions) as connection:
@@ -156,7 +158,8 @@ def _find_limit(project: Project, settings: Settings, table: str, snapshot: Snap
     if wanted is not None:
         return wanted
     # Where no moment is held, the parts of a table would be of different moments: only who asks for it gets that.
-    return settings.partition_rows if snapshot is not None else 0
+    moment, _ = find_moment(snapshot, table)
+    return settings.partition_rows if moment is not None else 0
 
 
 def _list_candidates(project: Project, source: Source, limits: Mapping[str, int]) -> list[SourceTable]:
@@ -199,12 +202,13 @@ def _narrow(table: SourceTable) -> SourceTable:
 def _number(
     table: str, conditions: Sequence[str], rows: int, snapshot: SnapshotToken | None, previous: SplitTable | None
 ) -> SplitTable:
+    moment, _ = find_moment(snapshot, table)
     attempt = previous.attempt + 1 if previous else 1
     again = f" at moment {attempt}" if attempt > 1 else ""
     return SplitTable(
         table=table,
         rows=rows,
-        moment=snapshot["id"] if snapshot else None,
+        moment=moment["id"] if moment else None,
         attempt=attempt,
         partitions=tuple(
             Partition(name=f"{number}/{len(conditions)}{again}", condition=condition)

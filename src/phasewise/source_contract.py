@@ -176,7 +176,7 @@ class SourceContract:
 
         assert manifest.rows == len(ROWS)
         assert manifest.snapshot == (token["id"] if token else None)
-        assert (token is not None) == self.holds_snapshots
+        assert (token is not None and token["id"] is not None) == self.holds_snapshots
 
     def test_a_failed_read_is_explained_as_an_error_of_phasewise(self, tmp_path: Path) -> None:
         project, source = self._open(tmp_path)

@@ -50,6 +50,7 @@ from phasewise.sources import (
     Source,
     SourceTable,
     describe_project_table,
+    find_moment,
     open_source,
 )
 from phasewise.storage import FILE_PREFIX, StoredFile, create_storage_secret, explain_storage, is_stored, list_stored
@@ -90,6 +91,8 @@ class Manifest:
     #: The moment of the source, where it was held for several tables: those with the same are consistent with one
     #: another. None: the table is consistent for itself alone.
     snapshot: str | None = None
+    #: Why the table is consistent for itself alone, where the source or the setting has a reason.
+    snapshot_note: str | None = None
     version: int = MANIFEST_VERSION
 
     @property
@@ -266,10 +269,10 @@ def open_snapshot(project: Project, settings: Settings, batch: str) -> Iterator[
     """Hold one moment of the source for all processes that extract tables of *batch*.
 
     Yields a token, small and JSON-able; it is kept in the batch's folder, where ``extract_table`` finds it, so that
-    a table which is run again under a resumed batch never enters a moment that is gone. None where the source
-    cannot hold a moment (MySQL): each table is then consistent for itself alone, and its manifest's ``snapshot`` is
-    None. What is kept for the token lies in the batch's folder and goes when the block ends well; when it fails, a
-    source that can keep its moment keeps it for the resume.
+    a table which is run again under a resumed batch never enters a moment that is gone. None, or a token whose id is
+    None, where the source cannot hold a moment: each table is then consistent for itself alone, and its manifest's
+    ``snapshot`` is None. What is kept for the token lies in the batch's folder and goes when the block ends well; when
+    it fails, a source that can keep its moment keeps it for the resume.
 
     Raises:
         SourceUnavailable: the source does not answer.
@@ -338,15 +341,20 @@ def extract_table(
         begin_batch(project, batch, [table])
     item = name_item(table, partition)
     folder = _batch_folder(project, batch) / _folder_name(item)
-    snapshot = snapshot or _read_token(folder.parent)
+    snapshot, note = find_moment(snapshot or _read_token(folder.parent), table)
     split = read_splits(folder.parent).get(table)
+    if partition is not None and note and split is not None and split.moment is not None:
+        raise StagingError(
+            f'Table "{table}" is split, and its parts must be of one moment: {note}.',
+            hint=f'Do not split it: [table."{table}"] partition_rows = 0.',
+        )
     part = find_partition(split, table, partition, snapshot)
     with _hold_folder(folder, item):
         staged = _read_complete(folder)
         if staged is not None:
             return staged
         _remove_leftovers(folder)
-        return _extract(project, settings, folder, batch, table, snapshot, part, split)
+        return _extract(project, settings, folder, batch, table, snapshot, part, split, note)
 
 
 def read_manifest(project: Project, batch: str, table: str, partition: str | None = None) -> Manifest:
@@ -449,6 +457,7 @@ def _extract(
     snapshot: SnapshotToken | None,
     part: Partition | None,
     split: SplitTable | None,
+    snapshot_note: str | None,
 ) -> Manifest:
     started_at = datetime.now(UTC)
     source = open_source(project, settings)
@@ -481,6 +490,7 @@ def _extract(
         ended_at=datetime.now(UTC),
         source=source.url,
         snapshot=snapshot["id"] if snapshot else None,
+        snapshot_note=snapshot_note,
     )
     try:
         # The manifest says that the files are there: it may reach the disk only after them.

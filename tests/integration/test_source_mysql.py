@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 import datetime as dt
+import json
 import os
+import random
+import socket
+import stat
 import subprocess
+import sys
+import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from decimal import Decimal
 from pathlib import Path
 
+import pymysql
 import pytest
+from pymysql.constants import COMMAND
 
-from phasewise import lake, staging
+from phasewise import lake, sources, staging
 from phasewise.errors import ProjectError, SchemaDrift, SourceUnavailable, TableMissing, UnfaithfulValue
 from phasewise.project import Project, load_project
+from phasewise.publish import publish_batch
 from phasewise.settings import Settings
+from phasewise.snapshots import open_reader
 from phasewise.source_contract import PASSWORD, ROWS, SourceContract
-from phasewise.sources import check_project, list_project_tables, open_source
+from phasewise.sources import check_project, list_project_tables, mysql_moment, open_source
 
 SETTINGS = Settings(threads=2, memory_limit="512MB", connect_timeout=2)
 HOST = os.environ.get("MYSQL_HOST", "127.0.0.1")
@@ -44,7 +56,7 @@ Make = Callable[..., Project]
 
 @pytest.fixture(scope="module", autouse=True)
 def _preloaded():
-    lake.preload_extensions(("mysql_scanner",))
+    lake.preload_extensions(("mysql_scanner", "ducklake", "sqlite_scanner"))
 
 
 @pytest.fixture
@@ -74,11 +86,16 @@ def make(tmp_path: Path, database: str) -> Make:
 def read(project: Project, table: str) -> tuple[list[str], list[tuple]]:
     manifest = staging.extract_table(project, SETTINGS, batch=staging.new_batch_id(), table=table)
     assert manifest.rows == manifest.source_rows
+    rows = rows_of(project, manifest)
+    return [column.type for column in manifest.columns], rows
+
+
+def rows_of(project: Project, manifest: staging.Manifest) -> list[tuple]:
     with lake.open_session(SETTINGS, extensions=()) as connection:
         files = [str(path) for path in staging.staged_files(project, manifest)]
         result = connection.execute("FROM read_parquet(?) ORDER BY 1", [files])
         assert [str(column[1]) for column in result.description] == [column.type for column in manifest.columns]
-        return [column.type for column in manifest.columns], result.fetchall()
+        return result.fetchall()
 
 
 def test_values_arrive_as_they_are(make: Make):
@@ -182,14 +199,207 @@ def test_views_are_extracted_when_named_and_problems_found(make: Make):
     assert read(project, "v")[1] == [(1,)]
 
 
-def test_a_table_is_not_claimed_to_be_consistent_with_others(make: Make):
-    project = make("CREATE TABLE t (id int)")
+ACCOUNTS = ("a", "b", "c", "d")
+
+
+@contextmanager
+def transfers(database: str) -> Iterator[list[int]]:
+    """Move one at a time from account to account, in a transaction each, while the block runs; count them."""
+    done, is_over = [0], threading.Event()
+
+    def move() -> None:
+        with closing(pymysql.connect(host=HOST, user="root", database=database)) as connection:
+            while not is_over.is_set():
+                source, target = random.sample(ACCOUNTS, 2)
+                with connection.cursor() as cursor:
+                    cursor.execute(f"UPDATE {source} SET n = n - 1 WHERE id = 7")
+                    cursor.execute(f"UPDATE {target} SET n = n + 1 WHERE id = 7")
+                connection.commit()
+                done[0] += 1
+
+    writer = threading.Thread(target=move)
+    writer.start()
+    try:
+        yield done
+    finally:
+        is_over.set()
+        writer.join()
+
+
+def wait_for_more(done: list[int]) -> None:
+    before, deadline = done[0], time.monotonic() + 20
+    while done[0] < before + 3:
+        assert time.monotonic() < deadline, "the writer is stuck"
+        time.sleep(0.01)
+
+
+EXTRACT = """
+import sys
+from pathlib import Path
+from phasewise import staging
+from phasewise.project import load_project
+from phasewise.settings import Settings
+for table in sys.argv[2:]:
+    staging.extract_table(load_project(Path(sys.argv[1])), Settings(), batch="b1", table=table)
+"""
+
+
+def test_a_sum_that_a_writer_keeps_is_intact_in_the_lake(make: Make, database: str):
+    rows = "SELECT seq AS id, 10 AS n, repeat('x', 100) AS pad FROM seq_1_to_5000"
+    project = make("".join(f"CREATE TABLE {one} (id int PRIMARY KEY, n int, pad text) {rows};" for one in ACCOUNTS))
+    mariadb(f"GRANT RELOAD ON *.* TO {database}@'%'")
+    staging.begin_batch(project, "b1", ACCOUNTS)
+    settings = SETTINGS.model_copy(update={"table_concurrency": 2})  # one of three processes waits
+
+    with transfers(database) as done:
+        wait_for_more(done)
+        with staging.open_snapshot(project, settings, "b1") as token:
+            for tables in ACCOUNTS[:1], ACCOUNTS[1:]:
+                processes = [
+                    subprocess.Popen([sys.executable, "-c", EXTRACT, str(project.root), table]) for table in tables
+                ]
+                assert [process.wait(timeout=50) for process in processes] == [0] * len(tables)
+                wait_for_more(done)
+    publish_batch(project, settings, "b1")
+
+    total = " + ".join(f"(SELECT sum(n) FROM {one})" for one in ACCOUNTS)
+    with open_reader(project, settings) as connection:
+        assert connection.execute(f"SELECT {total}").fetchone() == (4 * 5000 * 10,)
+    manifests = staging.list_manifests(project, "b1")
+    assert all(one.rows == one.source_rows == 5000 for one in manifests)
+    assert {one.snapshot for one in manifests} == {token["id"]}
+    assert token["remark"] is None
+
+
+def test_without_a_lock_one_connection_holds_the_moment_and_says_why(make: Make, database: str):
+    project = make(
+        "CREATE TABLE a (n int); CREATE TABLE b (n int); INSERT INTO a VALUES (60); INSERT INTO b VALUES (40)"
+    )
 
     with staging.open_snapshot(project, SETTINGS, "b1") as token:
-        manifest = staging.extract_table(project, SETTINGS, batch="b1", table="t", snapshot=token)
+        first = staging.extract_table(project, SETTINGS, batch="b1", table="a")
+        mariadb("UPDATE a SET n = 50; UPDATE b SET n = 50", database)
+        second = staging.extract_table(project, SETTINGS, batch="b1", table="b")
 
-    assert token is None
-    assert manifest.snapshot is None
+    assert rows_of(project, first) + rows_of(project, second) == [(60,), (40,)]
+    assert first.snapshot == second.snapshot == token["id"]
+    assert "Access denied" in token["remark"]
+    assert "GRANT RELOAD" in token["remark"]
+
+
+def test_a_lock_that_is_not_to_be_had_holds_nobody_up(make: Make, database: str, monkeypatch: pytest.MonkeyPatch):
+    project = make("CREATE TABLE t (id int)")
+    mariadb(f"GRANT RELOAD ON *.* TO {database}@'%'")
+    monkeypatch.setattr(mysql_moment, "_LOCK_SECONDS", 1)
+
+    with closing(pymysql.connect(host=HOST, user="root", database=database)) as other:
+        other.query("LOCK TABLES t WRITE")
+        with staging.open_snapshot(project, SETTINGS, "b1") as token:
+            pass
+
+    assert "Lock wait timeout" in token["remark"]
+
+
+def test_a_login_that_fails_is_the_reason_why_no_moment_is_held(make: Make, database: str):
+    project = make("CREATE TABLE t (id int)")
+    toml = project.root / "phasewise.toml"
+    toml.write_text(toml.read_text().replace(f":3306/{database}", f":3306/{database}?ssl_mode=required"))
+    project = load_project(project.root)
+
+    with staging.open_snapshot(project, SETTINGS, "b1") as token:
+        pass
+
+    assert token["id"] is None
+    assert "SSL" in token["remark"]
+
+
+def test_tables_without_transactions_and_other_machines_are_not_at_the_moment(
+    make: Make, database: str, monkeypatch: pytest.MonkeyPatch
+):
+    project = make("CREATE TABLE t (id int); CREATE TABLE u (id int) ENGINE = MyISAM; INSERT INTO u VALUES (1)")
+
+    with staging.open_snapshot(project, SETTINGS, "b1"):
+        mariadb("INSERT INTO t VALUES (1); INSERT INTO u VALUES (2)", database)
+        held = staging.extract_table(project, SETTINGS, batch="b1", table="t")
+        unheld = staging.extract_table(project, SETTINGS, batch="b1", table="u")
+        monkeypatch.setattr(sources.platform, "node", lambda: "elsewhere")
+        elsewhere = staging.extract_table(project, SETTINGS, batch="b2", table="t", snapshot=read_token(project))
+
+    assert (held.rows, held.snapshot_note) == (0, None)
+    assert (unheld.rows, unheld.snapshot, unheld.snapshot_note) == (2, None, "its engine has no transactions")
+    assert (elsewhere.rows, elsewhere.snapshot) == (1, None)
+    assert elsewhere.snapshot_note.endswith("this table was read on elsewhere")
+
+
+def read_token(project: Project) -> dict:
+    return json.loads((project.staging / "b1" / "snapshot.json").read_text())
+
+
+def test_a_table_that_fails_in_the_middle_of_its_rows_leaves_the_moment_to_the_next(make: Make, database: str):
+    project = make("""
+        CREATE TABLE big (id int, d date, pad text);
+        INSERT INTO big SELECT seq, '2024-01-01', repeat('x', 500) FROM seq_1_to_100000;
+        UPDATE big SET d = '0000-00-00' WHERE id = 1;
+        CREATE TABLE t (id int); INSERT INTO t VALUES (1);
+    """)
+    settings = SETTINGS.model_copy(update={"table_concurrency": 1})
+
+    with staging.open_snapshot(project, settings, "b1") as token:
+        leave_in_the_middle(token["socket"])
+        mariadb("UPDATE t SET id = 2; UPDATE big SET d = '2024-01-01'", database)
+        with pytest.raises(UnfaithfulValue, match="1 row holds a value .* 0000-00-00"):
+            staging.extract_table(project, settings, batch="b1", table="big")
+        manifest = staging.extract_table(project, settings, batch="b1", table="t")
+
+    assert manifest.snapshot == token["id"]
+    assert rows_of(project, manifest) == [(1,)]
+
+
+def leave_in_the_middle(path: str) -> None:
+    """Ask for many rows, and go when the first are there, as a process that is killed does."""
+    connection = pymysql.connect(unix_socket=path)
+    connection._execute_command(COMMAND.COM_QUERY, "SELECT a.id, a.pad, b.pad FROM big a, big b")
+    assert connection._sock.recv(100)
+    connection._force_close()
+
+
+def test_a_moment_that_the_server_has_ended_is_an_error(make: Make, database: str):
+    project = make("CREATE TABLE t (id int)")
+
+    with staging.open_snapshot(project, SETTINGS, "b1"):
+        mariadb(f"KILL USER {database}@'%'")
+        with pytest.raises(SourceUnavailable, match=r"cannot be entered: .*Start a new batch"):
+            staging.extract_table(project, SETTINGS, batch="b1", table="t")
+
+
+def test_a_moment_is_given_up_when_it_is_held_for_too_long(make: Make, database: str):
+    project = make("CREATE TABLE t (id int)")
+    mariadb(f"GRANT RELOAD ON *.* TO {database}@'%'")
+    settings = SETTINGS.model_copy(update={"source_snapshot_hours": 1 / 3600, "table_concurrency": 2})
+    held = f"SELECT count(*) FROM information_schema.processlist WHERE user = '{database}'"
+
+    with staging.open_snapshot(project, settings, "b1"):
+        assert mariadb(held).strip() == "3"
+        deadline = time.monotonic() + 20
+        while mariadb(held).strip() != "0":
+            assert time.monotonic() < deadline, "the server still holds the moment"
+            time.sleep(0.1)
+        with pytest.raises(SourceUnavailable, match=r"hours old\. Start a new batch"):
+            staging.extract_table(project, settings, batch="b1", table="t")
+
+
+def test_nothing_of_a_moment_is_left(make: Make, database: str):
+    project = make("CREATE TABLE t (id int)")
+
+    with staging.open_snapshot(project, SETTINGS, "b1") as token, socket.socket(socket.AF_UNIX) as waiting:
+        assert stat.S_IMODE(Path(token["socket"]).parent.stat().st_mode) == 0o700
+        waiting.connect(token["socket"])
+
+    assert not Path(token["socket"]).parent.exists()
+    deadline = time.monotonic() + 10
+    while [one for one in threading.enumerate() if one.name.startswith("mysql-moment")]:
+        assert time.monotonic() < deadline, "a thread is left"
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("change", ["port", "password", "database"])
@@ -212,8 +422,6 @@ def test_a_server_that_does_not_answer_is_named_without_its_password(tmp_path: P
 
 
 class TestMysqlContract(SourceContract):
-    holds_snapshots = False
-
     @pytest.fixture(autouse=True)
     def _database(self, database: str):
         mariadb(f"SET PASSWORD FOR {database}@'%' = PASSWORD('{PASSWORD}')")

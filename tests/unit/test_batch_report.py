@@ -6,6 +6,8 @@ import json
 from datetime import UTC, datetime
 from pathlib import Path
 
+import pytest
+
 from phasewise.batch_report import BatchData, describe_moments, write_batch_report
 from phasewise.samples import write_project
 from phasewise.sources import Column
@@ -14,7 +16,14 @@ from phasewise.staging import Manifest
 AT = datetime(2024, 1, 1, tzinfo=UTC)
 
 
-def manifest(table: str, *, partition: str | None = None, rows: int = 1, snapshot: str | None = "moment") -> Manifest:
+def manifest(
+    table: str,
+    *,
+    partition: str | None = None,
+    rows: int = 1,
+    snapshot: str | None = "moment",
+    note: str | None = None,
+) -> Manifest:
     return Manifest(
         batch="b1",
         table=table,
@@ -29,6 +38,7 @@ def manifest(table: str, *, partition: str | None = None, rows: int = 1, snapsho
         ended_at=AT,
         source="sqlite:///source.sqlite",
         snapshot=snapshot,
+        snapshot_note=note,
     )
 
 
@@ -61,3 +71,27 @@ def test_partitions_without_a_moment_are_named():
     message = describe_moments([*parts, manifest("stock", snapshot=None)])
 
     assert message.endswith("but for those whose partitions were read one after another: orders.")
+
+
+@pytest.mark.parametrize(
+    ("moments", "marked"),
+    [
+        ({"a": "s1", "b": "s1"}, {}),
+        ({"a": "s1", "b": "s1", "c": "s2"}, {"c": ""}),
+        ({"a": "s1", "b": None}, {"b": " (why)"}),
+        ({"a": None, "b": None}, {"a": " (why)", "b": " (why)"}),
+        ({"a": None}, {}),
+    ],
+)
+def test_a_table_that_shows_another_moment_is_marked(
+    tmp_path: Path, moments: dict[str, str | None], marked: dict[str, str]
+):
+    project = write_project(tmp_path, source="")
+    manifests = [manifest(table, snapshot=moment, note=None if moment else "why") for table, moment in moments.items()]
+
+    files = write_batch_report(BatchData(project=project, batch="b1", manifests=manifests, audits=[]), status="failed")
+
+    start = "not read at the moment of the other tables, so it may not be consistent with them"
+    assert {table["name"]: table["notes"] for table in json.loads(files.json.read_text())["tables"]} == {
+        table: [start + marked[table]] if table in marked else [] for table in moments
+    }

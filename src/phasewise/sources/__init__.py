@@ -15,6 +15,7 @@ import dataclasses
 import fnmatch
 import importlib
 import itertools
+import platform
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -30,7 +31,9 @@ from phasewise.project import Project, Table, redact_url
 from phasewise.settings import Settings
 
 #: What ``open_snapshot`` hands to the processes that read: small, JSON-able, without secrets. Its ``id`` is equal
-#: for those tables, and only those, that were read at the same moment.
+#: for those tables, and only those, that were read at the same moment; None where none could be held. Optional are
+#: ``remark``, what whoever runs the batch should know of it; ``machine``, where only processes of that one can enter
+#: the moment; and ``without``, tables that it does not hold.
 SnapshotToken = Mapping[str, Any]
 
 
@@ -157,6 +160,20 @@ _BUILT_IN = {
     "s3": "phasewise.sources.files:FilesSource",
     "sqlite": "phasewise.sources.sqlite:SqliteSource",
 }
+
+
+def find_moment(token: SnapshotToken | None, table: str) -> tuple[SnapshotToken | None, str | None]:
+    """Return the moment at which *table* is read in this process, None for one of its own; and the reason for that."""
+    if token is None:
+        return None, None
+    if token["id"] is None:
+        return None, token.get("remark")
+    if table in token.get("without", ()):
+        return None, "its engine has no transactions"
+    here = platform.node()
+    if token.get("machine", here) != here:
+        return None, f"the batch's moment is held on {token['machine']}, and this table was read on {here}"
+    return token, None
 
 
 def open_source(project: Project, settings: Settings) -> Source:
@@ -333,6 +350,7 @@ __all__ = [
     "apply_contract",
     "check_project",
     "describe_project_table",
+    "find_moment",
     "list_project_tables",
     "open_source",
 ]

@@ -4,18 +4,21 @@ Everything is read by queries that the server answers, never through the scanner
 a backtick in a name, hides a table behind another that differs by case, makes every ``TINYINT(1)`` a boolean, shows
 the date 0000-00-00 as NULL and a wide decimal as a double. Moments travel as text and are decoded with a check.
 
-The server's pool of connections ends a transaction between two queries, so one query is one moment: the rows of a
-table are consistent, several tables are not (``open_snapshot`` yields None).
+One moment for all tables is held by connections that are lent (``mysql_moment``). Where that cannot be, DuckDB's pool
+of connections ends a transaction between two queries, so one query is one moment: the rows of a table are consistent,
+several tables are not.
 """
 
 from __future__ import annotations
 
 import os
+import platform
 import re
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 import duckdb
 
@@ -25,6 +28,7 @@ from phasewise.project import redact_url
 from phasewise.settings import Settings
 from phasewise.sources import Column, SnapshotToken, SourceTable
 from phasewise.sources.decoding import MOMENTS, decode_text, explain_unfaithful, fail_where_null
+from phasewise.sources.mysql_moment import LentMoment, Login, NoMoment, lend_moment
 from phasewise.sources.ranges import divide, find_range_columns, is_range_nullable, query_bounds
 
 #: MySQL's type name → the lake's type; integers have an unsigned sister (``U`` before the name).
@@ -82,7 +86,7 @@ class MysqlSource:
         self._url = url
         self._settings = settings
         self._attached: duckdb.DuckDBPyConnection | None = None
-        self._dsn, self._password = _split_url(url)
+        self._dsn, self._login = _split_url(url, settings.connect_timeout)
         self._count_before: int | None = None
 
     @property
@@ -119,19 +123,32 @@ class MysqlSource:
 
     @contextmanager
     def open_snapshot(self, folder: Path) -> Iterator[SnapshotToken | None]:
-        yield None
+        """Hold the moment with as many connections as tables are read at the same time."""
+        with ExitStack() as stack:
+            try:
+                token = _describe_moment(stack.enter_context(self._lend_moment()))
+            except NoMoment as exc:
+                token = {"id": None, "remark": f"no moment of the source could be held for all tables: {exc}"}
+            yield token
 
     def attach(self, connection: duckdb.DuckDBPyConnection, snapshot: SnapshotToken | None = None) -> None:
-        for name, value in _SETTINGS.items():
+        lent = {"mysql_pool_size": 1, "mysql_pool_acquire_mode": "wait"} if snapshot else {}
+        for name, value in (_SETTINGS | lent).items():
             connection.execute(f"SET {name} = {quote_literal(value) if isinstance(value, str) else value}")
         # The scanner quotes the whole DSN in its messages; the client library takes the password from here.
-        if self._password is not None:
-            os.environ["MYSQL_PWD"] = self._password
+        if self._login.password is not None:
+            os.environ["MYSQL_PWD"] = self._login.password
+        dsn = self._name_lent(snapshot["socket"]) if snapshot else self._dsn
         try:
-            connection.execute(f"ATTACH {quote_literal(self._dsn)} AS source (TYPE mysql, READ_ONLY)")
+            connection.execute(f"ATTACH {quote_literal(dsn)} AS source (TYPE mysql, READ_ONLY)")
             connection.execute(_query("SELECT 1 AS one")).fetchone()
         except duckdb.Error as exc:
             reason = str(exc).rpartition('": ')[2].strip().splitlines()[0]
+            if snapshot:
+                raise SourceUnavailable(
+                    f"The moment of {self.url} that the batch holds cannot be entered: {reason}",
+                    hint="The process that held it has ended, or the server ended its connections. Start a new batch.",
+                ) from exc
             raise SourceUnavailable(
                 f"The MySQL database {self.url} does not answer: {reason}.",
                 hint="Check [source] url in phasewise.toml, the password and that the server runs.",
@@ -142,7 +159,7 @@ class MysqlSource:
         self, connection: duckdb.DuckDBPyConnection, table: SourceTable, snapshot: SnapshotToken | None = None
     ) -> None:
         connection.execute("BEGIN TRANSACTION")
-        self._count_before = _count(connection, table)
+        self._count_before = None if snapshot else _count(connection, table)
 
     def select(self, table: SourceTable) -> str:
         decoded = ", ".join(
@@ -152,7 +169,7 @@ class MysqlSource:
         return f"SELECT {decoded} FROM ({_read_printed(table)})"
 
     def count_rows(self, connection: duckdb.DuckDBPyConnection, table: SourceTable, rows_read: int) -> int:
-        """Return the table's rows; where they were counted differently before and after, *rows_read* between both."""
+        """Return the rows at the moment that is held; without one *rows_read*, where it lies between two counts."""
         before, after = self._count_before, _count(connection, table)
         if before is not None and min(before, after) <= rows_read <= max(before, after):
             return rows_read
@@ -197,6 +214,17 @@ class MysqlSource:
             return explain_unfaithful(table.name, column, count=counted[0], value=str(sample[0]), where=where)
         return None
 
+    def _lend_moment(self) -> AbstractContextManager[LentMoment]:
+        return lend_moment(
+            self._login,
+            connections=self._settings.table_concurrency,
+            idle_seconds=self._settings.source_snapshot_hours * 3600,
+        )
+
+    def _name_lent(self, socket: str) -> str:
+        # Where the socket does not answer the scanner tries 127.0.0.1 instead, which would be another moment: port 1.
+        return f"mysql://localhost:1/{quote(self._login.database, safe='')}?socket={quote(socket, safe='')}"
+
     @contextmanager
     def _open(self) -> Iterator[duckdb.DuckDBPyConnection]:
         if self._attached is not None:  # an extraction describes its table in the session that it has
@@ -215,8 +243,8 @@ def list_types() -> list[Column]:
     return [_describe_column(name, name, re.split(r"[( ]", name)[0], 1) for name in declared]
 
 
-def _split_url(url: str) -> tuple[str, str | None]:
-    """Return DSN without password, and password."""
+def _split_url(url: str, timeout: float) -> tuple[str, Login]:
+    """Return DSN without password, and all that it takes to log in."""
     parts = urlsplit(url)
     database = unquote(parts.path.strip("/"))
     if not database or not parts.hostname:
@@ -226,7 +254,25 @@ def _split_url(url: str) -> tuple[str, str | None]:
     query = f"?{parts.query}" if parts.query else ""
     port = f":{parts.port}" if parts.port else ""
     dsn = f"mysql://{user}{parts.hostname}{port}/{quote(database, safe='')}{query}"
-    return dsn, unquote(parts.password) if parts.password else None
+    return dsn, Login(
+        host=parts.hostname,
+        port=parts.port or 3306,
+        user=unquote(parts.username or ""),
+        password=unquote(parts.password) if parts.password else None,
+        database=database,
+        options=dict(parse_qsl(parts.query)),
+        connect_timeout=timeout,
+    )
+
+
+def _describe_moment(moment: LentMoment) -> SnapshotToken:
+    return {
+        "id": f"lent-{uuid.uuid4().hex}",
+        "socket": str(moment.socket),
+        "machine": platform.node(),
+        "without": list(moment.without),
+        "remark": f"the tables are read one after another: {moment.slowed_by}" if moment.slowed_by else None,
+    }
 
 
 def _query(sql: str) -> str:
