@@ -274,14 +274,22 @@ async def _next_suspects(hints: asyncio.Queue[str | None], pending: Collection[s
                 named = {await hints.get()}
         except TimeoutError:
             return list(pending)
-        # Siblings tend to end together: a short pause makes one read of many events.
-        await asyncio.sleep(_COALESCE_PAUSE)
+        await asyncio.sleep(_coalesce_pause(len(pending)))
         while not hints.empty():
             named.add(hints.get_nowait())
         is_due = None in named or loop.time() >= look_at
         suspects = list(pending) if is_due else [run_id for run_id in pending if run_id in named]
         if suspects:
             return suspects
+
+
+def _coalesce_pause(pending: int) -> float:
+    """Return the seconds in which events are gathered for one read: siblings tend to end together.
+
+    Longer where many are pending, of which some always end: it bounds the reads by the time that the runs take, to one
+    a second as long as 1,000 are pending. A parent has nothing to do with a single one of so many.
+    """
+    return min(max(_COALESCE_PAUSE, pending / 1000), 1.0)
 
 
 async def _listen(run_ids: Sequence[str], hints: asyncio.Queue[str | None]) -> None:

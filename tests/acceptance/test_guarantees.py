@@ -11,7 +11,7 @@ import subprocess
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -241,7 +241,7 @@ def test_g02_the_first_cause_is_readable_at_the_top_through_two_levels(server: S
     assert "b was told to fail" in message
     assert "c was told to fail" in message
     assert all(name in message for name in ("middle Failed", "leaf/b Failed", "leaf/c Failed"))
-    assert server.below(run)["leaf/b"]["id"] in message
+    assert f"/runs/flow-run/{server.below(run)['leaf/b']['id']}" in message  # the page in the UI
 
 
 def test_g02_a_child_that_was_cancelled_fails_its_parent(server: Server) -> None:
@@ -558,6 +558,68 @@ def test_g04_resume_after_everything_was_killed_at_once(tmp_path: Path) -> None:
     assert server.attempts("b") == 2
 
 
+@pytest.mark.timeout(300)
+def test_g04_resume_after_the_workers_were_killed_with_everything_below_them(own_stack: tuple[Server, Path]) -> None:
+    server, _ = own_stack
+    server.hold("b")
+    run = server.start("top", names=["a", "b"], levels=2)
+    before = server.pid("b")
+    wait_for(lambda: server.below(run)["leaf/a"]["state_type"] == "COMPLETED", 60)
+    runs = [server.read(run), *server.below(run).values()]
+    workers = {worker_pid(int(one["infrastructure_pid"])) for one in runs if one["state_type"] == "RUNNING"}
+
+    for worker in workers:
+        os.kill(worker, signal.SIGKILL)
+
+    wait_for(lambda: not is_alive(before), 30)
+    server.release("b")
+    server.wait(run, "CRASHED", 60)
+    server.retry(run)
+    server.wait(run, "COMPLETED")
+    assert [server.attempts(name) for name in ("a", "last")] == [1, 1]
+    assert server.attempts("b") >= 2
+
+
+@pytest.mark.timeout(400)
+def test_g04_a_batch_resumed_after_everything_was_killed_at_once_equals_one_that_never_failed(
+    shell: Shell, tmp_path: Path
+) -> None:
+    project = write_project(shell.project, source=SHOP)
+    with held_in_its_last_phase(project):
+        assert shell.phasewise("up").returncode == 0
+        with shell.start("-m", "phasewise", "run-distributed") as command:
+            wait_for(
+                lambda: len(list(project.staging.glob("*/*/manifest.json"))) == 3 or command.poll() is not None, 90
+            )
+            stack = find_stack(shell.home)
+            assert stack is not None
+            os.kill(stack.pid, signal.SIGKILL)
+            command.kill()
+            command.communicate(timeout=10)
+    staged = {path: path.stat().st_mtime_ns for path in project.staging.glob("*/*/manifest.json")}
+    assert shell.phasewise("up").returncode == 0
+    try:
+        wait_for(lambda: shell.phasewise("resume").returncode == 0, 90)  # once the new workers have seen what is lost
+        wait_for(lambda: any(True for _ in project.staging.glob("*/published.json")), 120)
+    finally:
+        shell.phasewise("down")
+
+    (tmp_path / "other").mkdir()
+    other = Shell(home=shell.home, project=tmp_path / "other", environment={})
+    write_project(other.project, source=SHOP)
+    assert other.phasewise("run", "--local").returncode == 0
+    rows = [
+        [
+            one.phasewise("query", f"select * from {table} order by all", "--format", "csv").stdout
+            for table in ("customer", "orders", "stock")
+        ]
+        for one in (shell, other)
+    ]
+    assert rows[0] == rows[1]
+    assert "Grace" in rows[0][0]
+    assert {path: path.stat().st_mtime_ns for path in staged} == staged  # nothing was extracted again
+
+
 # ── 5. Never twice ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -686,6 +748,25 @@ def test_g07_a_server_killed_in_the_middle_of_a_phase_loses_nothing(own_stack: t
 
     os.kill(server_pid(server), signal.SIGKILL)
     server.release("a")  # ends while nobody is there to hear of it
+    wait_for(lambda: find_stack(home) is not None, 60)
+    server.release("b")
+
+    assert server.wait(run, "COMPLETED", 120)["run_count"] == 1
+    assert [server.attempts(name) for name in ("a", "b", "last")] == [1, 1, 1]
+
+
+@pytest.mark.timeout(300)
+def test_g07_a_server_that_is_away_for_three_quarters_of_a_minute_fails_nothing(own_stack: tuple[Server, Path]) -> None:
+    server, home = own_stack
+    server.hold("a", "b")
+    run = server.start("top", names=["a", "b"], levels=2)
+    server.pid("a"), server.pid("b")
+
+    os.kill(server.stack.pid, signal.SIGSTOP)  # the supervisor, which would start it again at once
+    os.kill(server_pid(server), signal.SIGKILL)
+    server.release("a")  # ends while nobody is there to hear of it
+    threading.Event().wait(45)  # the outage itself, not a wait for something
+    os.kill(server.stack.pid, signal.SIGCONT)
     wait_for(lambda: find_stack(home) is not None, 60)
     server.release("b")
 
@@ -876,6 +957,32 @@ def test_g12_outcomes_carry_the_summary_in_the_order_asked_for(deployed: StackIn
         summaries = asyncio.run(run())
 
     assert [(one["name"], one["rows"]) for one in summaries] == [("x", 1), ("long-name", 9)]
+
+
+def test_g12_the_outcome_of_a_table_has_its_rows_bytes_seconds_and_manifest(
+    stack: StackInfo, stack_shell: Shell
+) -> None:
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    from phasewise import trigger_subflow, wait_for_flow_runs
+
+    project = write_project(stack_shell.project, source=SHOP)
+    assert stack_shell.phasewise("deploy").returncode == 0
+
+    async def run() -> Mapping[str, Any]:
+        parameters = {"table": "orders", "batch_id": "g12"}
+        run_id = await trigger_subflow("process-table-etl/process-table-etl-deployment", parameters)
+        [outcome] = await wait_for_flow_runs([run_id])
+        return outcome.summary
+
+    with temporary_settings({PREFECT_API_URL: stack.api_url}):
+        summary = asyncio.run(run())
+
+    manifest = project.staging / "g12" / "orders" / "manifest.json"
+    assert summary["rows"] == 3
+    assert summary["size_bytes"] == json.loads(manifest.read_text())["size_bytes"] > 0
+    assert summary["seconds"] > 0
+    assert (project.staging / str(summary["manifest"])) == manifest
 
 
 def slowdown() -> float:

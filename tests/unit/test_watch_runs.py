@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 from uuid import UUID, uuid5
 
@@ -199,8 +200,22 @@ def test_news_that_come_together_cost_one_read() -> None:
 
     yielded = run_on_fake_clock(server.watch())
 
-    assert max(when for when, _ in yielded) < 100.2
+    assert max(when for when, _ in yielded) < 100.6
     assert sum(when >= 99.9 for when in server.reads) <= 2
+
+
+def test_reads_are_bounded_by_time_when_thousands_end_one_by_one() -> None:
+    fates = {f"run{n}": Fate(final_at=1 + n * 0.03, told_at=(1 + n * 0.03, 1.5 + n * 0.03)) for n in range(2000)}
+    server = Server(fates=fates, weather=Weather())
+
+    yielded = run_on_fake_clock(server.watch())
+
+    assert len(yielded) == 2000
+    assert max(when for when, _ in yielded) < 61.2
+    # 30 in the first half of the minute, and in the second as many for each time that the pending ones halve.
+    assert len(server.reads) <= 180
+    gaps = [later - earlier for earlier, later in pairwise(server.reads)]
+    assert min(gaps[5:]) >= 0.05
 
 
 def test_a_run_whose_event_arrives_is_yielded_within_a_tenth_of_a_second() -> None:
