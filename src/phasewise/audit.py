@@ -7,19 +7,20 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
-from pathlib import Path
 from time import perf_counter
 
 import duckdb
 
 from phasewise.errors import AuditFailed, PhasewiseError, ProjectError, StagingError
-from phasewise.lake import normalize_type, quote_identifier, quote_literal
+from phasewise.lake import normalize_type, quote_identifier
+from phasewise.lake import read_parquet as read_parquet
+from phasewise.loads import HISTORY
+from phasewise.merge import describe_increment, select_result
 from phasewise.project import Audit, Project, Reference, Severity
 from phasewise.quarantine import BAD_ROWS
 from phasewise.queries import JsonValue, check_select, fetch_int, fetch_rows, find_missing_tables, first_line
 from phasewise.snapshots import list_columns, list_keys, list_tables
 from phasewise.staging import BatchPlan, Manifest, staged_files
-from phasewise.storage import StoredFile
 
 #: Bad rows that a result carries; ``bad_rows`` counts all of them.
 SAMPLE_ROWS = 20
@@ -65,10 +66,13 @@ _VERBS = {"blocking": "failed its audit", "warning": "has a warning", "quarantin
 def open_staged(connection: duckdb.DuckDBPyConnection, project: Project, manifests: Iterable[Manifest]) -> None:
     """Give *connection* the warehouse as it will be once *manifests* are published: one view per table.
 
-    A staged table is read from its Parquet files, any other from the lake, when that is attached.
+    A staged table is read from its Parquet files, together with the rows of the lake that stay; any other from the
+    lake, when that is attached.
 
     Raises:
         StagingError: the staged files of a table are missing or damaged.
+        SchemaDrift: the lake's table cannot take the columns that were staged.
+        PublishConflict: what was staged goes on from another batch than the lake's.
     """
     open_published(connection)
     # A bare name is the view from here on, also where the session looked into the lake first.
@@ -77,7 +81,8 @@ def open_staged(connection: duckdb.DuckDBPyConnection, project: Project, manifes
         files = [file for part in parts for file in staged_files(project, part)]
         view = f"memory.main.{quote_identifier(table)}"
         try:
-            connection.execute(f"create or replace view {view} as from {read_parquet(files)}")
+            result = select_result(connection, describe_increment(connection, project, parts))
+            connection.execute(f"create or replace view {view} as {result}")
         except duckdb.Error as exc:
             raise StagingError(
                 f'The staged files of table "{table}" cannot be read: {first_line(exc)}',
@@ -118,6 +123,7 @@ def audit_batch(
         files = read_parquet(file for part in parts for file in staged_files(project, part))
         results.append(_guard("row count", table, partial(_audit_row_count, connection, table, parts, files)))
         results.append(_guard("columns", table, partial(_audit_staged_types, connection, table, parts, files)))
+        results += [run_audit(connection, audit) for audit in _audit_cursor(table, parts[0], files)]
         results += _audit_table(connection, project, table, key=parts[0].key, present=present, isolated=isolated)
     return results + _audit_project(connection, project, present=present, isolated=isolated)
 
@@ -157,13 +163,6 @@ def group_by_table(manifests: Iterable[Manifest]) -> dict[str, list[Manifest]]:
     """Return the manifests of each table, tables in name order, its partitions in theirs."""
     ordered = sorted(manifests, key=lambda manifest: (manifest.table, manifest.partition or ""))
     return {table: list(parts) for table, parts in groupby(ordered, key=lambda manifest: manifest.table)}
-
-
-def read_parquet(files: Iterable[Path | StoredFile]) -> str:
-    """Return the table function over *files*: their columns and no others, whatever their folders are called."""
-    # Without the option a folder such as ``year=2024`` above the files would add a column.
-    paths = ", ".join(quote_literal(str(file)) for file in files)
-    return f"read_parquet([{paths}], hive_partitioning = false)"
 
 
 def _audit_completeness(staged: Sequence[str], planned: Sequence[str]) -> AuditResult:
@@ -210,6 +209,17 @@ def _audit_staged_types(
     )
 
 
+def _audit_cursor(table: str, part: Manifest, files: str) -> list[Audit]:
+    """Every row of a table to which rows are added by their cursor alone has one, or it would be added each time."""
+    column = next((column for column in part.columns if column.name == part.load.cursor), None)
+    if part.load.mode != "append" or part.load.key or column is None:
+        return []
+    name = quote_identifier(column.name)
+    is_endless = f" or not isfinite({name})" if column.type.startswith(("DATE", "TIMESTAMP")) else ""
+    sql = f"from {files} where {name} is null{is_endless}"
+    return [Audit(name=f"cursor({column.name})", table=table, sql=sql)]
+
+
 def _audit_table(
     connection: duckdb.DuckDBPyConnection,
     project: Project,
@@ -225,16 +235,23 @@ def _audit_table(
     if declared.columns:
         compare = partial(_compare_types, connection, table, declared.columns, name="contract", promised_by="contract")
         results.append(_guard("contract", table, compare))
-    audits = list_row_audits(project, table, key)
+    is_history = (
+        declared.mode == "snapshot" and HISTORY.keys() <= list_columns(connection, quote_identifier(table)).keys()
+    )
+    audits = list_row_audits(project, table, key, is_history=is_history)
     return results + _run_all(connection, audits, present=present, isolated=isolated)
 
 
-def list_row_audits(project: Project, table: str, key: Sequence[str]) -> list[Audit]:
-    """Return the built-in audits of *table* that return its bad rows, with what the project wants done with them."""
+def list_row_audits(project: Project, table: str, key: Sequence[str], *, is_history: bool = False) -> list[Audit]:
+    """Return the built-in audits of *table* that return its bad rows, with what the project wants done with them.
+
+    Of a history they look at the current rows.
+    """
     declared = project.find_table(table)
     columns = tuple(declared.key or key)
-    of_key = [_not_null(table, columns), _unique(table, columns)] if columns else []
-    of_references = [_references(table, reference) for reference in declared.references]
+    rows = f"(from {quote_identifier(table)} where is_current)" if is_history else quote_identifier(table)
+    of_key = [_not_null(table, columns, rows), _unique(table, columns, rows)] if columns else []
+    of_references = [_references(table, reference, rows) for reference in declared.references]
     return [
         audit.model_copy(update={"severity": "quarantine"}) if kind in declared.quarantine else audit
         for kind, audits in (("key", of_key), ("references", of_references))
@@ -280,16 +297,16 @@ def skip_audit(
     return AuditResult(name=audit.name, table=audit.table, severity="warning", error=error)
 
 
-def _not_null(table: str, key: Sequence[str]) -> Audit:
+def _not_null(table: str, key: Sequence[str], rows: str) -> Audit:
     is_null = " or ".join(f"{quote_identifier(column)} is null" for column in key)
     return Audit(
         name=f"not_null({', '.join(key)})",
         table=table,
-        sql=f"from {quote_identifier(table)} where {is_null}",
+        sql=f"from {rows} where {is_null}",
     )
 
 
-def _unique(table: str, key: Sequence[str]) -> Audit:
+def _unique(table: str, key: Sequence[str], rows: str) -> Audit:
     # NULLs are the business of not_null: here they would make rows without a key look like duplicates.
     columns = ", ".join(quote_identifier(column) for column in key)
     has_key = " and ".join(f"{quote_identifier(column)} is not null" for column in key)
@@ -297,19 +314,19 @@ def _unique(table: str, key: Sequence[str]) -> Audit:
         name=f"unique({', '.join(key)})",
         table=table,
         # One bad row per key that occurs more than once.
-        sql=f"select {columns}, count(*) as {quote_identifier('rows')} from {quote_identifier(table)} "
+        sql=f"select {columns}, count(*) as {quote_identifier('rows')} from {rows} "
         f"where {has_key} group by {columns} having count(*) > 1",
     )
 
 
-def _references(table: str, reference: Reference) -> Audit:
+def _references(table: str, reference: Reference, rows: str) -> Audit:
     pairs = list(zip(reference.columns, reference.to, strict=True))
     has_value = " and ".join(f"child.{quote_identifier(column)} is not null" for column, _ in pairs)
     matches = " and ".join(f"parent.{quote_identifier(to)} = child.{quote_identifier(column)}" for column, to in pairs)
     return Audit(
         name=f"references({', '.join(reference.columns)} → {reference.table})",
         table=table,
-        sql=f"from {quote_identifier(table)} as child where {has_value} and not exists "
+        sql=f"from {rows} as child where {has_value} and not exists "
         f"(from {quote_identifier(reference.table)} as parent where {matches})",
     )
 

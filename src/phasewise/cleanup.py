@@ -14,11 +14,12 @@ import duckdb
 
 from phasewise.catalog import find_schema
 from phasewise.errors import LakeError, StagingError
-from phasewise.lake import Snapshot, has_lake, list_snapshots, quote_identifier
+from phasewise.lake import Snapshot, has_lake, list_snapshots, quote_identifier, quote_literal
 from phasewise.project import Project
 from phasewise.publish import File, open_writer
 from phasewise.queries import first_line
 from phasewise.settings import Settings
+from phasewise.snapshots import latest_publication, list_tables
 from phasewise.staging import Batch, find_batch_folder, list_batches, list_manifests, staged_files
 from phasewise.storage import FILE_PREFIX, StoredFile, list_stored
 
@@ -198,6 +199,14 @@ def _delete_unneeded(connection: duckdb.DuckDBPyConnection, retention: timedelta
 
 
 def _merge_small_files(connection: duckdb.DuckDBPyConnection) -> int:
+    # DuckLake keeps a few rows in its catalog rather than in a file; of a table that grows by a few rows each night
+    # they would pile up there.
+    latest = latest_publication(connection)
+    grown = {state.table for state in (latest.states if latest else ())} & {*list_tables(connection, "lake.main")}
+    for table in sorted(grown):
+        connection.execute(
+            f"call ducklake_flush_inlined_data('lake', schema_name => 'main', table_name => {quote_literal(table)})"
+        )
     rows = connection.execute(
         f"call ducklake_merge_adjacent_files('lake', max_file_size => {MERGE_BELOW_BYTES})"
     ).fetchall()

@@ -278,6 +278,7 @@ async def sub_etl(batch_id: str | None = None) -> dict[str, Any]:
     batch = batch_id or _own_run_id() or staging.new_batch_id()
     tables = sources.list_project_tables(project, sources.open_source(project, settings))
     tables = list(staging.begin_batch(project, batch, tables).tables)
+    staging.remember_lake(project, settings, batch)
     with staging.open_snapshot(project, settings, batch) as snapshot:
         if snapshot is not None and snapshot.get("remark"):
             current_logger().warning("Source: %s", snapshot["remark"])

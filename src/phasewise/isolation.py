@@ -122,6 +122,8 @@ def _count_set_aside(connection: duckdb.DuckDBPyConnection, result: AuditResult)
 
 def _list_audits(project: Project, table: str, key: Sequence[str]) -> list[Audit]:
     """Return the audits that set rows of *table* aside."""
+    if not project.find_table(table).can_set_aside:
+        return []
     own = [audit for audit in project.audits if audit.table == table]
     return [audit for audit in [*list_row_audits(project, table, key), *own] if audit.severity == "quarantine"]
 

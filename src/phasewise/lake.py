@@ -20,7 +20,7 @@ import socket
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -45,7 +45,7 @@ from phasewise.project import Project
 from phasewise.quoting import quote_identifier as quote_identifier
 from phasewise.quoting import quote_literal as quote_literal
 from phasewise.settings import Settings
-from phasewise.storage import create_storage_secret
+from phasewise.storage import File, create_storage_secret
 
 #: Layout of the warehouse's folder; a higher number in phasewise.json was written by a newer Phasewise.
 WAREHOUSE_FORMAT = 1
@@ -276,6 +276,13 @@ def _lock_folder(project: Project, timeout: float) -> Iterator[None]:
         file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}))
         file.flush()
         yield
+
+
+def read_parquet(files: Iterable[File]) -> str:
+    """Return the table function over *files*: their columns and no others, whatever their folders are called."""
+    # Without the option a folder such as ``year=2024`` above the files would add a column.
+    paths = ", ".join(quote_literal(str(file)) for file in files)
+    return f"read_parquet([{paths}], hive_partitioning = false)"
 
 
 @functools.lru_cache(maxsize=1024)

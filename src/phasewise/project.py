@@ -33,6 +33,7 @@ import os
 import re
 import tomllib
 from collections.abc import Mapping
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit, urlunsplit
@@ -63,6 +64,12 @@ class Reference(_Record):
         return self
 
 
+#: How a table is loaded: whole, by new rows, by new and changed rows, or with its history.
+Mode = Literal["full", "append", "merge", "snapshot"]
+#: What happens when columns of the source change.
+DriftRule = Literal["evolve", "freeze", "discard"]
+
+
 class Table(_Record):
     """What the project says about one table; every field has a default, so a table need not be mentioned."""
 
@@ -76,6 +83,16 @@ class Table(_Record):
     exclude: tuple[str, ...] = ()
     #: A condition in the SQL of the source; rows for which it does not hold are not loaded.
     where: str | None = Field(default=None, min_length=1)
+    mode: Mode = "full"
+    #: The column whose values grow with every new or changed row.
+    cursor: str | None = None
+    #: How far before the last cursor rows are read again: a number, or a time such as "2 days".
+    lookback: int | Decimal | str | None = None
+    #: Whether rows that the source no longer has are removed (merge) or closed (snapshot).
+    deletes: bool = False
+    drift: DriftRule = "evolve"
+    #: Raise it to load the whole table once more.
+    version: int = 1
     references: tuple[Reference, ...] = ()
     #: Rows above which the table is split into partitions; 0: never, None: as the setting says.
     partition_rows: int | None = Field(default=None, ge=0)
@@ -83,6 +100,25 @@ class Table(_Record):
     quarantine: tuple[Literal["key", "references"], ...] = ()
     #: Rows of the table that may be set aside: a number, or a share such as "1%". More of them stop the batch.
     quarantine_limit: int | str = "1%"
+
+    @model_validator(mode="after")
+    def _mode_makes_sense(self) -> Table:
+        if self.mode == "append" and self.cursor is None:
+            raise ValueError("mode append needs a cursor")
+        if self.mode == "full" and self.cursor is not None:
+            raise ValueError("a cursor needs a mode: append, merge or snapshot")
+        if self.lookback is not None and self.cursor is None:
+            raise ValueError("lookback needs a cursor")
+        if self.deletes and self.mode in ("full", "append"):
+            raise ValueError("deletes goes with the modes merge and snapshot")
+        if self.quarantine and not self.can_set_aside:
+            raise ValueError("quarantine goes with the mode full, and not with drift discard")
+        return self
+
+    @property
+    def can_set_aside(self) -> bool:
+        """Whether rows can be set aside: those of a table that is its staged files, no more and no less."""
+        return self.mode == "full" and self.drift != "discard"
 
     @field_validator("quarantine_limit")
     @classmethod

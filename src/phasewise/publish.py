@@ -17,15 +17,23 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TypeAlias
 
 import duckdb
 
-from phasewise.audit import group_by_table, read_parquet
+from phasewise.audit import group_by_table
 from phasewise.disk import sync_path
 from phasewise.errors import LakeError, NothingStaged, PublishConflict, StagingError
-from phasewise.lake import attach_lake, list_extensions, lock_lake, open_session, quote_identifier, quote_literal
+from phasewise.lake import (
+    attach_lake,
+    list_extensions,
+    lock_lake,
+    open_session,
+    quote_identifier,
+    quote_literal,
+    read_parquet,
+)
 from phasewise.marts import MARTS_SCHEMA, build_marts, find_buildable, order_marts
+from phasewise.merge import apply_increment, describe_increment, find_last, select_replacement
 from phasewise.project import Mart, Project
 from phasewise.quarantine import QUARANTINE_SCHEMA, SetAside, publish_quarantine
 from phasewise.queries import fetch_int, first_line
@@ -33,6 +41,7 @@ from phasewise.settings import Settings
 from phasewise.snapshots import Publication as Publication
 from phasewise.snapshots import PublishedTable as PublishedTable
 from phasewise.snapshots import (
+    TableState,
     find_publication,
     latest_publication,
     list_columns,
@@ -40,10 +49,8 @@ from phasewise.snapshots import (
     require_publication,
 )
 from phasewise.staging import Manifest, list_manifests, mark_published, measure_file, read_plan, staged_files
-from phasewise.storage import FILE_PREFIX, StoredFile
-
-#: What is registered: a file in a folder, or on S3.
-File: TypeAlias = Path | StoredFile
+from phasewise.storage import FILE_PREFIX
+from phasewise.storage import File as File
 
 #: ``link`` fails with these where the lake lies on another file system, or on one that has no links.
 _CANNOT_LINK = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
@@ -155,14 +162,63 @@ def _publish(
     planned = _subtract(_plan(project, batch, staged, only), set_aside)
     _refuse_to_go_back(connection, planned)
     files = _link_files(connection, project, staged)
-    with transaction(connection, planned, f"Publish batch {batch}"):
+    message = f"Publish batch {batch}"
+    with transaction(connection, planned, message):
+        tables = []
         for table in planned.tables:
-            _publish_table(connection, table.name, files[table.name], rows=table.rows + table.quarantined)
+            tables.append(_load_table(connection, project, table, staged[table.name], files[table.name]))
             names = [file.name for part in staged[table.name] for file in staged_files(project, part)]
             registered = dict(zip(names, files[table.name], strict=True))
             publish_quarantine(connection, table.name, registered, set_aside.get(table.name), planned)
         build_marts(connection, project, schema=f"lake.{MARTS_SCHEMA}", only=only)
+        states = _find_states(connection, batch, staged)
+        _sign(connection, replace(planned, tables=tuple(tables), states=states), message)
+        if not (only or any(table.added or table.changed or table.removed for table in tables)):
+            _change_something(connection, planned)
     return require_publication(connection, project)
+
+
+def _load_table(
+    connection: duckdb.DuckDBPyConnection,
+    project: Project,
+    table: PublishedTable,
+    parts: Sequence[Manifest],
+    files: Sequence[File],
+) -> PublishedTable:
+    """Bring one table up to date; return it with the rows that it has then."""
+    increment = describe_increment(connection, project, parts)
+    name = f"lake.main.{quote_identifier(table.name)}"
+    if increment.load.is_replaced and not increment.is_rewritten:
+        _publish_table(connection, table.name, files, rows=table.rows + table.quarantined)
+        return table
+    found = fetch_int(connection, f"select count(*) from {read_parquet(increment.files)}")
+    _refuse_other_rows(table.name, found, table.rows)
+    if increment.load.is_replaced:
+        connection.execute(f"create or replace table {name} as {select_replacement(increment)}")
+        return table
+    changes = apply_increment(connection, increment, files)
+    rows = fetch_int(connection, f"select count(*) from {name}")
+    return replace(table, rows=rows, added=changes.added, changed=changes.changed, removed=changes.removed)
+
+
+def _find_states(
+    connection: duckdb.DuckDBPyConnection, batch: str, staged: Mapping[str, Sequence[Manifest]]
+) -> tuple[TableState, ...]:
+    """Return what the next batch goes on from: of the tables of this one, and unchanged of all others."""
+    latest = latest_publication(connection)
+    kept = [state for state in (latest.states if latest else ()) if state.table not in staged]
+    new = [
+        parts[0].load.state_after(table, batch, find_last(connection, parts))
+        for table, parts in staged.items()
+        if parts[0].load.mode != "full"
+    ]
+    return tuple(sorted([*kept, *new], key=lambda state: state.table))
+
+
+def _change_something(connection: duckdb.DuckDBPyConnection, publication: Publication) -> None:
+    """Make sure that there is a snapshot to carry the batch: DuckLake makes none for a commit without a change."""
+    table = quote_identifier(publication.tables[0].name)
+    connection.execute(f"comment on table lake.main.{table} is {quote_literal(f'batch {publication.batch}')}")
 
 
 def _refuse_incomplete(project: Project, batch: str, present: Collection[str]) -> None:
@@ -189,7 +245,8 @@ def _plan(project: Project, batch: str, staged: Mapping[str, Sequence[Manifest]]
                 name=table,
                 rows=sum(part.rows for part in parts),
                 size_bytes=sum(part.size_bytes for part in parts),
-                key=project.find_table(table).key or parts[0].key,
+                key=_find_key(project, parts[0]),
+                mode=parts[0].load.mode,
             )
             for table, parts in staged.items()
         ),
@@ -204,6 +261,11 @@ def _subtract(planned: Publication, set_aside: Mapping[str, SetAside]) -> Public
         for table in planned.tables
     ]
     return replace(planned, tables=tuple(tables))
+
+
+def _find_key(project: Project, part: Manifest) -> tuple[str, ...]:
+    key = project.find_table(part.table).key or part.key
+    return (*key, "valid_from") if part.load.mode == "snapshot" else key
 
 
 def _refuse_to_go_back(connection: duckdb.DuckDBPyConnection, planned: Publication) -> None:
@@ -226,10 +288,7 @@ def transaction(connection: duckdb.DuckDBPyConnection, publication: Publication,
     """
     try:
         connection.execute("begin")
-        connection.execute(
-            "call lake.set_commit_message('phasewise', $message, extra_info => $extra_info)",
-            {"message": message, "extra_info": publication.to_extra_info()},
-        )
+        _sign(connection, publication, message)
         yield
         connection.execute("commit")
     except duckdb.Error as exc:
@@ -241,6 +300,14 @@ def transaction(connection: duckdb.DuckDBPyConnection, publication: Publication,
     except BaseException:
         _roll_back(connection)
         raise
+
+
+def _sign(connection: duckdb.DuckDBPyConnection, publication: Publication, message: str) -> None:
+    """Say what the commit of the open transaction will carry; the last word counts."""
+    connection.execute(
+        "call lake.set_commit_message('phasewise', $message, extra_info => $extra_info)",
+        {"message": message, "extra_info": publication.to_extra_info()},
+    )
 
 
 def _roll_back(connection: duckdb.DuckDBPyConnection) -> None:
@@ -272,6 +339,10 @@ def _publish_table(connection: duckdb.DuckDBPyConnection, table: str, files: Seq
             f'Table "{table}" cannot be published: {" ".join(str(exc).split())}. The warehouse is unchanged.',
             hint="Read it through a view that casts the column, or exclude the table.",
         ) from exc
+    _refuse_other_rows(table, found, rows)
+
+
+def _refuse_other_rows(table: str, found: int, rows: int) -> None:
     if found != rows:
         raise PublishConflict(
             f'Table "{table}" has {found} rows in its staged files, and its manifest says {rows}.',

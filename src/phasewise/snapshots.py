@@ -13,7 +13,7 @@ import duckdb
 
 from phasewise.errors import LakeError, PublishConflict
 from phasewise.lake import attach_lake, list_extensions, list_snapshots, open_session, quote_identifier
-from phasewise.project import Project
+from phasewise.project import Mode, Project
 from phasewise.queries import fetch_int
 from phasewise.settings import Settings
 
@@ -32,6 +32,31 @@ class PublishedTable:
     key: tuple[str, ...] = ()
     #: Rows of the batch that were set aside, and not among *rows*.
     quarantined: int = 0
+    mode: Mode = "full"
+    #: Rows that the batch added, changed and removed (in a history: closed), where the table was not replaced.
+    added: int = 0
+    changed: int = 0
+    removed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableState:
+    """What the lake remembers of a table's last load, for the next one to go on from."""
+
+    table: str
+    mode: Mode
+    key: tuple[str, ...]
+    cursor: str | None
+    where: str | None
+    version: int
+    #: The highest cursor read so far, as DuckDB prints it.
+    mark: str | None
+    #: The batch that was the last to load the table.
+    batch: str
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> TableState:
+        return cls(**{**data, "key": tuple(data["key"])})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +72,8 @@ class Publication:
     tables: tuple[PublishedTable, ...]
     marts: tuple[str, ...]
     kind: Kind = "publish"
+    #: Of all tables that are not loaded whole, also those that the batch did not bring.
+    states: tuple[TableState, ...] = ()
     #: True: this call found the batch published and changed nothing.
     was_published: bool = False
 
@@ -184,6 +211,7 @@ def _read_publication(snapshot: int, at: datetime, extra_info: str | None) -> Pu
             tables=tables,
             marts=tuple(data["marts"]),
             kind=data["kind"],
+            states=tuple(TableState.from_json(state) for state in data.get("states", ())),
         )
     except (ValueError, KeyError, TypeError):
         return None  # maintenance, or a commit that somebody else made in the lake

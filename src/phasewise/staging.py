@@ -2,6 +2,7 @@
 
     staging/<batch>/batch.json                     the plan: which tables belong to the batch
     staging/<batch>/partitions.json                which of them are split, and into which parts
+    staging/<batch>/lake.json                      what the lake had when the batch began
     staging/<batch>/<table>/<attempt>.parquet      rows; where the lake's files are on S3, they are there from the start
     staging/<batch>/<table>/manifest.json          written last; without it the folder counts for nothing
     staging/<batch>/published.json                 the snapshot that the batch became
@@ -32,7 +33,17 @@ import duckdb
 
 from phasewise.disk import explain_os_error, explain_write, sync_path, write_atomically, write_once
 from phasewise.errors import NothingStaged, PhasewiseError, SourceUnavailable, StagingError
-from phasewise.lake import open_session, quote_literal
+from phasewise.lake import open_session, quote_literal, read_parquet
+from phasewise.loads import (
+    FULL_LOAD,
+    LakeView,
+    Load,
+    drop_new_columns,
+    find_mark,
+    plan_load,
+    read_lake,
+    select_new_rows,
+)
 from phasewise.partitions import (
     Partition,
     SplitTable,
@@ -63,6 +74,7 @@ _PLAN = "batch.json"
 _PUBLISHED = "published.json"
 _GIVEN_UP = "given_up.json"
 _SNAPSHOT = "snapshot.json"
+_LAKE = "lake.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +105,10 @@ class Manifest:
     snapshot: str | None = None
     #: Why the table is consistent for itself alone, where the source or the setting has a reason.
     snapshot_note: str | None = None
+    #: Which rows were read, and what the publishing does with them.
+    load: Load = FULL_LOAD
+    #: Files with all keys of the source, where deleted rows are found by them.
+    key_files: tuple[str, ...] = ()
     version: int = MANIFEST_VERSION
 
     @property
@@ -110,6 +126,8 @@ class Manifest:
             raise ValueError(f"manifest version {data['version']}")
         data["columns"] = tuple(Column(**column) for column in data["columns"])
         data["key"], data["files"] = tuple(data["key"]), tuple(data["files"])
+        data["key_files"] = tuple(data.get("key_files", ()))
+        data["load"] = Load.from_json(data["load"]) if "load" in data else FULL_LOAD
         data["started_at"] = datetime.fromisoformat(data["started_at"])
         data["ended_at"] = datetime.fromisoformat(data["ended_at"])
         return cls(**data)
@@ -210,6 +228,24 @@ def read_plan(project: Project, batch: str) -> BatchPlan | None:
         raise StagingError(f"{path} is damaged.", hint=f"Remove {path.parent} and start a new batch.") from exc
 
 
+def remember_lake(project: Project, settings: Settings, batch: str) -> LakeView:
+    """Write down what the lake has when *batch* begins, once; what is read of each table follows from it.
+
+    Raises:
+        LakeError: there is a lake, and it cannot be read.
+        StagingError: staging cannot be written, or what was written cannot be read.
+    """
+    path = _batch_folder(project, batch) / _LAKE
+    try:
+        if not path.exists():
+            write_once(path, read_lake(project, settings).to_json())
+        return LakeView.from_json(path.read_text(encoding="utf-8"))
+    except OSError as exc:
+        raise explain_os_error(path.parent, exc) from exc
+    except (ValueError, KeyError, TypeError) as exc:
+        raise StagingError(f"{path} is damaged.", hint=f"Remove {path.parent} and start a new batch.") from exc
+
+
 def give_up_tables(project: Project, batch: str, reasons: Mapping[str, str]) -> None:
     """Write down that the tables of *reasons* failed within the failure budget: the batch is published without them.
 
@@ -238,6 +274,7 @@ def plan_partitions(
 ) -> dict[str, SplitTable]:
     """Decide which tables of *batch* are staged in parts, and write it down; return table → its parts.
 
+    Of a table with a cursor the new rows alone are read, and they are staged whole.
     What was decided at the same moment of the source, or is staged completely, stays. A table that was staged in
     part at another moment is divided anew, and its parts from then are removed.
 
@@ -253,7 +290,9 @@ def plan_partitions(
     kept = {table: split for table, split in before.items() if table in staged or split.moment == moment}
     open_tables = [table for table in (plan.tables if plan else ()) if table not in {*kept, *staged}]
     whole = {table: replace(before[table], partitions=(), moment=moment) for table in open_tables if table in before}
-    splits = {**before, **whole, **split_tables(project, settings, open_tables, snapshot, before=before)}
+    view = remember_lake(project, settings, batch)
+    large = [table for table in open_tables if _reads_all(project, settings, table, view)]
+    splits = {**before, **whole, **split_tables(project, settings, large, snapshot, before=before)}
     try:
         if splits != before:
             write_splits(folder, splits)
@@ -262,6 +301,17 @@ def plan_partitions(
     except OSError as exc:
         raise explain_os_error(folder, exc) from exc
     return {table: split for table, split in splits.items() if split.partitions}
+
+
+def _reads_all(project: Project, settings: Settings, table: str, view: LakeView) -> bool:
+    contract = project.find_table(table)
+    if contract.cursor is None:
+        return True
+    try:
+        described = describe_project_table(project, open_source(project, settings), table)
+        return plan_load(contract, described, view.find(table)).reads_all
+    except PhasewiseError:
+        return False  # its own flow run says what is wrong with it
 
 
 @contextmanager
@@ -328,6 +378,7 @@ def extract_table(
 
     Rows and the source's own count are of one moment: that of *snapshot*, else the one that ``open_snapshot`` holds
     for the batch, else that of a transaction of their own.
+    Of a table with a cursor only the rows beyond the last one are read, as the lake knew it when the batch began.
     What is already staged for *batch* is not extracted again: its manifest is returned.
 
     Raises:
@@ -354,7 +405,8 @@ def extract_table(
         if staged is not None:
             return staged
         _remove_leftovers(folder)
-        return _extract(project, settings, folder, batch, table, snapshot, part, split, note)
+        view = remember_lake(project, settings, batch)
+        return _extract(project, settings, folder, batch, table, snapshot, part, split, note, view)
 
 
 def read_manifest(project: Project, batch: str, table: str, partition: str | None = None) -> Manifest:
@@ -434,6 +486,12 @@ def measure_file(connection: duckdb.DuckDBPyConnection, file: Path | StoredFile)
     return listed.size_bytes if listed else None
 
 
+def staged_key_files(project: Project, manifest: Manifest) -> list[Path]:
+    """Return the Parquet files with the keys of the source; none where deleted rows need none."""
+    folder = _batch_folder(project, manifest.batch) / _folder_name(name_item(manifest.table, manifest.partition))
+    return [folder / name for name in manifest.key_files]
+
+
 def name_manifest(manifest: Manifest) -> str:
     """Return the path of a manifest's file below the staging folder, which may have another name on each machine."""
     return f"{manifest.batch}/{_folder_name(name_item(manifest.table, manifest.partition))}/{_MANIFEST}"
@@ -458,22 +516,29 @@ def _extract(
     part: Partition | None,
     split: SplitTable | None,
     snapshot_note: str | None,
+    view: LakeView,
 ) -> Manifest:
     started_at = datetime.now(UTC)
     source = open_source(project, settings)
     if snapshot is not None:
         _check_age(snapshot, settings, source)
     path = _name_file(project, folder)
+    keys_path = folder / f"keys-{uuid.uuid4().hex}.parquet"
     extensions = dict.fromkeys([*source.extensions, *(["httpfs"] if project.is_stored else [])])
     with open_session(settings, extensions=tuple(extensions)) as connection:
         if project.is_stored:
             create_storage_secret(connection)
         # Attached first, so that the table is described as it is in the snapshot.
         source.attach(connection, snapshot)
-        table = describe_project_table(project, source, name)
+        whole = describe_project_table(project, source, name)
+        load = plan_load(project.find_table(name), whole, view.find(name))
+        whole = drop_new_columns(project.find_table(name), whole, view.find(name))
         if part is not None:
-            table = replace(table, conditions=(*table.conditions, part.condition))
-        rows, source_rows = _copy(connection, source, table, path, snapshot)
+            whole = replace(whole, conditions=(*whole.conditions, part.condition))
+        table = select_new_rows(source, whole, load)
+        keys = _find_key_table(whole, load)
+        rows, source_rows = _copy(connection, source, table, path, snapshot, keys=keys, keys_path=keys_path)
+        load = replace(load, until=find_mark(connection, load, table, read_parquet([path])))
         size_bytes = measure_file(connection, path) or 0
     manifest = Manifest(
         batch=batch,
@@ -491,11 +556,15 @@ def _extract(
         source=source.url,
         snapshot=snapshot["id"] if snapshot else None,
         snapshot_note=snapshot_note,
+        load=load,
+        key_files=(keys_path.name,) if keys else (),
     )
     try:
         # The manifest says that the files are there: it may reach the disk only after them.
         if isinstance(path, Path):
             sync_path(path)
+        if keys is not None:
+            sync_path(keys_path)
         write_atomically(folder / _MANIFEST, manifest.to_json())
     except OSError as exc:
         raise explain_os_error(folder, exc) from exc
@@ -519,8 +588,14 @@ def _copy(
     table: SourceTable,
     path: Path | StoredFile,
     snapshot: SnapshotToken | None,
+    *,
+    keys: SourceTable | None,
+    keys_path: Path,
 ) -> tuple[int, int]:
-    """Write the table's rows to *path*; return how many they are, here and as the source counts."""
+    """Write the table's rows to *path*; return how many they are, here and as the source counts.
+
+    The rows of *keys*, the table without a cursor and with its key alone, are written to *keys_path*.
+    """
     # Row groups end at 64 MB or 122,880 rows, whichever is first: a few of them are what memory must hold.
     # DuckDB bounds them by size only where it need not keep the order of rows, which a table does not have.
     connection.execute("SET preserve_insertion_order = false")
@@ -533,6 +608,9 @@ def _copy(
         assert copied is not None  # COPY returns the number of rows
         rows = int(copied[0])
         source_rows = source.count_rows(connection, table, rows)
+        if keys is not None:
+            # After the rows: where the source holds no moment, a row that came meanwhile must not count as deleted.
+            connection.execute(f"COPY ({source.select(keys)}) TO {quote_literal(str(keys_path))} ({options})")
         connection.execute("COMMIT")
     except PhasewiseError:
         _abandon(connection, path)
@@ -542,6 +620,13 @@ def _copy(
         _abandon(connection, path)
         raise _find_staging_error(path, exc) or source.explain(connection, table, exc) from exc
     return rows, source_rows
+
+
+def _find_key_table(table: SourceTable, load: Load) -> SourceTable | None:
+    """Return *table* with the columns of its key alone, where deleted rows are found by them."""
+    if not load.deletes or load.is_replaced or load.reads_all:
+        return None
+    return replace(table, columns=tuple(column for column in table.columns if column.name in load.key))
 
 
 def _abandon(connection: duckdb.DuckDBPyConnection, path: Path | StoredFile) -> None:
@@ -616,6 +701,8 @@ def _read_complete(folder: Path) -> Manifest | None:
         if any(is_stored(name) for name in manifest.files):
             return manifest  # they were there in full before it; publishing looks again
         size_bytes = sum((folder / name).stat().st_size for name in manifest.files)
+        for name in manifest.key_files:
+            (folder / name).stat()
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return manifest if size_bytes == manifest.size_bytes else None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
+from typing import TypeAlias
 from urllib.parse import urlsplit
 
 import duckdb
@@ -32,6 +34,10 @@ class StoredFile:
     @property
     def parent(self) -> StoredFile:
         return StoredFile(self.url.rpartition("/")[0])
+
+
+#: A file of the lake or of staging, on a disk or on S3.
+File: TypeAlias = Path | StoredFile
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -108,7 +109,7 @@ def test_every_key_of_the_project_file_is_in_the_reference_with_its_default() ->
         shown = documented[key]
         assert (shown == "–") == field.is_required(), key
         if isinstance(field.default, str | int) and field.default != "":
-            assert shown == (f'"{field.default}"' if isinstance(field.default, str) else str(field.default)), key
+            assert shown == json.dumps(field.default), key
 
 
 def list_keys(model: type[BaseModel], section: str = "") -> Iterator[tuple[str, FieldInfo]]:

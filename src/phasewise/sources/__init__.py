@@ -128,6 +128,16 @@ class Source(Protocol):
         The conditions are SQL of the source's own dialect, over all of its columns, also those that are not read.
         """
 
+    def compare_cursor(self, column: Column, operator: str, mark: str) -> str:
+        """Return a condition in the SQL of the source that compares *column* with *mark*, which DuckDB printed.
+
+        *operator* is ``>``, ``>=``, or ``IS NULL`` without a mark. The order is DuckDB's for the type of the column,
+        whatever collation the source has; a value that the type cannot hold is never left out.
+
+        Raises:
+            ProjectError: the source cannot compare such columns.
+        """
+
     def count_rows(self, connection: duckdb.DuckDBPyConnection, table: SourceTable, rows_read: int) -> int:
         """Return the rows that the conditions hold for, as the source counts them, at the moment of the transaction.
 

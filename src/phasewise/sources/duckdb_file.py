@@ -39,6 +39,11 @@ def find_lake_type(declared: str) -> tuple[str, str | None]:
     return "VARCHAR", f"carried as text: Parquet and the lake do not hold every {declared} exactly"
 
 
+def compare_typed(value: str, type_name: str, operator: str, mark: str) -> str:
+    """Return a comparison, in DuckDB's SQL, of *value* with *mark*."""
+    return f"{value} {operator}" + ("" if operator == "IS NULL" else f" CAST({quote_literal(mark)} AS {type_name})")
+
+
 def list_types() -> list[Column]:
     """Return one column for each kind of type, for the reference (docs/reference/types.md)."""
     declared = "BOOLEAN|TINYINT|BIGINT|UBIGINT|FLOAT|DOUBLE|DECIMAL(18,4)|VARCHAR|BLOB|UUID|DATE|TIME|TIMESTAMP"
@@ -143,6 +148,9 @@ class DuckdbSource:
             for column in table.columns
         )
         return f"SELECT {columns} FROM {self._qualify(table)}{table.where()}"
+
+    def compare_cursor(self, column: Column, operator: str, mark: str) -> str:
+        return compare_typed(quote_identifier(column.name), column.type, operator, mark)
 
     def count_rows(self, connection: duckdb.DuckDBPyConnection, table: SourceTable, rows_read: int) -> int:
         row = connection.execute(f"SELECT count(*) FROM {self._qualify(table)}{table.where()}").fetchone()

@@ -27,7 +27,7 @@ from phasewise.project import redact_url
 from phasewise.settings import Settings
 from phasewise.sources import Column, SnapshotToken, SourceTable
 from phasewise.sources.decoding import MOMENTS, decode_text, explain_unfaithful, fail_where_null
-from phasewise.sources.duckdb_file import find_lake_type, find_local_path
+from phasewise.sources.duckdb_file import compare_typed, find_lake_type, find_local_path
 from phasewise.storage import create_storage_secret, is_stored, list_stored
 
 _NAME = re.compile(r"(?P<table>.+?)\.(?P<kind>csv|tsv|parquet|json|ndjson|jsonl)(?:\.(?:gz|zst))?", re.IGNORECASE)
@@ -115,6 +115,12 @@ class FilesSource:
     def select(self, table: SourceTable) -> str:
         columns = ", ".join(f"{_decode_or_fail(column)} AS {quote_identifier(column.name)}" for column in table.columns)
         return f"SELECT {columns} FROM {self._read(table)}{table.where()}"
+
+    def compare_cursor(self, column: Column, operator: str, mark: str) -> str:
+        name = quote_identifier(column.name)
+        # What is no such value counts as NULL, is read, and fails there.
+        value = f"TRY_CAST({name} AS {column.type})" if column.source_type in {"csv", "json"} else name
+        return compare_typed(value, column.type, operator, mark)
 
     def count_rows(self, connection: duckdb.DuckDBPyConnection, table: SourceTable, rows_read: int) -> int:
         row = connection.execute(f"SELECT count(*) FROM {self._read(table)}{table.where()}").fetchone()

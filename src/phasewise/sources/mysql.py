@@ -168,6 +168,18 @@ class MysqlSource:
         )
         return f"SELECT {decoded} FROM ({_read_printed(table)})"
 
+    def compare_cursor(self, column: Column, operator: str, mark: str) -> str:
+        name = _quote_name(column.name)
+        if operator == "IS NULL":
+            return f"{name} IS NULL"
+        if column.type == "VARCHAR":  # by bytes, not by a collation
+            value, text = f"convert({name} using utf8mb4)", f"convert({_quote_text(mark)} using utf8mb4)"
+            return f"cast({value} as binary) {operator} cast({text} as binary)"
+        if column.type in MOMENTS:  # the session's time zone is UTC
+            kind = "date" if column.type == "DATE" else "datetime(6)"
+            return f"{name} {operator} cast({_quote_text(mark.removesuffix('+00'))} as {kind})"
+        return f"{name} {operator} {mark}"
+
     def count_rows(self, connection: duckdb.DuckDBPyConnection, table: SourceTable, rows_read: int) -> int:
         """Return the rows at the moment that is held; without one *rows_read*, where it lies between two counts."""
         before, after = self._count_before, _count(connection, table)

@@ -45,6 +45,7 @@ _PLAIN = {
     "timestamp": "TIMESTAMP",
     "timestamptz": "TIMESTAMP WITH TIME ZONE",
 }
+_CURSOR_MOMENTS = {"DATE", "TIMESTAMP", "TIMESTAMP WITH TIME ZONE"}
 #: Types that are text by nature: printed by the server, and nothing to remark.
 _TEXTS = {"json", "jsonb", "xml", "citext"}
 _DECIMAL = re.compile(r"(?:numeric|DECIMAL)\((\d+),(-?\d+)\)")
@@ -178,6 +179,17 @@ class PostgresSource:
             return f"SELECT {names} FROM source.{self._qualify(table)}"
         printed = ", ".join(f"{_print_column(column)} AS {quote_identifier(column.name)}" for column in table.columns)
         return _query(f"SELECT {printed} FROM {self._qualify(table)}{table.where()}")
+
+    def compare_cursor(self, column: Column, operator: str, mark: str) -> str:
+        name = quote_identifier(column.name)
+        if operator == "IS NULL":
+            return f"{name} IS NULL"
+        text = quote_literal(mark.replace(" (BC)", " BC"))
+        if column.type == "VARCHAR":
+            return f'{name}::text COLLATE "C" {operator} {text}'
+        if column.type in _CURSOR_MOMENTS:
+            return f"{name} {operator} {text}::{column.type.lower()}"
+        return f"{name} {operator} {mark}"
 
     def count_rows(self, connection: duckdb.DuckDBPyConnection, table: SourceTable, rows_read: int) -> int:
         tests = [(column, test) for column in table.columns if (test := _find_unfaithful(column))]

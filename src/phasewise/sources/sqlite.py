@@ -159,6 +159,24 @@ class SqliteSource:
         checked = ", ".join(f"{_check_utf8(f'c{index}')} AS c{index}" for index in range(len(table.columns)))
         return f"SELECT {decoded} FROM (SELECT {checked} FROM {_read_tagged(table)})"
 
+    def compare_cursor(self, column: Column, operator: str, mark: str) -> str:
+        name = quote_identifier(column.name)
+        if operator == "IS NULL":
+            return f"{name} IS NULL"
+        if column.type == "TIMESTAMP WITH TIME ZONE":
+            raise ProjectError(
+                f'The column "{column.name}" cannot be a cursor: SQLite does not compare texts with time zones.',
+                hint="Take another column.",
+            )
+        if column.type == "TIMESTAMP":  # 26 characters: "T" or space, with or without a fraction
+            padded = f"substr(replace({name}, 'T', ' ') || iif(length({name}) > 19, '', '.') || '000000', 1, 26)"
+            return f"({padded} {operator} {quote_literal(_pad_moment(mark))} OR typeof({name}) <> 'text')"
+        if column.type == "DATE":
+            return f"({name} COLLATE BINARY {operator} {quote_literal(mark)} OR typeof({name}) <> 'text')"
+        if column.type == "VARCHAR":
+            return f"{name} COLLATE BINARY {operator} {quote_literal(mark)}"
+        return f"{name} {operator} {mark}"
+
     def count_rows(self, connection: duckdb.DuckDBPyConnection, table: SourceTable, rows_read: int) -> int:
         inner = quote_literal(f"SELECT count(*) FROM {quote_identifier(table.name)}{table.where()}")
         row = connection.execute(f"SELECT columns(*)::BIGINT FROM sqlite_query('source', {inner})").fetchone()
@@ -282,6 +300,10 @@ def list_types() -> list[Column]:
     declared = "INTEGER|BIGINT|REAL|DOUBLE PRECISION|TEXT|VARCHAR(40)|BLOB|BOOLEAN|DATE|DATETIME|TIMESTAMP|TIME"
     declared += "|DECIMAL(10,2)|NUMERIC|DECIMAL(40,2)|JSON||ANY"
     return [_describe_column(name or "(none)", name, 0, 0, 0) for name in declared.split("|")]
+
+
+def _pad_moment(mark: str) -> str:
+    return f"{mark}{'' if len(mark) > 19 else '.'}000000"[:26]
 
 
 def _find_path(url: str, root: Path) -> Path:
