@@ -21,7 +21,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -94,6 +94,9 @@ def open_session(
         connection.execute("SET allow_unsigned_extensions = false")
         yield connection
     finally:
+        # Closed within a transaction whose server is gone, DuckDB 1.5 aborts the whole process.
+        with suppress(duckdb.Error):
+            connection.rollback()
         connection.close()
         shutil.rmtree(spill, ignore_errors=True)
 

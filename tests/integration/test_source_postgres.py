@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from decimal import Decimal
@@ -304,6 +305,29 @@ def test_a_snapshot_whose_holder_has_gone_is_an_error(make: Make):
 
     with pytest.raises(SourceUnavailable, match="cannot be entered"):
         staging.extract_table(project, SETTINGS, batch="b1", table="t", snapshot=token)
+
+
+def test_a_snapshot_is_given_up_when_it_is_held_for_too_long(make: Make):
+    project = make("CREATE TABLE t (id int)")
+    settings = SETTINGS.model_copy(update={"source_snapshot_hours": 0.5 / 3600})
+
+    with staging.open_snapshot(project, settings, "b1") as token:
+        deadline = time.monotonic() + 20
+        while is_held(token["id"]):
+            assert time.monotonic() < deadline, "the server still holds the snapshot"
+            time.sleep(0.1)
+        with pytest.raises(SourceUnavailable, match=r"hours old\. Start a new batch"):
+            staging.extract_table(project, settings, batch="b1", table="t")
+        with pytest.raises(SourceUnavailable, match="cannot be entered"):
+            staging.extract_table(project, SETTINGS, batch="b2", table="t", snapshot=token)
+
+
+def is_held(snapshot: str) -> bool:
+    try:
+        psql(f"BEGIN ISOLATION LEVEL REPEATABLE READ; SET TRANSACTION SNAPSHOT '{snapshot}'; COMMIT")
+    except subprocess.CalledProcessError:
+        return False
+    return True
 
 
 @pytest.mark.parametrize("change", ["port", "user", "database", "host"])

@@ -140,6 +140,9 @@ class PostgresSource:
         """Hold a transaction open whose snapshot the other processes enter."""
         with self._open() as connection:
             self._begin(connection)
+            # An open transaction keeps the server from cleaning up: it ends a holder that never lets go.
+            milliseconds = min(round(self._settings.source_snapshot_hours * 3_600_000), 2**31 - 1)
+            _execute(connection, f"SET LOCAL idle_in_transaction_session_timeout = {milliseconds}")
             row = connection.execute(_query("SELECT pg_export_snapshot() AS id")).fetchone()
             assert row is not None  # a function call has a row
             yield {"id": row[0]}
