@@ -18,9 +18,10 @@ def read(job: Job) -> int:
         destination=filesystem(bucket_url=(folder / "out").as_uri()),
         dataset_name="tpch",
     )
-    url, backend = job.url(), sys.argv[2]
-    # SQLAlchemy and ConnectorX count the slashes before an absolute path of SQLite differently.
-    kwargs = {"conn": url.replace("sqlite:////", "sqlite:///")} if backend == "connectorx" else {}
+    backend = sys.argv[2]
+    # SQLAlchemy and ConnectorX want different drivers and count the slashes before an absolute path differently.
+    kwargs = {"conn": job.url().replace("sqlite:////", "sqlite:///")} if backend == "connectorx" else {}
+    url = job.url().replace("postgresql:", "postgresql+psycopg2:")
     pipeline.run(
         sql_table(credentials=url, table=job.table, backend=backend, backend_kwargs=kwargs),
         loader_file_format="parquet",
