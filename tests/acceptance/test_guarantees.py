@@ -35,9 +35,9 @@ class Server:
         self.stack = stack
         self.signals = signals
 
-    def call(self, path: str, body: Any = None, method: str = "POST") -> Any:
+    def call(self, path: str, body: Any = None, method: str = "POST", timeout: float = 60) -> Any:
         url = f"{self.stack.api_url}{path}"
-        options: dict[str, Any] = {"timeout": 60, "follow_redirects": True}
+        options: dict[str, Any] = {"timeout": timeout, "follow_redirects": True}
         response = httpx.get(url, **options) if body is None else httpx.request(method, url, json=body, **options)
         response.raise_for_status()
         return response.json() if response.content else None
@@ -893,7 +893,7 @@ def test_g11_a_parent_of_many_children_stays_small_and_its_calls_linear(
 ) -> None:
     """The children are never started: their states are set from outside, so that only the parent is looked at.
 
-    ``TEST_CHILDREN=2000`` takes a quarter of an hour; what is asserted is the same.
+    ``TEST_CHILDREN=2000`` takes minutes more; what is asserted is the same.
     """
     count = int(os.environ.get("TEST_CHILDREN", "300"))
     server = Server(deployed, tmp_path)
@@ -916,25 +916,27 @@ def test_g11_a_parent_of_many_children_stays_small_and_its_calls_linear(
         assert parent.stdout is not None
         said = next(line for line in parent.stdout if line.startswith("{"))  # the others are its log
         triggering = json.loads(said)["triggering"]
-        for before, state in (("SCHEDULED", "RUNNING"), ("RUNNING", "COMPLETED")):
-            body = {
-                "flow_runs": {
-                    "state": {"type": {"any_": [before]}},
-                    "deployment_id": {"any_": [server.call("/deployments/name/leaf/never-started")["id"]]},
-                },
-                "state": {"type": state},
-                "force": True,
-            }
-            while server.call("/flow_runs/bulk_set_state", body)["results"]:
-                pass
-        output, _ = parent.communicate(timeout=120)
+        deployment = server.call("/deployments/name/leaf/never-started")["id"]
+        try:
+            set_all_states(server, deployment, "SCHEDULED", "RUNNING")
+            set_all_states(server, deployment, "RUNNING", "COMPLETED")
+            output, _ = parent.communicate(timeout=120)
+        finally:
+            parent.kill()
 
     measured = json.loads(output.strip().splitlines()[-1])
     print(f"{triggering} calls to trigger, {measured['waiting']} to wait, {measured['peak_mib']:.0f} MiB")
     assert measured["completed"] == count
     assert triggering <= 2 * count
-    assert measured["waiting"] <= count
+    assert measured["waiting"] <= count / 2  # each has changed its state twice
     assert measured["peak_mib"] < 300
+
+
+def set_all_states(server: Server, deployment: str, before: str, after: str) -> None:
+    runs = {"state": {"type": {"any_": [before]}}, "deployment_id": {"any_": [deployment]}}
+    body = {"flow_runs": runs, "state": {"type": after}, "force": True}
+    while server.call("/flow_runs/bulk_set_state", body, timeout=600)["results"]:  # 100 runs a call
+        pass
 
 
 # ── 12. Small results come back ──────────────────────────────────────────────────────────────────────────────────
