@@ -103,6 +103,7 @@ def _describe_tables(data: BatchData, status: str) -> list[TableReport]:
             notes=[
                 *([set_aside[table].describe()] if table in set_aside else []),
                 *_describe_partitions(parts),
+                *_describe_load(parts, data.publication),
                 *(f"{column.name}: {column.note}" for column in parts[0].columns if column.note),
                 *_note_moment(parts, shared, is_alone=len(data.manifests) == 1),
             ],
@@ -116,6 +117,21 @@ def _describe_partitions(parts: Sequence[Manifest]) -> list[str]:
         return []
     rows = [part.rows for part in parts]
     return [f"staged in {len(parts)} partitions of {min(rows):,} to {max(rows):,} rows"]
+
+
+def _describe_load(parts: Sequence[Manifest], publication: Publication | None) -> list[str]:
+    """Say which rows were read, what they changed, and how the columns differ from those before."""
+    load, table = parts[0].load, parts[0].table
+    notes = [*load.describe()]
+    if load.is_replaced:
+        return notes
+    published = next((one for one in (publication.tables if publication else ()) if one.name == table), None)
+    if published is not None:
+        done = f"rows added {published.added:,}, changed {published.changed:,}, removed {published.removed:,}"
+        notes.insert(0, f"{load.mode}: {done}; {published.rows:,} in the table")
+    if load.since is not None:
+        notes.insert(1 if published else 0, f"read from {load.cursor} {load.since} to {load.until}")
+    return notes
 
 
 def _find_shared_moment(manifests: Sequence[Manifest]) -> str | None:

@@ -18,7 +18,7 @@ import duckdb
 
 from phasewise.drift import Drift, compare_columns, refuse_drift
 from phasewise.errors import ProjectError, SchemaDrift
-from phasewise.lake import attach_lake, has_lake, open_session, quote_identifier, quote_literal
+from phasewise.lake import attach_lake, has_lake, list_extensions, open_session, quote_identifier, quote_literal
 from phasewise.project import Mode, Project, Table
 from phasewise.settings import Settings
 from phasewise.snapshots import TableState, latest_publication, list_columns, list_tables
@@ -72,6 +72,11 @@ class Load:
     def reads_all(self) -> bool:
         return self.since is None
 
+    def describe(self) -> tuple[str, ...]:
+        """Return what a reader of the report should know."""
+        whole = (f"read whole: {self.reason}",) if self.reason else ()
+        return (*whole, *self.drift)
+
     def state_after(self, table: str, batch: str, until: str | None) -> TableState:
         """Return what the lake remembers once this load is published."""
         return TableState(
@@ -123,7 +128,7 @@ def read_lake(project: Project, settings: Settings) -> LakeView:
     """Return the tables of the lake as they are now; none while there is no lake."""
     if not has_lake(project):
         return LakeView()
-    with open_session(settings) as connection:
+    with open_session(settings, extensions=list_extensions(project)) as connection:
         attach_lake(connection, project, read_only=True)
         return describe_lake(connection)
 

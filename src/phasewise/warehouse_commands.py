@@ -1,4 +1,4 @@
-"""Commands that look at staging and at the warehouse: audit, snapshots, diff, rollback. They need no server."""
+"""Commands that look at source, staging and warehouse: plan, audit, snapshots, diff, rollback. They need no server."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import App, Parameter
 
-from phasewise.errors import AuditFailed, NothingStaged
+from phasewise.errors import AuditFailed, NothingStaged, SourceError
 from phasewise.project import Project, find_project, load_project, resolve_table
 from phasewise.settings import Settings
 
@@ -17,8 +17,26 @@ if TYPE_CHECKING:
 
 
 def add_warehouse_commands(app: App) -> None:
-    for command in (audit, snapshots, diff, rollback):
+    for command in (plan, audit, snapshots, diff, rollback):
         app.command(command)
+
+
+def plan() -> None:
+    """Show what the next batch would load of each table, and which columns changed. Loads nothing."""
+    from phasewise.forecast import forecast_tables
+
+    forecasts = forecast_tables(*_load())
+    rows = [
+        (entry.table, entry.mode, entry.since or "all", "?" if entry.rows is None else entry.rows, len(entry.notes))
+        for entry in forecasts
+    ]
+    _print_rows(("table", "mode", "from", "rows", "notes"), rows)
+    for entry in forecasts:
+        for note in entry.notes:
+            print(f"{entry.table}: {note}")
+    problems = [entry.problem for entry in forecasts if entry.problem]
+    if problems:
+        raise SourceError("\n".join(problems))
 
 
 def audit(

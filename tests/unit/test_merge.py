@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ import pytest
 
 from phasewise import lake, staging
 from phasewise.audit import audit_batch, audit_published, open_staged, raise_for
+from phasewise.batch_report import BatchData, write_batch_report
 from phasewise.cleanup import maintain_lake
 from phasewise.errors import AuditFailed, ProjectError, PublishConflict, SchemaDrift
+from phasewise.forecast import forecast_tables
 from phasewise.project import Project, load_project
 from phasewise.publish import publish_batch, rollback_batch
 from phasewise.samples import SAMPLE_SETTINGS as SETTINGS
@@ -535,3 +538,41 @@ def test_a_history_needs_a_key_and_free_names(tmp_path: Path):
     change_source(tmp_path, "drop table t; create table t (id integer primary key, at integer, valid_to date);")
     with pytest.raises(SchemaDrift, match="valid_to"):
         stage_batch(project)
+
+
+def test_a_forecast_says_what_would_be_read_and_what_changed_and_loads_nothing(tmp_path: Path):
+    toml = MERGE + '[table.u]\nmode = "snapshot"\n[table.w]\ndrift = "freeze"\n'
+    more = "create table u (id integer primary key); create table w (id integer primary key);"
+    project = begin(tmp_path, toml, SOURCE + more)
+    change_source(
+        tmp_path,
+        "insert into t values (3, 'c', 30); alter table t add x text; alter table w add x text;"
+        "create table y (id integer primary key); insert into y values (7);",
+    )
+
+    t, u, w, y = forecast_tables(change(project, 'mode = "snapshot"', 'mode = "snapshot"\nversion = 2'), SETTINGS)
+
+    assert (t.mode, t.since, t.rows, t.notes) == ("merge", "20", 2, ('The column "x" (VARCHAR) is new.',))
+    assert (u.mode, u.since, u.notes) == ("snapshot", None, ("read whole: version changed",))
+    assert w.problem is not None
+    assert '"w" is frozen' in w.problem
+    assert (y.mode, y.rows, y.problem) == ("full", 7, None)  # an estimate: the highest row id
+    assert [batch.id for batch in staging.list_batches(project)] == ["b0"]
+
+
+def test_the_report_says_what_an_increment_did(tmp_path: Path):
+    project = begin(tmp_path, MERGE)
+    publication = load(project, "b1", "insert into t values (3, 'c', 30); alter table t add x text")
+    manifests = staging.list_manifests(project, "b1")
+
+    files = write_batch_report(
+        BatchData(project=project, batch="b1", manifests=manifests, audits=[], publication=publication),
+        status="published",
+    )
+
+    (table,) = json.loads(files.json.read_text())["tables"]
+    assert table["notes"] == [
+        "merge: rows added 1, changed 0, removed 0; 3 in the table",
+        "read from at 20 to 30",
+        'The column "x" (VARCHAR) is new.',
+    ]

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from phasewise import lake
-from phasewise.errors import AuditFailed, LakeError, NothingStaged, PublishConflict, UnknownTable
+from phasewise.errors import AuditFailed, LakeError, NothingStaged, PublishConflict, SourceError, UnknownTable
 from phasewise.isolation import audit_staged
 from phasewise.project import Project
 from phasewise.publish import open_writer, publish_batch
 from phasewise.samples import SAMPLE_SETTINGS, change_source, stage_batch, write_project
 from phasewise.snapshots import query_warehouse
 from phasewise.staging import list_manifests
-from phasewise.warehouse_commands import audit, diff, rollback, snapshots
+from phasewise.warehouse_commands import audit, diff, plan, rollback, snapshots
 
 SOURCE = "create table people (id integer, name text); insert into people values (1, 'Babe'), (2, 'Hank')"
 TOML = '[table.people]\nkey = ["id"]\n[[audit]]\nname = "short"\ntable = "people"\nseverity = "warning"\n'
@@ -51,6 +51,17 @@ def test_audit_shows_the_rows_of_the_staged_batch_that_failed(project: Project, 
     assert 'Table "people" has a warning: 1 row breaks short.' in printed
     assert "Hank" in printed
     assert "5 audits, 3 passed." in printed
+
+
+def test_plan_shows_each_table_and_ends_with_what_could_not_be_loaded(
+    project: Project, capsys: pytest.CaptureFixture[str]
+):
+    plan()
+    assert ["people", "full", "all", "2", "0"] in [line.split() for line in capsys.readouterr().out.splitlines()]
+
+    change_source(project.root, "alter table people rename column id to number")
+    with pytest.raises(SourceError, match='key column "id" is missing'):
+        plan()
 
 
 def test_audit_without_staging_looks_at_what_is_published(project: Project, capsys: pytest.CaptureFixture[str]):
