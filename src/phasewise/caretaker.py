@@ -72,6 +72,8 @@ class Caretaker:
         self._silence = Silence()
         self._ended: asyncio.Queue[UUID] = asyncio.Queue()
         self._without_process: set[UUID] = set()
+        #: Names of the workers of the pool that were heard of lately.
+        self.living: frozenset[str] = frozenset()
         self._logger = get_logger("phasewise.caretaker")
 
     def on_event(self, event: Event) -> None:
@@ -125,6 +127,7 @@ class Caretaker:
     async def _find_lost(self, is_first: bool) -> None:
         workers = await self._client.read_workers_for_work_pool(self._pool)
         dead = find_dead(workers, self._name, self._silence, self._lost_after_seconds)
+        self.living = frozenset(worker.name for worker in workers if worker.name not in dead)
         if is_first:
             # A worker that starts under our name again has none of the runs of the one before.
             dead[self._name] = "it was started again"

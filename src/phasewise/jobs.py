@@ -24,7 +24,7 @@ class Job:
     env: dict[str, str]
     stdio: tuple[int, int]
     #: What the run would read from the server although its worker has read it already.
-    known: list[dict[str, Any]]
+    known: dict[str, Any]
 
 
 def why_not_workspace(deployment: DeploymentResponse) -> str | None:

@@ -36,10 +36,11 @@ from uuid import UUID
 import anyio
 import anyio.abc
 import certifi
+import httpx
 import prefect
 from prefect._flow_run_suspension import FlowRunSuspensionRequest, is_suspended_flow_run_state
 from prefect._internal.version_checking import _api_version_check_key, _cache_api_version_check
-from prefect.client.orchestration import PrefectClient, get_client
+from prefect.client.orchestration import PrefectClient, SyncPrefectClient, get_client
 from prefect.client.schemas.filters import (
     DeploymentFilter,
     DeploymentFilterId,
@@ -53,7 +54,7 @@ from prefect.events import Event, RelatedResource
 from prefect.events.clients import get_events_subscriber
 from prefect.events.filters import EventAnyResourceFilter, EventFilter, EventNameFilter
 from prefect.events.related import RESOURCE_CACHE, object_as_related_resource
-from prefect.exceptions import Abort, Pause
+from prefect.exceptions import Abort, Pause, PrefectHTTPStatusError
 from prefect.runner._cancellation_manager import CancellationManager
 from prefect.runner._control_channel import ControlChannel, ControlSignalStatus
 from prefect.runner._event_emitter import EventEmitter
@@ -66,7 +67,7 @@ from prefect.runner._process_manager import (
 )
 from prefect.runner._state_proposer import StateProposer
 from prefect.settings import get_current_settings
-from prefect.states import AwaitingRetry
+from prefect.states import AwaitingRetry, Pending
 from prefect.utilities.engine import propose_state
 from prefect.utilities.filesystem import relative_path_to_current_platform
 from prefect.workers.base import BaseWorker
@@ -84,7 +85,9 @@ from phasewise.jobs import (
     why_not_workspace,
 )
 from phasewise.memory import count_oom_kills, limit_memory
+from phasewise.relay import Inlet, Intake, Outlet
 from phasewise.settings import Settings
+from phasewise.turns import LEAVE_SECONDS, Turns
 from phasewise.zygotes import Zygotes
 
 if TYPE_CHECKING:
@@ -122,8 +125,13 @@ _FREES_A_SLOT = ("Completed", "Failed", "Crashed", "Cancelled", "TimedOut", "Pau
 _END_SECONDS = 5.0
 _HEARTBEAT_SECONDS = 5
 #: What the process of a flow run writes to its worker: whether its flow has hooks for a cancellation or a crash.
-_HAS_HOOKS = b"+"
-_NO_HOOKS = b"-"
+#: What the process of a flow run tells its worker.
+_NO_HOOKS = "no hooks"
+_BEGUN = "begun"
+#: Seconds after which a worker reports the process id of a run that has not yet done so itself.
+_BEGIN_SECONDS = 3.0
+#: Seconds between two questions for work, so that runs that end one by one are not a question each.
+_CLAIM_SECONDS = 0.15
 
 
 class WarmProcessJobConfiguration(ProcessJobConfiguration):
@@ -171,6 +179,8 @@ class WarmProcessWorker(ProcessWorker):
         self._claims = asyncio.Event()
         self._claiming = asyncio.Lock()
         self._may_have_more = False
+        self._turns = Turns(self.name)
+        self._is_looking_again = False
         self._draining = False
         self._reads: dict[Any, asyncio.Future[BaseModel]] = {}
         self._listening: anyio.abc.TaskGroup | None = None
@@ -200,6 +210,22 @@ class WarmProcessWorker(ProcessWorker):
         client: Any = self.client
         client.read_deployment = functools.partial(self._read_once, client.read_deployment)
         client.read_flow = functools.partial(self._read_once, client.read_flow)
+        client.update_flow_run = functools.partial(self._update_flow_run, client.update_flow_run)
+
+    async def _update_flow_run(self, update: Callable[..., Awaitable[Any]], flow_run_id: UUID, **changes: Any) -> None:
+        """Leave it to a run to report its own process id, with what else it reports when it begins."""
+        if flow_run_id in self._jobs and list(changes) == ["infrastructure_pid"]:
+            self._services.start_soon(self._report_pid, update, flow_run_id, changes["infrastructure_pid"])
+        else:
+            await update(flow_run_id, **changes)
+
+    async def _report_pid(self, update: Callable[..., Awaitable[Any]], flow_run_id: UUID, pid: str) -> None:
+        await anyio.sleep(_BEGIN_SECONDS)
+        if flow_run_id in self._jobs and not self._executors.has_said(flow_run_id, _BEGUN):
+            try:
+                await update(flow_run_id, infrastructure_pid=pid)
+            except Exception as exc:  # noqa: BLE001 - the run will report it
+                self._logger.warning("Could not report the process of flow run %s: %s", flow_run_id, exc)
 
     async def _read_once(self, read: Callable[[UUID], Awaitable[BaseModel]], id_: UUID) -> BaseModel:
         """Read an object once for all runs of a claim."""
@@ -231,7 +257,7 @@ class WarmProcessWorker(ProcessWorker):
             return await super().run(flow_run, configuration, task_status)
         with _working_directory(configuration) as folder:
             assert isinstance(configuration, WarmProcessJobConfiguration)
-            self._jobs[flow_run.id] = self._plan(configuration, flow_run, folder)
+            self._jobs[flow_run.id] = await self._plan(configuration, flow_run, folder)
             try:
                 return await self._executors.run(flow_run, task_status or anyio.TASK_STATUS_IGNORED)
             finally:
@@ -281,7 +307,7 @@ class WarmProcessWorker(ProcessWorker):
         else:
             self._zygotes.replace("SIGHUP.")
 
-    def _plan(self, configuration: WarmProcessJobConfiguration, flow_run: FlowRun, folder: str) -> Job:
+    async def _plan(self, configuration: WarmProcessJobConfiguration, flow_run: FlowRun, folder: str) -> Job:
         deployment = configuration._deployment
         assert deployment is not None
         assert deployment.entrypoint is not None
@@ -296,7 +322,30 @@ class WarmProcessWorker(ProcessWorker):
         # The worker runs these hooks, in a process of their own: the flow run's may be gone by then.
         env["PREFECT__ENABLE_CANCELLATION_AND_CRASHED_HOOKS"] = "false"
         stdio = (1, 2) if configuration.stream_output else (self._devnull, self._devnull)
-        return Job(entrypoint=entrypoint, cwd=cwd, env=env, stdio=stdio, known=_known(configuration, flow_run))
+        known = {
+            "flow_run": self._as_submitted(flow_run).model_dump(mode="json"),
+            "result_storage": await self._read_result_storage(),
+            "related": _known(configuration, flow_run),
+        }
+        return Job(entrypoint=entrypoint, cwd=cwd, env=env, stdio=stdio, known=known)
+
+    def _as_submitted(self, flow_run: FlowRun) -> FlowRun:
+        """Return *flow_run*, which was read before it was claimed, as it would be read now."""
+        state: State[Any] = Pending(name="Submitting")
+        changes = {"state": state, "state_type": state.type, "state_name": state.name}
+        return flow_run.model_copy(update={**changes, "work_pool_name": self._work_pool_name})
+
+    async def _read_result_storage(self) -> str | None:
+        """Return the id of the server's default block for results, read once for all runs of a claim."""
+        try:
+            found: Any = await self._read_once(self._read_default_storage, UUID(int=0))
+        except (PrefectHTTPStatusError, httpx.HTTPError, RuntimeError, ValueError):  # as a run would take it
+            return None
+        block = found.default_result_storage_block_id
+        return block and str(block)
+
+    async def _read_default_storage(self, _: UUID) -> BaseModel:
+        return await self.client.read_server_default_result_storage()
 
     async def _propose_crashed_state(
         self, flow_run: FlowRun, message: str, client: PrefectClient | None = None
@@ -388,6 +437,7 @@ class WarmProcessWorker(ProcessWorker):
             except Exception as exc:  # noqa: BLE001 - the poll, which is the fallback, has the error handling
                 self._logger.warning("Could not ask for new flow runs: %s", exc)
                 await anyio.sleep(1)
+            await anyio.sleep(_CLAIM_SECONDS)
 
     async def get_and_submit_flow_runs(self) -> list[FlowRun]:
         async with self._claiming:
@@ -399,7 +449,21 @@ class WarmProcessWorker(ProcessWorker):
         self._may_have_more = bool(flow_run_response or self._jobs or self._submitting_flow_run_ids)
         # What is read from here on is at least as new as these runs, so they may share it, but no older reads.
         self._reads = {}
-        return await super()._submit_scheduled_flow_runs(flow_run_response)
+        living = self._caretaker.living if self._listening else ()
+        chosen = self._turns.choose([entry.flow_run.id for entry in flow_run_response], living)
+        if self._turns.has_left:
+            self._services.start_soon(self._look_again)
+        return await super()._submit_scheduled_flow_runs(
+            [entry for entry in flow_run_response if entry.flow_run.id in chosen]
+        )
+
+    async def _look_again(self) -> None:
+        """Ask once more when the worker whose turn it was must have claimed what was left to it."""
+        if not self._is_looking_again:
+            self._is_looking_again = True
+            await anyio.sleep(LEAVE_SECONDS)
+            self._is_looking_again = False
+            self._wants_claim()
 
     def _cancel_soon(self, flow_run_id: UUID) -> None:
         if self._executors.is_running(flow_run_id):
@@ -494,15 +558,17 @@ class _Executors:
         self._processes = _Processes(Settings().cancel_grace_seconds, self._channel)
         self._hooks = _ForkedHooks(zygotes, jobs, self._has_no_hooks)
         self._cancelling: dict[UUID, asyncio.Task[None]] = {}
-        #: Where a run's process hears of a suspension, and says what its flow needs.
-        self._lines: dict[UUID, socket.socket] = {}
+        #: Where a run's process hears of a suspension, says what its flow needs, and hands over its events and logs.
+        self._lines: dict[UUID, Inlet] = {}
         self._stack = AsyncExitStack()
+        self._intake: Intake
         self._proposer: _Proposer
         self._cancellation: CancellationManager
         self._client: PrefectClient
 
     async def __aenter__(self) -> _Executors:
         client = self._client = await self._stack.enter_async_context(get_client())
+        self._intake = await self._stack.enter_async_context(Intake(client))
         await self._stack.enter_async_context(self._processes)
         emitter = await self._stack.enter_async_context(EventEmitter(runner_name="standalone", client=client))
         await self._stack.enter_async_context(self._channel)
@@ -528,18 +594,19 @@ class _Executors:
 
     async def run(self, flow_run: FlowRun, task_status: anyio.abc.TaskStatus[int]) -> ProcessWorkerResult:
         ours, theirs = socket.socketpair()
-        with ours, theirs:
-            self._lines[flow_run.id] = ours
-            try:
+        self._lines[flow_run.id] = Inlet(ours, self._intake)
+        try:
+            with theirs:
                 return await self._run(flow_run, task_status, theirs.fileno())
-            finally:
-                del self._lines[flow_run.id]
+        finally:
+            self._lines.pop(flow_run.id).close()
+
+    def has_said(self, flow_run_id: UUID, what: str) -> bool:
+        """Tell whether the process of a flow run has said *what*; False also when it has not yet come so far."""
+        return flow_run_id in self._lines and what in self._lines[flow_run_id].notes
 
     def _has_no_hooks(self, flow_run_id: UUID) -> bool:
-        """Tell whether the process of a flow run has said that its flow has none; False while it has said nothing."""
-        with contextlib.suppress(KeyError, BlockingIOError):
-            return self._lines[flow_run_id].recv(1, socket.MSG_DONTWAIT | socket.MSG_PEEK) == _NO_HOOKS
-        return False
+        return self.has_said(flow_run_id, _NO_HOOKS)
 
     async def _run(self, flow_run: FlowRun, task_status: anyio.abc.TaskStatus[int], line: int) -> ProcessWorkerResult:
         executor = FlowRunExecutor(
@@ -780,21 +847,60 @@ def _subclasses(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
 # ── in the forked process ────────────────────────────────────────────────────────────────────────────────────────
 
 
-def run_flow_run(entrypoint: str, api_url: str, known: list[dict[str, Any]], descriptor: int) -> int:
+def run_flow_run(entrypoint: str, api_url: str, known: dict[str, Any], descriptor: int) -> int:
     """Run the flow run that the environment names, as ``python -m prefect.engine`` would.
 
-    ``known`` are objects that the worker has read already and the run would read again (see ``_known``). On the socket
-    ``descriptor`` the worker says when the run is suspended, and the run whether its flow has hooks.
+    ``known`` is what the worker has read already and the run would read again; what is missing there is read. On the
+    socket ``descriptor`` the worker says when the run is suspended; the run says whether its flow has hooks, and hands
+    over its events and logs.
     """
     from prefect.flow_engine import _main
 
-    _cache_api_version_check(_api_version_check_key(api_url, prefect.__version__))
+    os.set_inheritable(descriptor, False)
+    _use_known(known, api_url)
+    _Line.descriptor = descriptor
+    _Line.outlet = Outlet(descriptor)
+    _Line.outlet.install()
+    for client in (SyncPrefectClient, PrefectClient):
+        update = _with_pid(client.update_flow_run, os.environ["PREFECT__FLOW_RUN_ID"])
+        client.update_flow_run = update  # type: ignore[method-assign]
+    return _main([entrypoint])
+
+
+def _use_known(known: dict[str, Any], api_url: str) -> None:
+    """Put what the worker has read where Prefect would look for it, or instead of the function that would read it."""
+    from prefect import flow_engine, results
+
+    for url in (api_url, f"{api_url}/"):  # as the events client and as the others write it
+        _cache_api_version_check(_api_version_check_key(url, prefect.__version__))
     now = datetime.now(UTC)
-    for item in known:
+    for item in known.get("related", []):
         entry: dict[str, Any] = {"kind": item["kind"], "object": _KnownObject(item["labels"], item["tags"])}
         RESOURCE_CACHE[f"{item['kind']}.{item['key']}"] = (entry, now)  # type: ignore[assignment] # Prefect's own DateTime
-    _Line.descriptor = descriptor
-    return _main([entrypoint])
+    if "flow_run" in known:
+        flow_run = FlowRun.model_validate(known["flow_run"])
+        flow_engine.load_flow_run = lambda flow_run_id: flow_run
+    if "result_storage" in known:
+        block = known["result_storage"] and UUID(known["result_storage"])
+
+        async def read_block() -> UUID | None:
+            return block
+
+        results._aread_server_default_result_storage_block_id = read_block
+        results._read_server_default_result_storage_block_id = lambda: block
+
+
+def _with_pid(update: Callable[..., Any], own_id: str) -> Callable[..., Any]:
+    """Let the update that the engine begins with carry the process id too, which a worker reports otherwise."""
+
+    @functools.wraps(update)
+    def update_flow_run(client: Any, flow_run_id: UUID, *args: Any, **changes: Any) -> Any:
+        if str(flow_run_id) == own_id:
+            _Line.outlet.note(_BEGUN)
+            changes.setdefault("infrastructure_pid", str(os.getpid()))
+        return update(client, flow_run_id, *args, **changes)
+
+    return update_flow_run
 
 
 @dataclass(frozen=True)
@@ -812,6 +918,7 @@ class _Line:
     """The socket to the worker: where this process hears that its flow run was suspended."""
 
     descriptor: ClassVar[int]
+    outlet: ClassVar[Outlet]
     _has_told: ClassVar[bool] = False
 
     @classmethod
@@ -819,8 +926,8 @@ class _Line:
         """Say whether the flow of the run has hooks; flows that it calls, which come later, do not count."""
         if not cls._has_told:
             cls._has_told = True
-            has_hooks = flow.on_cancellation_hooks or flow.on_crashed_hooks
-            os.write(cls.descriptor, _HAS_HOOKS if has_hooks else _NO_HOOKS)
+            if not (flow.on_cancellation_hooks or flow.on_crashed_hooks):
+                cls.outlet.note(_NO_HOOKS)
 
 
 @contextlib.contextmanager
