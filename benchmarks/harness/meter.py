@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 from collections import defaultdict
@@ -40,6 +41,15 @@ def pss_bytes(pid: int) -> int:
         if line.startswith("Pss:"):
             return int(line.split()[1]) * 1024
     raise ValueError(f"/proc/{pid}/smaps_rollup has no Pss")
+
+
+def tree_pss_bytes() -> int:
+    """Return the memory of all processes below this one, what they share counted once."""
+    total = 0
+    for pid in descendants(os.getpid()):
+        with contextlib.suppress(OSError, ValueError):  # it ended
+            total += pss_bytes(pid)
+    return total
 
 
 def _tree(root: int) -> list[_Process]:

@@ -30,6 +30,21 @@ def run_topology(api: str, load: Load) -> Measured:
     return Measured(submitted=seconds(run["created"]), completed=seconds(run["end_time"]))
 
 
+def read_start(api: str, run_id: str) -> float | None:
+    """Return the seconds from Scheduled to Running as the server recorded them; None while the run is not final."""
+    if _final(api, run_id) is None:
+        return None
+    states = {
+        state["name"]: seconds(state["timestamp"]) for state in request(f"{api}/flow_run_states/?flow_run_id={run_id}")
+    }
+    return states["Running"] - states["Scheduled"]
+
+
+def is_running(api: str, run_id: str) -> bool:
+    running: bool = request(f"{api}/flow_runs/{run_id}")["state"]["type"] == "RUNNING"
+    return running
+
+
 def _final(api: str, run_id: str) -> dict[str, Any] | None:
     run: dict[str, Any] = request(f"{api}/flow_runs/{run_id}")
     return run if run["state"]["type"] in _FINAL else None

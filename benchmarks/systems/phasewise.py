@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -26,11 +27,15 @@ class Phasewise:
 
     @contextlib.contextmanager
     def running(self, context: Context) -> Iterator[Submit]:
-        with self._stack(context, {}) as submit:
-            yield submit
+        with self.serving(context) as api:
+            yield lambda load: prefect_api.run_topology(api, load)
+
+    def serving(self, context: Context) -> AbstractContextManager[str]:
+        """Run the stack with the topology deployed for the time of the block; yield the address of its API."""
+        return self._stack(context, {})
 
     @contextlib.contextmanager
-    def _stack(self, context: Context, server_env: dict[str, str]) -> Iterator[Submit]:
+    def _stack(self, context: Context, server_env: dict[str, str]) -> Iterator[str]:
         home = context.home / "stack"
         with running_stack(home, pool=POOL, project_env=server_env) as info:
             env = processes.clean_environment(
@@ -38,18 +43,18 @@ class Phasewise:
             )
             deploy = [sys.executable, PROGRAMS / "phasewise_flows.py", POOL]
             processes.run(deploy, log=context.home / "deploy.log", env=env, cwd=context.home)
-            yield lambda load: prefect_api.run_topology(info.api_url, load)
+            yield info.api_url
 
 
 class PhasewisePostgresql(Phasewise):
     """The same with the server's database on PostgreSQL."""
 
     @contextlib.contextmanager
-    def running(self, context: Context) -> Iterator[Submit]:
+    def serving(self, context: Context) -> Iterator[str]:
         with postgresql.running(context.home / "postgresql", context.environments) as address:
             url = {"PREFECT_API_DATABASE_CONNECTION_URL": f"postgresql+asyncpg://{address}"}
-            with self._stack(context, url) as submit:
-                yield submit
+            with self._stack(context, url) as api:
+                yield api
 
 
 class PhasewiseLocal(Program):

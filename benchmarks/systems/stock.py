@@ -27,6 +27,12 @@ class Stock:
 
     @contextlib.contextmanager
     def running(self, context: Context) -> Iterator[Submit]:
+        with self.serving(context) as api:
+            yield lambda load: prefect_api.run_topology(api, load)
+
+    @contextlib.contextmanager
+    def serving(self, context: Context) -> Iterator[str]:
+        """Run server and worker with the topology deployed for the time of the block; yield the API's address."""
         home, port = context.home, processes.free_port()
         api = f"http://127.0.0.1:{port}/api"
         env = processes.clean_environment(
@@ -43,4 +49,4 @@ class Stock:
             online = f"{api}/work_pools/{_POOL}/workers/filter"
             processes.wait_until(lambda: processes.request(online, {}), "the worker", seconds=120)
             processes.run([sys.executable, PROGRAMS / "stock_flows.py", _POOL], log=home / "deploy.log", **common)
-            yield lambda load: prefect_api.run_topology(api, load)
+            yield api
