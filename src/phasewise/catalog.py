@@ -23,6 +23,9 @@ from phasewise.quoting import quote_identifier, quote_literal
 #: The secret that DuckLake and the scanner take the login from; kept in the session's memory, printed by nothing.
 SECRET = "phasewise_catalog"  # noqa: S105 - its name
 
+#: The small files of staging, for machines that share no folder (``phasewise.exchange``).
+STAGING_TABLE = "phasewise_staging"
+
 _FORMAT = "phasewise_format"
 #: What the database is attached as, in a session of its own.
 _SERVER = "catalog"
@@ -117,6 +120,12 @@ def has_catalog(connection: duckdb.DuckDBPyConnection, url: str) -> bool:
     return ask_server(connection, f"SELECT to_regclass({quote_literal(name)}) IS NOT NULL")[0][0] is True
 
 
+def has_staging(connection: duckdb.DuckDBPyConnection, url: str) -> bool:
+    """Tell whether ``prepare_catalog`` has made the table of staging."""
+    name = f"{quote_identifier(find_schema(url))}.{STAGING_TABLE}"
+    return ask_server(connection, f"SELECT to_regclass({quote_literal(name)}) IS NOT NULL")[0][0] is True
+
+
 def prepare_catalog(connection: duckdb.DuckDBPyConnection, url: str, *, format_number: int) -> None:
     """Create the schema of the catalog *url* where it is missing, and note the format of the warehouse.
 
@@ -132,6 +141,8 @@ def prepare_catalog(connection: duckdb.DuckDBPyConnection, url: str, *, format_n
         DO $do$ BEGIN
             IF to_regnamespace({quote_literal(schema)}) IS NULL THEN CREATE SCHEMA {schema}; END IF;
             CREATE TABLE IF NOT EXISTS {schema}.{_FORMAT} (format integer NOT NULL);
+            CREATE TABLE IF NOT EXISTS {schema}.{STAGING_TABLE} (batch text NOT NULL, folder text NOT NULL,
+                name text NOT NULL, content text NOT NULL, PRIMARY KEY (batch, folder, name));
             IF NOT EXISTS (SELECT FROM {schema}.{_FORMAT}) THEN
                 INSERT INTO {schema}.{_FORMAT} VALUES ({format_number:d});
             END IF;

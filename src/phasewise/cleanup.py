@@ -14,13 +14,14 @@ import duckdb
 
 from phasewise.catalog import find_schema
 from phasewise.errors import LakeError, StagingError
+from phasewise.exchange import forget_batch
 from phasewise.lake import Snapshot, has_lake, list_snapshots, quote_identifier, quote_literal
 from phasewise.project import Project
 from phasewise.publish import File, open_writer
 from phasewise.queries import first_line
 from phasewise.settings import Settings
 from phasewise.snapshots import latest_publication, list_tables
-from phasewise.staging import Batch, find_batch_folder, list_batches, list_manifests, staged_files
+from phasewise.staging import Batch, find_batch_folder, list_batches, list_manifests, staged_files, staged_key_files
 from phasewise.storage import FILE_PREFIX, StoredFile, list_stored
 
 #: Files below this size are merged with their neighbours; what a full refresh registers is mostly larger, and is
@@ -71,6 +72,7 @@ def remove_finished_staging(project: Project, settings: Settings, *, keep: Colle
         if batch.id in keep or not _is_finished(batch, now, settings):
             kept.append(batch.id)
         else:
+            forget_batch(project, batch.id)
             freed_bytes += _remove_batch(find_batch_folder(project, batch.id))
             removed.append(batch.id)
     return StagingCleanup(removed=tuple(removed), kept=tuple(kept), freed_bytes=freed_bytes)
@@ -233,7 +235,7 @@ def _delete_stored_orphans(
         file
         for batch in list_batches(project)
         for manifest in list_manifests(project, batch.id)
-        for file in staged_files(project, manifest)
+        for file in (*staged_files(project, manifest), *staged_key_files(project, manifest))
     }
     youngest = datetime.now(UTC) - grace
     listed = list_stored(connection, f"{project.data_path}**/*.parquet")

@@ -234,6 +234,15 @@ def prepare_lake(project: Project, settings: Settings) -> None:
         )
 
 
+@contextmanager
+def open_server(url: str) -> Iterator[duckdb.DuckDBPyConnection]:
+    """Yield a session that is connected to the server of the catalog *url*, and used for nothing else."""
+    settings = Settings(threads=1, memory_limit="128MB")
+    with open_session(settings, extensions=("postgres_scanner",)) as connection:
+        attach_server(connection, url)
+        yield connection
+
+
 def list_snapshots(connection: duckdb.DuckDBPyConnection, name: str = "lake") -> list[Snapshot]:
     """Return the snapshots that the attached lake still has, oldest first."""
     rows = connection.execute(
@@ -258,7 +267,7 @@ def lock_lake(project: Project, *, timeout: float) -> Iterator[None]:
         with _lock_folder(project, timeout):
             yield
     else:
-        with _open_server(project.catalog) as server, lock_catalog(server, project.catalog, timeout=timeout):
+        with open_server(project.catalog) as server, lock_catalog(server, project.catalog, timeout=timeout):
             yield
 
 
@@ -350,21 +359,12 @@ def _identify(path: Path) -> tuple[int, int, int]:
     return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
-@contextmanager
-def _open_server(url: str) -> Iterator[duckdb.DuckDBPyConnection]:
-    """Yield a session that is connected to the server of the catalog *url*, and used for nothing else."""
-    settings = Settings(threads=1, memory_limit="128MB")
-    with open_session(settings, extensions=("postgres_scanner",)) as connection:
-        attach_server(connection, url)
-        yield connection
-
-
 def _prepare_warehouse(project: Project) -> None:
     """Create what of the warehouse is missing: its folders, or the schema of its catalog."""
     if not project.is_stored:
         _make_folder(Path(project.data_path))
     if project.catalog is not None:
-        with _open_server(project.catalog) as server:
+        with open_server(project.catalog) as server:
             prepare_catalog(server, project.catalog, format_number=WAREHOUSE_FORMAT)
     else:
         _make_folder(project.warehouse)
@@ -416,7 +416,7 @@ def _find_format(project: Project) -> int | None:
     """Return the format of the project's warehouse; None where there is no warehouse yet."""
     if project.catalog is None:
         return _read_marker(project.warehouse) if has_lake(project) else None
-    with _open_server(project.catalog) as server:
+    with open_server(project.catalog) as server:
         if not has_catalog(server, project.catalog):
             return None
         return read_format(server, project.catalog) or WAREHOUSE_FORMAT  # None: a plain DuckLake, as below

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 
 import duckdb
 
@@ -46,7 +45,7 @@ class Increment:
     #: Parquet files with the rows that were read.
     files: tuple[File, ...]
     #: Parquet files with all keys of the source; none where the rows are all rows, or nobody asks for deleted ones.
-    key_files: tuple[Path, ...] = ()
+    key_files: tuple[File, ...] = ()
     #: The moment that the history gives to what changed: when the batch began.
     at: datetime
     drift: Drift

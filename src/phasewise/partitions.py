@@ -18,8 +18,8 @@ from pathlib import Path
 
 import duckdb
 
-from phasewise.disk import write_atomically
 from phasewise.errors import PhasewiseError, SourceUnavailable, StagingError
+from phasewise.exchange import write_shared
 from phasewise.lake import open_session
 from phasewise.project import Project
 from phasewise.settings import Settings
@@ -83,13 +83,13 @@ def read_splits(folder: Path) -> dict[str, SplitTable]:
         raise StagingError(f"{path} is damaged.", hint=f"Remove {folder} and start a new batch.") from exc
 
 
-def write_splits(folder: Path, splits: Mapping[str, SplitTable]) -> None:
+def write_splits(project: Project, folder: Path, splits: Mapping[str, SplitTable]) -> None:
     """Write down how the tables of the batch in *folder* are split.
 
     Raises:
         OSError: it cannot be written.
     """
-    write_atomically(folder / _FILE, json.dumps([asdict(split) for split in splits.values()], indent=1))
+    write_shared(project, folder / _FILE, json.dumps([asdict(split) for split in splits.values()], indent=1))
 
 
 def find_partition(

@@ -270,6 +270,11 @@ class Project(_Record):
         """Whether the Parquet files are on S3."""
         return self.data_path.startswith("s3://")
 
+    @property
+    def is_exchanged(self) -> bool:
+        """Whether machines that share no folder exchange what they stage: manifests by the catalog, rows on S3."""
+        return self.catalog is not None and self.is_stored
+
 
 def load_project(root: Path) -> Project:
     """Parse and validate ``phasewise.toml`` and ``marts/*.sql`` of the folder *root*.
@@ -427,14 +432,19 @@ def _find_line(text: str, location: list[str]) -> int | None:
 def _build_project(root: Path, parsed: _ProjectFile) -> Project:
     state = root / parsed.project.state
     warehouse, catalog = parsed.warehouse, parsed.warehouse.catalog
+    data = _locate_data(root, warehouse.data)
+    staging = (state / "staging").resolve()
+    if catalog and data and not data.startswith("s3://"):
+        # A folder that all machines reach: what they stage lies there too, beside the files of the lake.
+        data, staging = f"{data}/lake", Path(data, "staging")
     return Project(
         name=parsed.project.name,
         root=root,
         source=SourceConfig(url=_expand_environment(parsed.source.url, what="source")),
         warehouse=(root / warehouse.path).resolve(),
         catalog=_expand_environment(catalog, what="catalog") if catalog else None,
-        data=_locate_data(root, warehouse.data),
-        staging=(state / "staging").resolve(),
+        data=data,
+        staging=staging,
         reports=(state / "reports").resolve(),
         tables=parsed.tables,
         table=parsed.table,

@@ -31,8 +31,9 @@ from typing import Any
 
 import duckdb
 
-from phasewise.disk import explain_os_error, explain_write, sync_path, write_atomically, write_once
+from phasewise.disk import explain_os_error, explain_write, sync_path
 from phasewise.errors import NothingStaged, PhasewiseError, SourceUnavailable, StagingError
+from phasewise.exchange import fetch_staging, remove_shared, write_shared, write_shared_once
 from phasewise.lake import open_session, quote_literal, read_parquet
 from phasewise.loads import (
     FULL_LOAD,
@@ -200,7 +201,7 @@ def begin_batch(project: Project, batch: str, tables: Sequence[str]) -> BatchPla
     plan = BatchPlan(batch=batch, tables=tuple(tables), created_at=datetime.now(UTC))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_once(folder / _PLAN, json.dumps(asdict(plan), default=datetime.isoformat))
+        write_shared_once(project, folder / _PLAN, json.dumps(asdict(plan), default=datetime.isoformat))
     except OSError as exc:
         raise explain_os_error(folder, exc) from exc
     stored = read_plan(project, batch)
@@ -238,7 +239,7 @@ def remember_lake(project: Project, settings: Settings, batch: str) -> LakeView:
     path = _batch_folder(project, batch) / _LAKE
     try:
         if not path.exists():
-            write_once(path, read_lake(project, settings).to_json())
+            write_shared_once(project, path, read_lake(project, settings).to_json())
         return LakeView.from_json(path.read_text(encoding="utf-8"))
     except OSError as exc:
         raise explain_os_error(path.parent, exc) from exc
@@ -254,7 +255,7 @@ def give_up_tables(project: Project, batch: str, reasons: Mapping[str, str]) -> 
     """
     folder = _batch_folder(project, batch)
     try:
-        write_atomically(folder / _GIVEN_UP, json.dumps(dict(reasons)))
+        write_shared(project, folder / _GIVEN_UP, json.dumps(dict(reasons)))
     except OSError as exc:
         raise explain_os_error(folder, exc) from exc
 
@@ -265,7 +266,7 @@ def read_given_up(project: Project, batch: str) -> dict[str, str]:
         reasons: dict[str, str] = json.loads((_batch_folder(project, batch) / _GIVEN_UP).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    staged = {manifest.table for manifest in list_manifests(project, batch)}
+    staged = {manifest.table for manifest in _list_manifests(project, batch)}
     return {table: reason for table, reason in reasons.items() if table not in staged}
 
 
@@ -295,9 +296,9 @@ def plan_partitions(
     splits = {**before, **whole, **split_tables(project, settings, large, snapshot, before=before)}
     try:
         if splits != before:
-            write_splits(folder, splits)
+            write_splits(project, folder, splits)
         for item in (name_item(table, name) for table in whole for name in before[table].list_names()):
-            shutil.rmtree(folder / _folder_name(item), ignore_errors=True)
+            remove_shared(project, folder / _folder_name(item))
     except OSError as exc:
         raise explain_os_error(folder, exc) from exc
     return {table: split for table, split in splits.items() if split.partitions}
@@ -334,13 +335,13 @@ def open_snapshot(project: Project, settings: Settings, batch: str) -> Iterator[
         token = {"taken_at": datetime.now(UTC).isoformat(), **held} if held is not None else None
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(folder / _SNAPSHOT, json.dumps(token))
+            write_shared(project, folder / _SNAPSHOT, json.dumps(token))
         except OSError as exc:
             raise explain_os_error(folder, exc) from exc
         try:
             yield token
         finally:
-            (folder / _SNAPSHOT).unlink(missing_ok=True)
+            remove_shared(project, folder / _SNAPSHOT)
 
 
 def _check_age(token: SnapshotToken, settings: Settings, source: Source) -> None:
@@ -388,10 +389,11 @@ def extract_table(
         UnfaithfulValue: a value would change; the message names column, sample row and the option that decides.
         StagingError: staging cannot be written, another process is extracting the same, or the table is not split so.
     """
-    if read_plan(project, batch) is None:
-        begin_batch(project, batch, [table])
     item = name_item(table, partition)
     folder = _batch_folder(project, batch) / _folder_name(item)
+    fetch_staging(project, batch, folder=folder.name)
+    if read_plan(project, batch) is None:
+        begin_batch(project, batch, [table])
     snapshot, note = find_moment(snapshot or _read_token(folder.parent), table)
     split = read_splits(folder.parent).get(table)
     if partition is not None and note and split is not None and split.moment is not None:
@@ -415,7 +417,9 @@ def read_manifest(project: Project, batch: str, table: str, partition: str | Non
     Raises:
         NothingStaged: the table is not staged, or not completely.
     """
-    manifest = _read_complete(_batch_folder(project, batch) / _folder_name(name_item(table, partition)))
+    folder = _batch_folder(project, batch) / _folder_name(name_item(table, partition))
+    fetch_staging(project, batch, folder=folder.name)
+    manifest = _read_complete(folder)
     if manifest is None:
         raise NothingStaged(f'Table "{table}" is not staged in batch {batch}.', hint="Extract it first.")
     return manifest
@@ -423,6 +427,11 @@ def read_manifest(project: Project, batch: str, table: str, partition: str | Non
 
 def list_manifests(project: Project, batch: str) -> list[Manifest]:
     """Return the manifests of the tables that are staged completely, with all of their parts, in name order."""
+    fetch_staging(project, batch)
+    return _list_manifests(project, batch)
+
+
+def _list_manifests(project: Project, batch: str) -> list[Manifest]:
     folder = _batch_folder(project, batch)
     if not folder.is_dir():
         return []
@@ -439,6 +448,7 @@ def list_manifests(project: Project, batch: str) -> list[Manifest]:
 
 def list_batches(project: Project) -> list[Batch]:
     """Return the batches in staging, oldest first; a folder without a readable plan is none."""
+    fetch_staging(project)
     if not project.staging.is_dir():
         return []
     found = [batch for entry in project.staging.iterdir() if (batch := _read_batch(project, entry)) is not None]
@@ -467,7 +477,7 @@ def mark_published(project: Project, batch: str, snapshot: int) -> None:
     folder = _batch_folder(project, batch)
     marker = json.dumps({"snapshot": snapshot, "at": datetime.now(UTC).isoformat()})
     try:
-        write_atomically(folder / _PUBLISHED, marker)
+        write_shared(project, folder / _PUBLISHED, marker)
     except OSError as exc:
         raise explain_os_error(folder, exc) from exc
 
@@ -478,6 +488,10 @@ def staged_files(project: Project, manifest: Manifest) -> list[Path | StoredFile
     return [StoredFile(name) if is_stored(name) else folder / name for name in manifest.files]
 
 
+def _name_in_manifest(file: Path | StoredFile) -> str:
+    return file.name if isinstance(file, Path) else file.url
+
+
 def measure_file(connection: duckdb.DuckDBPyConnection, file: Path | StoredFile) -> int | None:
     """Return the bytes of a staged file; None when it is not there."""
     if isinstance(file, Path):
@@ -486,10 +500,10 @@ def measure_file(connection: duckdb.DuckDBPyConnection, file: Path | StoredFile)
     return listed.size_bytes if listed else None
 
 
-def staged_key_files(project: Project, manifest: Manifest) -> list[Path]:
+def staged_key_files(project: Project, manifest: Manifest) -> list[Path | StoredFile]:
     """Return the Parquet files with the keys of the source; none where deleted rows need none."""
     folder = _batch_folder(project, manifest.batch) / _folder_name(name_item(manifest.table, manifest.partition))
-    return [folder / name for name in manifest.key_files]
+    return [StoredFile(name) if is_stored(name) else folder / name for name in manifest.key_files]
 
 
 def name_manifest(manifest: Manifest) -> str:
@@ -523,7 +537,7 @@ def _extract(
     if snapshot is not None:
         _check_age(snapshot, settings, source)
     path = _name_file(project, folder)
-    keys_path = folder / f"keys-{uuid.uuid4().hex}.parquet"
+    keys_path = _name_file(project, folder, prefix="keys-")
     extensions = dict.fromkeys([*source.extensions, *(["httpfs"] if project.is_stored else [])])
     with open_session(settings, extensions=tuple(extensions)) as connection:
         if project.is_stored:
@@ -550,33 +564,33 @@ def _extract(
         source_rows=source_rows,
         columns=table.columns,
         key=table.key,
-        files=(str(path) if isinstance(path, StoredFile) else path.name,),
+        files=(_name_in_manifest(path),),
         started_at=started_at,
         ended_at=datetime.now(UTC),
         source=source.url,
         snapshot=snapshot["id"] if snapshot else None,
         snapshot_note=snapshot_note,
         load=load,
-        key_files=(keys_path.name,) if keys else (),
+        key_files=(_name_in_manifest(keys_path),) if keys else (),
     )
     try:
         # The manifest says that the files are there: it may reach the disk only after them.
         if isinstance(path, Path):
             sync_path(path)
-        if keys is not None:
+        if keys is not None and isinstance(keys_path, Path):
             sync_path(keys_path)
-        write_atomically(folder / _MANIFEST, manifest.to_json())
+        write_shared(project, folder / _MANIFEST, manifest.to_json())
     except OSError as exc:
         raise explain_os_error(folder, exc) from exc
     return manifest
 
 
-def _name_file(project: Project, folder: Path) -> Path | StoredFile:
+def _name_file(project: Project, folder: Path, *, prefix: str = "") -> Path | StoredFile:
     """Return where the rows of *folder*'s table go.
 
     On S3 that is where they stay, since nothing there can be linked: among the lake's files, under a name of their own.
     """
-    name = f"{uuid.uuid4().hex}.parquet"
+    name = f"{prefix}{uuid.uuid4().hex}.parquet"
     if project.is_stored:
         return StoredFile(f"{project.data_path}main/{folder.name}/{FILE_PREFIX}{name}")
     return folder / name
@@ -590,7 +604,7 @@ def _copy(
     snapshot: SnapshotToken | None,
     *,
     keys: SourceTable | None,
-    keys_path: Path,
+    keys_path: Path | StoredFile,
 ) -> tuple[int, int]:
     """Write the table's rows to *path*; return how many they are, here and as the source counts.
 
@@ -719,7 +733,7 @@ def _read_batch(project: Project, folder: Path) -> Batch | None:
         plan = read_plan(project, folder.name)
         if plan is None:
             return None
-        staged = sorted({manifest.table for manifest in list_manifests(project, folder.name)})
+        staged = sorted({manifest.table for manifest in _list_manifests(project, folder.name)})
     except StagingError:
         return None
     settled = {*staged, *read_given_up(project, folder.name)}

@@ -60,7 +60,9 @@ def test_two_lines_put_the_catalog_into_postgresql_and_the_files_elsewhere(proje
 
     assert lake.has_lake(project)
     assert not project.warehouse.exists()
-    assert list((project.root / "mnt" / "main" / "t").glob("*.parquet"))
+    assert list((project.root / "mnt" / "lake" / "main" / "t").glob("*.parquet"))
+    # What is staged lies in the folder that all machines reach.
+    assert project.staging == project.root / "mnt" / "staging"
     assert query_warehouse(project, SETTINGS, "from total")[1] == [(30,)]
 
 

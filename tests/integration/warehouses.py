@@ -66,7 +66,8 @@ def s3_bucket() -> Iterator[str]:
         with pytest.MonkeyPatch.context() as patch:
             for name, value in variables.items():
                 patch.setenv(name, value)
-            yield "s3://lake/shop"
+            # The servers of one process have their objects in common.
+            yield f"s3://lake/shop-{uuid.uuid4().hex[:8]}"
     finally:
         server.stop()
 

@@ -113,7 +113,7 @@ def test_a_killed_extraction_leaves_nothing_that_looks_complete(project: Project
         from phasewise import staging
         from phasewise.project import load_project
         from phasewise.settings import Settings
-        staging.write_atomically = lambda path, text: os.kill(os.getpid(), signal.SIGKILL)
+        staging.write_shared = lambda project, path, text: os.kill(os.getpid(), signal.SIGKILL)
         staging.extract_table(load_project(Path(sys.argv[1])), Settings(), batch="b1", table="player")
     """)
     done = subprocess.run([sys.executable, "-c", code, str(project.root)], timeout=50, check=False)

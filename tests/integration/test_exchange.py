@@ -1,0 +1,127 @@
+"""Machines that share a catalog in PostgreSQL and a bucket on S3, and no folder, work on one batch."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from phasewise import lake, staging
+from phasewise.cleanup import maintain_lake, remove_finished_staging
+from phasewise.project import Project, load_project
+from phasewise.publish import publish_batch
+from phasewise.samples import SAMPLE_SETTINGS, write_project
+from phasewise.snapshots import query_warehouse
+from tests.integration.warehouses import HOST, is_postgres_reachable, postgres_catalog, s3_bucket
+
+SETTINGS = SAMPLE_SETTINGS
+
+pytestmark = pytest.mark.skipif(
+    not is_postgres_reachable(), reason=f"no PostgreSQL with a database `test` on {HOST}:5432"
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _preloaded():
+    lake.preload_extensions(("sqlite_scanner", "postgres_scanner", "httpfs", "ducklake"))
+
+
+def stage(project: Project, batch: str) -> None:
+    staging.begin_batch(project, batch, ["a", "b"])
+    for table in ("a", "b"):
+        staging.extract_table(project, SETTINGS, batch=batch, table=table)
+
+
+@pytest.fixture
+def machines(tmp_path: Path) -> Iterator[tuple[Project, Project]]:
+    """The project on two machines: the same files in two folders, and nothing else in common but the two servers."""
+    with postgres_catalog() as url, s3_bucket() as data:
+        (tmp_path / "one").mkdir()
+        one = write_project(
+            tmp_path / "one",
+            source="create table a (id integer primary key); insert into a values (1), (2);"
+            "create table b (id integer primary key); insert into b values (3);",
+            toml=f'[warehouse]\ncatalog = "{url}"\ndata = "{data}"\n',
+            marts={"total": "select sum(id) as total from (from a union all from b)"},
+        )
+        shutil.copytree(one.root, tmp_path / "two")
+        yield one, load_project(tmp_path / "two")
+
+
+def test_two_machines_stage_one_batch_and_either_publishes_it(machines: tuple[Project, Project]):
+    one, two = machines
+    staging.begin_batch(one, "b1", ["a", "b"])
+    staging.extract_table(one, SETTINGS, batch="b1", table="a")
+    staging.extract_table(two, SETTINGS, batch="b1", table="b")
+
+    (batch,) = staging.list_batches(one)
+    assert (batch.tables, batch.missing) == (("a", "b"), ())
+    publish_batch(two, SETTINGS, "b1")
+
+    assert staging.list_batches(one)[0].is_published
+    assert query_warehouse(one, SETTINGS, "from total")[1] == [(6,)]
+
+
+def test_a_batch_that_begins_on_two_machines_has_one_plan(machines: tuple[Project, Project]):
+    one, two = machines
+
+    first = staging.begin_batch(one, "b1", ["a"])
+
+    assert staging.begin_batch(two, "b1", ["a", "b"]) == first
+
+
+def test_a_table_that_another_machine_staged_is_not_extracted_again(machines: tuple[Project, Project]):
+    one, two = machines
+    first = staging.extract_table(one, SETTINGS, batch="b1", table="a")
+
+    assert staging.extract_table(two, SETTINGS, batch="b1", table="a") == first
+    assert staging.read_manifest(two, "b1", "a") == first
+
+
+def test_a_moment_is_known_on_all_machines_and_gone_on_all(machines: tuple[Project, Project]):
+    one, two = machines
+    staging.begin_batch(one, "b1", ["a", "b"])
+
+    with staging.open_snapshot(one, SETTINGS, "b1"):
+        staging.begin_batch(two, "b1", ["a", "b"])
+        assert (two.staging / "b1" / "snapshot.json").exists()
+
+    staging.list_manifests(two, "b1")
+    assert not (two.staging / "b1" / "snapshot.json").exists()
+
+
+def test_tables_that_were_given_up_are_given_up_on_all_machines(machines: tuple[Project, Project]):
+    one, two = machines
+    staging.begin_batch(one, "b1", ["a", "b"])
+    staging.extract_table(two, SETTINGS, batch="b1", table="a")
+
+    staging.give_up_tables(one, "b1", {"b": "it's gone"})
+
+    assert staging.list_batches(two)[0].is_complete
+    assert staging.read_given_up(two, "b1") == {"b": "it's gone"}
+
+
+def test_a_cleanup_on_one_machine_is_one_on_all(machines: tuple[Project, Project]):
+    one, two = machines
+    stage(one, "b1")
+    publish_batch(two, SETTINGS, "b1")
+
+    assert remove_finished_staging(two, SETTINGS, keep=()).removed == ("b1",)
+
+    assert staging.list_batches(one) == []
+    assert not (one.staging / "b1").exists()
+
+
+def test_files_that_another_machine_staged_are_no_orphans(machines: tuple[Project, Project]):
+    one, two = machines
+    stage(one, "b1")
+    publish_batch(one, SETTINGS, "b1")
+    stage(one, "b2")
+
+    assert maintain_lake(two, SETTINGS, orphan_grace=timedelta(0)).deleted_files == 0
+
+    publish_batch(two, SETTINGS, "b2")
+    assert query_warehouse(two, SETTINGS, "from total")[1] == [(6,)]
