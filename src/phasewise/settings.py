@@ -35,7 +35,7 @@ class Settings(BaseSettings):
     )
     threads: int = Field(default=2, ge=1, description="Threads that DuckDB may use in one flow run.")
     partition_rows: int = Field(
-        default=2_000_000,
+        default=10_000_000,
         ge=0,
         description="Rows above which a table is split into partitions, each a flow run of its own; 0: never.",
     )
