@@ -22,7 +22,7 @@ PIP_INSTALL := $(PIP) install --quiet --no-deps --require-hashes --only-binary :
 # ── what you run ──────────────────────────────────────────────────────────────────────────────────
 # `exec` puts the command in the shell's place, so that Ctrl-C and SIGTERM reach it and not a shell before it.
 
-.PHONY: run-distributed up down deploy-flows start-workers test lint format lock clean help
+.PHONY: run-distributed up down deploy-flows start-workers test test-prefect-range lint format lock clean help
 
 run-distributed: .venv/installed ## run the whole ETL on the example database: server, workers, report
 	@exec $(PY) -m phasewise run-distributed
@@ -41,6 +41,20 @@ start-workers: .venv/installed ## start N workers more on the running stack (N=3
 
 test: .venv/installed-dev ## run all tests (TESTS="tests/unit -k name" for some)
 	@exec $(PY) -m pytest --numprocesses $(JOBS) --dist loadfile $(TESTS)
+
+# The oldest and the newest Prefect that pyproject.toml allows; the locked one is what `make test` runs with.
+PREFECT_RANGE := 3.8.7 3.9.1
+PREFECT_TESTS := tests/unit/test_worker.py tests/integration/test_server_schema.py tests/integration/test_worker.py \
+	tests/integration/test_flow_runs_contract.py
+
+test-prefect-range: .venv/installed-dev ## run the tests of worker and server with the oldest and the newest Prefect
+	@locked=$$($(PY) -c 'from importlib.metadata import version; print(version("prefect"))'); \
+	for version in $(PREFECT_RANGE); do \
+	  [ $$version != $$locked ] || continue; \
+	  echo "Prefect $$version:"; \
+	  $(MAKE) --no-print-directory .venv/prefect-$$version/installed; \
+	  .venv/prefect-$$version/bin/python -m pytest $(PREFECT_TESTS); \
+	done
 
 lint: .venv/installed-dev ## check style, types and import rules
 	$(PY) -m ruff check
@@ -78,6 +92,14 @@ endif
 	@$(PIP_INSTALL) -r requirements-dev.lock
 	@touch $@
 
+# Hard links to the packages of .venv, then another Prefect in the place of theirs: pip removes a link before it writes.
+.venv/prefect-%/installed: .venv/installed-dev
+	@rm -rf $(@D)
+	@$(PY) -m venv --without-pip $(@D)
+	@cp -al .venv/lib/python3*/site-packages/. $(@D)/lib/python3*/site-packages/
+	@$(PIP) --python $(@D)/bin/python install --quiet --only-binary :all: 'prefect==$*' 'fastapi<0.151'
+	@touch $@
+
 # The first of these that is 3.11 or newer; set PYTHON to take another.
 IS_NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
@@ -98,4 +120,4 @@ clean: ## stop the stack, remove .venv and what tools cached; the warehouse stay
 
 help: ## show this list
 	@echo "make <target>:"
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-19s %s\n", $$1, $$2 }' Makefile

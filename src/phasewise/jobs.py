@@ -12,6 +12,12 @@ from typing import Any
 
 from prefect.client.schemas.responses import DeploymentResponse
 
+#: How the UI names and describes the type of work pool.
+WARM_NAME = "Warm process"
+WARM_DESCRIPTION = (
+    "Execute flow runs as subprocesses forked from a warm one, so that they start in milliseconds. "
+    "Works wherever the Process type works."
+)
 _SET_WORKING_DIRECTORY = "prefect.deployments.steps.set_working_directory"
 
 

@@ -30,6 +30,8 @@ from prefect.settings import PREFECT_API_DATABASE_CONNECTION_URL, get_current_se
 from sqlalchemy.engine import make_url
 from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
 
+from phasewise.jobs import WARM_DESCRIPTION, WARM_NAME
+
 
 class OneWriterAtATime(AioSqliteConfiguration):
     """SQLite with its transactions in a queue: each begins as the only writer, none is upgraded from a reader."""
@@ -82,6 +84,24 @@ def create_database(path: Path) -> None:
     draft.replace(path)
 
 
+def offer_warm_process() -> None:
+    """Have the server tell the UI of our type of work pool, where it asks for those that can be created."""
+    from prefect.server.api import collections
+
+    read_view = collections.get_collection_view
+
+    async def read_view_with_ours(view: str) -> dict[str, Any]:
+        found = await read_view(view)
+        stock = found.get("prefect", {}).get("process")
+        if view != "aggregate-worker-metadata" or stock is None:
+            return found
+        # It takes the variables of the process type.
+        ours = {**stock, "type": "warm-process", "display_name": WARM_NAME, "description": WARM_DESCRIPTION}
+        return {**found, "phasewise": {"warm-process": ours}}
+
+    collections.get_collection_view = read_view_with_ours
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m phasewise.server", description="Started by the stack.")
     parser.add_argument("--socket", type=int, required=True, help="descriptor of the listening socket")
@@ -95,6 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Imported late: building the app reads the database configuration.
     from prefect.server.api.server import create_app
 
+    offer_warm_process()
     config = uvicorn.Config(
         create_app(final=True),
         timeout_keep_alive=settings.server.api.keepalive_timeout,

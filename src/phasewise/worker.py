@@ -5,9 +5,10 @@ everything already (``phasewise.forkserver``) instead of starting three Pythons,
 of their scheduling instead of at the next poll; the poll stays, as the fallback. What a fork cannot serve exactly as a
 new process would (see ``_why_not_warm``) takes the process worker's own way, and the run's log says why.
 
-Every private name of Prefect that Phasewise touches stands in this module. It is tested with Prefect
-``>=3.8.8,<3.9``; these are the modules to look at when that range moves: ``prefect.runner._*``,
-``prefect._internal.*``, ``prefect.flow_engine._*`` and the underscored methods of ``BaseWorker``.
+Every private name of Prefect that Phasewise touches stands in this module, for Prefect ``>=3.8.7,<3.10``. The oldest
+and the newest of that range are tested (``make test-prefect-range``: 3.8.7 and 3.9.1); these are the modules to look at
+when it moves: ``prefect.runner._*``, ``prefect._internal.*``, ``prefect.flow_engine._*`` and the underscored methods of
+``BaseWorker``.
 """
 
 from __future__ import annotations
@@ -77,6 +78,8 @@ from pydantic import BaseModel, PrivateAttr
 from phasewise.caretaker import Caretaker
 from phasewise.forkserver import ForkedProcess, ForkserverDied
 from phasewise.jobs import (
+    WARM_DESCRIPTION,
+    WARM_NAME,
     Job,
     differing_variables,
     has_prefect_settings,
@@ -159,11 +162,8 @@ class WarmProcessWorker(ProcessWorker):
 
     type = "warm-process"
     job_configuration = WarmProcessJobConfiguration
-    _display_name = "Warm process"
-    _description = (
-        "Execute flow runs as subprocesses forked from a warm one, so that they start in milliseconds. "
-        "Works wherever the Process type works."
-    )
+    _display_name = WARM_NAME
+    _description = WARM_DESCRIPTION
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -71,8 +71,8 @@ class Runs:
             assert time.monotonic() < deadline, f"it is {found.state.name}: {found.state.message}"
             await asyncio.sleep(0.05)
 
-    async def finish(self, name: str, **options: Any) -> FlowRun:
-        return await self.until(await self.start(name, **options))
+    async def finish(self, name: str, *, seconds: float = 30, **options: Any) -> FlowRun:
+        return await self.until(await self.start(name, **options), seconds=seconds)
 
     async def states(self, run: FlowRun) -> list[str]:
         return [state.name or "" for state in await self.client.read_flow_run_states(run.id)]

@@ -42,6 +42,11 @@ def takes_memory(size_bytes: int) -> None:
 
 
 @flow
+def a_moment() -> None:
+    time.sleep(0.3)
+
+
+@flow
 def says() -> None:
     print("said on stdout", flush=True)
     print("said on stderr", file=sys.stderr, flush=True)

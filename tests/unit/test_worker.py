@@ -1,11 +1,26 @@
 from __future__ import annotations
 
+import re
+import tomllib
 from pathlib import Path
 from uuid import uuid4
 
 import pytest
+from packaging.specifiers import SpecifierSet
 
 from phasewise import worker
+
+
+def test_the_range_of_prefect_is_the_same_wherever_it_is_named() -> None:
+    root = Path(__file__).resolve().parents[2]
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    [wanted] = [one.removeprefix("prefect") for one in project["dependencies"] if one.startswith("prefect")]
+    [tested] = re.findall(r"^PREFECT_RANGE := (\S+) (\S+)$", (root / "Makefile").read_text(), re.MULTILINE)
+
+    assert wanted.startswith(f">={tested[0]},<")
+    assert SpecifierSet(wanted).contains(tested[1])
+    assert f"for Prefect ``{wanted}``" in (worker.__doc__ or "")
+    assert f"(``make test-prefect-range``: {tested[0]} and {tested[1]})" in (worker.__doc__ or "")
 
 
 def test_the_worker_is_one_of_prefects_types() -> None:

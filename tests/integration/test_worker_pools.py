@@ -1,0 +1,158 @@
+"""Work pools of our type: the commands of Prefect know it, limits hold, several workers share a pool."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
+from prefect.client.schemas.filters import LogFilter
+from prefect.client.schemas.objects import FlowRun
+
+from phasewise.stack import StackInfo
+from phasewise.worker import WarmProcessWorker
+from tests.integration.conftest import Runs
+
+pytestmark = pytest.mark.timeout(150)
+
+
+def environment(stack: StackInfo, **changes: str) -> dict[str, str]:
+    return {**os.environ, "PREFECT_API_URL": stack.api_url, **changes}
+
+
+@contextlib.contextmanager
+def started(stack: StackInfo, *command: str, **changes: str) -> Iterator[subprocess.Popen[bytes]]:
+    with subprocess.Popen([sys.executable, *command], env=environment(stack, **changes)) as process:
+        try:
+            yield process
+        finally:
+            process.terminate()
+            try:
+                process.wait(30)
+            finally:
+                process.kill()
+
+
+def worker_command(pool: str, name: str) -> list[str]:
+    return ["-c", "from phasewise.worker import main; main()", "--pool", pool, "--name", name]
+
+
+async def test_prefects_own_commands_create_a_pool_of_our_type_and_start_a_worker(runs: Runs, stack: StackInfo) -> None:
+    prefect = [sys.executable, "-m", "prefect", "work-pool", "create", "by-command", "--type", "warm-process"]
+    created = await asyncio.to_thread(
+        subprocess.run, prefect, env=environment(stack), capture_output=True, text=True, check=False
+    )
+    assert created.returncode == 0, created.stdout + created.stderr
+    pool = await runs.client.read_work_pool("by-command")
+
+    with started(stack, "-m", "prefect", "worker", "start", "--pool", "by-command", "--type", "warm-process"):
+        run = await Runs(client=runs.client, pool="by-command").finish("completed", seconds=60)
+
+    assert pool.type == "warm-process"
+    assert pool.base_job_template == WarmProcessWorker.get_default_base_job_template()
+    assert run.state.name == "Completed"
+    assert run.labels["prefect.worker.type"] == "warm-process"
+
+
+async def test_the_ui_is_told_of_our_type_when_it_asks_which_there_are(runs: Runs) -> None:
+    answer = await runs.client._client.get("collections/views/aggregate-worker-metadata")
+
+    types = {name: found for package in answer.json().values() for name, found in package.items()}
+    ours, template = types["warm-process"], WarmProcessWorker.get_default_base_job_template()
+    assert {"process", "docker", "kubernetes"} <= set(types)
+    assert ours["display_name"] == "Warm process"
+    assert ours["default_base_job_configuration"]["job_configuration"] == template["job_configuration"]
+    offered = ours["default_base_job_configuration"]["variables"]["properties"]
+    assert set(offered) == set(template["variables"]["properties"])
+
+
+def most_at_once(spans: list[tuple[datetime, datetime]]) -> int:
+    """Return how many of *spans* overlap at most; one that ends when another begins does not overlap it."""
+    steps = sorted([(end, -1) for _, end in spans] + [(start, 1) for start, _ in spans])
+    running = most = 0
+    for _, step in steps:
+        running += step
+        most = max(most, running)
+    return most
+
+
+async def spans_of(runs: Runs, found: list[FlowRun]) -> list[tuple[datetime, datetime]]:
+    """Return from when to when each run held a slot: from Pending until it was final."""
+    spans = []
+    for run in found:
+        states = {state.name: state.timestamp for state in await runs.client.read_flow_run_states(run.id)}
+        spans.append((states["Pending"], states["Completed"]))
+    return spans
+
+
+@pytest.mark.parametrize("limit", ["pool", "queue"])
+async def test_a_limit_holds_exactly_while_two_workers_race(runs: Runs, stack: StackInfo, limit: str) -> None:
+    name = f"limited-{limit}"
+    pool = await runs.client.create_work_pool(WorkPoolCreate(name=name, type="warm-process"))
+    if limit == "pool":
+        await runs.client.update_work_pool(name, WorkPoolUpdate(concurrency_limit=3))
+    else:
+        await runs.client.update_work_queue(pool.default_queue_id, concurrency_limit=3)
+    limited = Runs(client=runs.client, pool=name)
+    deployment = await limited.deploy("a_moment")
+    with started(stack, *worker_command(name, "one")), started(stack, *worker_command(name, "two")):
+        created = await asyncio.gather(*(runs.client.create_flow_run_from_deployment(deployment) for _ in range(12)))
+        ended = [await limited.until(run, seconds=90) for run in created]
+
+    assert {run.state.name for run in ended} == {"Completed"}
+    assert {run.run_count for run in ended} == {1}
+    for run in ended:
+        assert (await limited.states(run)).count("Pending") == 1
+    assert most_at_once(await spans_of(limited, ended)) == 3
+
+
+async def test_a_limit_of_the_worker_holds(runs: Runs, stack: StackInfo) -> None:
+    name = "limited-worker"
+    await runs.client.create_work_pool(WorkPoolCreate(name=name, type="warm-process"))
+    limited = Runs(client=runs.client, pool=name)
+    deployment = await limited.deploy("a_moment")
+    with started(stack, "-m", "prefect", "worker", "start", "--pool", name, "--limit", "2"):
+        created = [await runs.client.create_flow_run_from_deployment(deployment) for _ in range(6)]
+        ended = [await limited.until(run, seconds=90) for run in created]
+
+    assert most_at_once(await spans_of(limited, ended)) == 2
+
+
+async def messages(runs: Runs, run: FlowRun) -> str:
+    logs = await runs.client.read_logs(LogFilter.model_validate({"flow_run_id": {"any_": [run.id]}}))
+    return "\n".join(log.message for log in logs)
+
+
+async def test_code_from_git_is_fetched_by_a_new_python_and_the_log_says_so(runs: Runs, tmp_path: Path) -> None:
+    (tmp_path / "cloned.py").write_text("from prefect import flow\n\n@flow\ndef cloned():\n    pass\n")
+    for command in (
+        ["git", "init", "-q", "-b", "main"],
+        ["git", "add", "cloned.py"],
+        ["git", "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "one"],
+    ):
+        subprocess.run(command, cwd=tmp_path, check=True)  # noqa: ASYNC221
+    step: dict[str, Any] = {"prefect.deployments.steps.git_clone": {"repository": str(tmp_path), "branch": "main"}}
+    deployment = await runs.deploy("cloned", entrypoint="cloned.py:cloned", pull_steps=[step])
+
+    run = await runs.until(await runs.client.create_flow_run_from_deployment(deployment), seconds=60)
+
+    assert run.state.name == "Completed", run.state.message
+    assert "Starting a new Python for this run: its pull steps do more" in await messages(runs, run)
+
+
+async def test_a_command_with_another_interpreter_is_started_as_such(runs: Runs, tmp_path: Path) -> None:
+    file = tmp_path / "found"
+    job = {"command": f"{sys.executable} -m prefect.engine"}
+
+    run = await runs.until(await runs.start("surroundings", job_variables=job, file=str(file)), seconds=60)
+
+    assert run.state.name == "Completed", run.state.message
+    assert "Starting a new Python for this run: it has a command of its own." in await messages(runs, run)
