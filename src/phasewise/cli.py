@@ -137,15 +137,20 @@ def start_workers(count: Annotated[int, Parameter(help="Workers to add.")] = 3, 
 
 
 @app.command
-def deploy() -> None:
+def deploy(
+    *,
+    main: Annotated[
+        str | None, Parameter(help="Name for the deployment of main_etl, where a server has several projects.")
+    ] = None,
+) -> None:
     """Deploy the flows of the project: the seven, and those that its own steps bring."""
-    url = deploy_flows(choose_server())
+    url = deploy_flows(choose_server(), main)
     print(f"Next: make start-workers (unless workers run), then run main-etl-job from {url.removesuffix('/api')},")
     print("or: python flows/prefect_flow-worker-flow-v2.py run")
 
 
-def deploy_flows(settings: Settings) -> str:
-    """Deploy, print one line per deployment, and return the server's API URL."""
+def deploy_flows(settings: Settings, main: str | None = None) -> str:
+    """Deploy, ``main_etl`` as *main*; print one line per deployment, and return the server's API URL."""
     project = load_project(find_project(settings))
     _make_demo_source(project.root)
     url = check_server_answers()
@@ -155,12 +160,18 @@ def deploy_flows(settings: Settings) -> str:
 
     print("🚀 Deploying flows to work pool...")
     phases = load_phases(project.root, project.pipeline.phases)
-    planned = plan_deployments(phases, project.root)
+    planned = plan_deployments(phases, project.root, main=main)
     environment = {"PHASEWISE_PROJECT": str(project.root)}
     done = _run_async(deploy_all(planned, pool=_pool_name(), settings=settings, phases=phases, environment=environment))
     for deployed in done:
         print(f"✅ Deployed: {deployed.deployment.flow_name}")
     print(f"🎉 All {len(done)} deployments created successfully!")
+    before = done[0].environment_before.get("PHASEWISE_PROJECT", str(project.root))
+    if before != str(project.root):
+        name = done[0].deployment.full_name
+        # What it writes to standard output is fixed.
+        print(f"{name} ran {before} until now; it, and its schedules, run {project.root} from now on.", file=sys.stderr)
+        print("Give each project one of its own with: phasewise deploy --main NAME", file=sys.stderr)
     return url
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -67,13 +67,16 @@ BUILT_IN: tuple[Deployment, ...] = (
 )
 
 
-def plan_deployments(phases: Sequence[Phase], root: Path) -> list[Deployment]:
+def plan_deployments(phases: Sequence[Phase], root: Path, *, main: str | None = None) -> list[Deployment]:
     """Return the seven and one more for each step of *phases* that brings its own code.
+
+    *main* is another name for the deployment of ``main_etl``: one that belongs to a single project of a server.
 
     Raises:
         PipelineInvalid: a step names a deployment that is none of the seven and brings no code.
     """
-    planned = {deployment.full_name: deployment for deployment in BUILT_IN}
+    first = replace(BUILT_IN[0], name=main or BUILT_IN[0].name)
+    planned = {deployment.full_name: deployment for deployment in (first, *BUILT_IN[1:])}
     for step in list_steps(phases):
         if step.entrypoint is not None:
             flow_name, _, name = step.deployment.partition("/")
@@ -94,6 +97,8 @@ class Deployed:
     deployment: Deployment
     #: False when it stood on the server exactly like this before.
     is_changed: bool
+    #: The environment that it gave to its runs until now; empty for a new one.
+    environment_before: Mapping[str, str] = field(default_factory=dict)
 
 
 async def deploy(
@@ -195,7 +200,8 @@ async def _apply(client: PrefectClient, deployment: Deployment, pool: str, envir
         return Deployed(deployment=deployment, is_changed=False)
     flow_id: UUID = await client.create_flow(flow)
     await client.create_deployment(flow_id, deployment.name, **wanted)
-    return Deployed(deployment=deployment, is_changed=True)
+    before = (existing.job_variables or {}).get("env") if existing is not None else None
+    return Deployed(deployment=deployment, is_changed=True, environment_before=before or {})
 
 
 def _load_flow(deployment: Deployment) -> Flow[..., Any]:

@@ -202,9 +202,11 @@ def test_run_logs_its_phases_in_order_and_links_its_children(stack: StackInfo, s
     assert re.search(".*".join(said), text, re.DOTALL), text
 
 
+@pytest.mark.timeout(180)
 def test_deploying_twice_changes_nothing(stack: StackInfo, stack_shell: Shell) -> None:
     write_project(stack_shell.project, source=SHOP)
     script = "flows/prefect_flow-worker-flow-v2.py"
+    stack_shell.run(script, "deploy")  # over that of another project of the stack, which it says
 
     first = stack_shell.run(script, "deploy")
     before = read_deployments(stack)
@@ -221,6 +223,32 @@ def test_deploying_twice_changes_nothing(stack: StackInfo, stack_shell: Shell) -
     assert read_deployments(stack) == before
     queues = call(stack, f"/work_pools/{stack.pool}/queues/filter", {})
     assert {queue["name"] for queue in queues} >= {"orchestrators", "tables"}
+
+
+@pytest.mark.timeout(180)
+def test_each_project_of_a_server_can_have_a_deployment_of_its_own(
+    stack: StackInfo, stack_shell: Shell, tmp_path: Path
+) -> None:
+    write_project(stack_shell.project, source=SHOP)
+    (tmp_path / "other").mkdir()
+    other = Shell(home=stack_shell.home, project=tmp_path / "other", environment={})
+    write_project(other.project, source=SHOP)
+    stack_shell.phasewise("deploy")
+
+    own = other.phasewise("deploy", "--main", "other")
+
+    def project_of(name: str) -> str:
+        return str(call(stack, f"/deployments/name/main-etl-job/{name}")["job_variables"]["env"]["PHASEWISE_PROJECT"])
+
+    assert own.returncode == 0, own.stdout
+    assert "until now" not in own.stdout
+    assert project_of("other") == str(other.project)
+    assert project_of("main-etl-deployment") == str(stack_shell.project)
+
+    taken = other.phasewise("deploy")
+
+    assert f"ran {stack_shell.project} until now" in taken.stdout
+    assert "phasewise deploy --main" in taken.stdout
 
 
 @pytest.mark.timeout(300)
