@@ -12,6 +12,7 @@ import textwrap
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from decimal import Decimal
 from pathlib import Path
 
@@ -20,7 +21,9 @@ import pytest
 from phasewise import lake, staging
 from phasewise.errors import ProjectError, SchemaDrift, SourceError, SourceUnavailable, TableMissing, UnfaithfulValue
 from phasewise.project import Project, load_project
+from phasewise.publish import publish_batch
 from phasewise.settings import Settings
+from phasewise.snapshots import open_reader
 from phasewise.source_contract import PASSWORD, ROWS, SourceContract
 from phasewise.sources import check_project, list_project_tables, open_source
 
@@ -48,7 +51,7 @@ Make = Callable[..., Project]
 
 @pytest.fixture(scope="module", autouse=True)
 def _preloaded():
-    lake.preload_extensions(("postgres_scanner",))
+    lake.preload_extensions(("postgres_scanner", "ducklake", "sqlite_scanner"))
 
 
 @pytest.fixture
@@ -146,7 +149,7 @@ def test_a_value_that_the_scan_would_change_fails_with_its_row(make: Make, decla
 
 def test_types_without_a_faithful_counterpart_are_carried_as_text_and_say_so(make: Make):
     values = {
-        "numeric": ["NaN", "Infinity", "1e-30", "12345678901234567890123456789012345678901234567890.5"],
+        "numeric": ["NaN", "Infinity", "-Infinity", "1e-30", "12345678901234567890123456789012345678901234567890.5"],
         "numeric(50, 10)": ["1.1"],
         "numeric(5, -2)": ["12300"],
         "interval": ["-1 days", "178000000 years"],
@@ -228,6 +231,51 @@ def test_only_real_tables_are_listed_and_views_when_named(make: Make):
     assert read(project, "m")[1] == [(2,)]
 
 
+def test_odd_values_are_found_again_in_the_published_lake(make: Make):
+    project = make("""
+        CREATE TABLE t (id int, d date, ts timestamp, tz timestamptz, f float8, x text, e text, raw bytea);
+        INSERT INTO t VALUES
+            (1, 'infinity', 'infinity', '-infinity', 'NaN', repeat('é', 2097152), '',
+             decode(repeat('00ff', 2097152), 'hex')),
+            (2, '-infinity', '-infinity', 'infinity', '-Infinity', 'x', NULL, ''),
+            (3, '0044-03-15 BC', '4713-01-01 BC', '4713-01-02 00:00+00 BC', 1.5, NULL, ' ', NULL),
+            (4, '5874897-12-31', '294246-12-31 23:59:59.999999', '294246-12-31 23:59:59.999999+00', '1e-300', '',
+             'e', '');
+    """)
+    staging.begin_batch(project, "b1", ["t"])
+    staging.extract_table(project, SETTINGS, batch="b1", table="t")
+
+    publish_batch(project, SETTINGS, "b1")
+
+    found = {
+        "d = 'infinity'": [1],
+        "d < DATE '0001-01-01'": [2, 3],
+        "d = DATE '5874897-12-31'": [4],
+        "ts = 'infinity'": [1],
+        "ts < TIMESTAMP '0001-01-01'": [2, 3],
+        "ts > TIMESTAMP '2000-01-01'": [1, 4],
+        "tz = '-infinity'": [1],
+        "tz = 'infinity'": [2],
+        "isnan(f)": [1],
+        "f > 1e308": [1],
+        "f = '-Infinity'": [2],
+        "f = 1e-300": [4],
+        "e = ''": [1],
+        "e IS NULL": [2],
+        "x = repeat('é', 2097152)": [1],
+        "octet_length(raw) = 4194304 AND md5(raw) = md5(unhex(repeat('00ff', 2097152)))": [1],
+        "octet_length(raw) = 0": [2, 4],
+    }
+    with open_reader(project, SETTINGS) as connection:
+        got = {
+            condition: [
+                row[0] for row in connection.execute(f"SELECT id FROM t WHERE {condition} ORDER BY id").fetchall()
+            ]
+            for condition in found
+        }
+    assert got == found
+
+
 @pytest.mark.parametrize("other", ["text", "money"])  # scanned, and printed by the server
 def test_hard_names_arrive(make: Make, other: str):
     names = ['a"b', "select", "a b", "😀", "a'b", "ctid2", "$1", "ß", "UPPER", "a\\b"]
@@ -296,6 +344,60 @@ def test_all_processes_read_at_the_snapshot_that_is_held(make: Make, schema: str
     with lake.open_session(SETTINGS, extensions=()) as connection:
         file = str(staging.staged_files(project, second)[0])
         assert connection.execute("FROM read_parquet(?)", [file]).fetchall() == [("0",)]
+
+
+def test_a_sum_that_a_writer_keeps_is_intact_in_the_lake(make: Make, schema: str):
+    # Several row groups of pages each, so that both threads of a scan have something to read.
+    project = make("""
+        CREATE TABLE a (id int PRIMARY KEY, n bigint, pad text); CREATE TABLE b (LIKE a INCLUDING ALL);
+        CREATE TABLE c (id int PRIMARY KEY, n numeric);
+        INSERT INTO a SELECT i, 10, repeat('x', 300) FROM generate_series(1, 60000) i; INSERT INTO b TABLE a;
+        INSERT INTO c SELECT i, 10 FROM generate_series(1, 60000) i; ANALYZE;
+    """)
+    staging.begin_batch(project, "b1", ["a", "b", "c"])
+
+    with transfers(schema) as count_done:
+        wait_for_more(count_done)
+        with staging.open_snapshot(project, SETTINGS, "b1"):
+            for table in ("a", "b", "c"):
+                staging.extract_table(project, SETTINGS, batch="b1", table=table)
+                wait_for_more(count_done)
+    publish_batch(project, SETTINGS, "b1")
+
+    with open_reader(project, SETTINGS) as connection:
+        sums = connection.execute(
+            "SELECT (SELECT sum(n) FROM a) + (SELECT sum(n) FROM b) + (SELECT sum(n::INT) FROM c)"
+        )
+        assert sums.fetchone() == (3 * 60000 * 10,)
+    assert len({manifest.snapshot for manifest in staging.list_manifests(project, "b1")}) == 1
+
+
+@contextmanager
+def transfers(schema: str) -> Iterator[Callable[[], int]]:
+    """Move one at a time from table to table, in a transaction each, while the block runs; yield how often so far."""
+    psql("CREATE SEQUENCE done", schema)
+    move = """
+        DO $$ BEGIN LOOP
+            UPDATE a SET n = n - 1 WHERE id = 7; UPDATE b SET n = n - 1 WHERE id = 50000;
+            UPDATE c SET n = n + 2 WHERE id = 7;
+            PERFORM nextval('done'); COMMIT;
+        END LOOP; END $$;
+    """
+    command = ["psql", "-h", HOST, "-U", "postgres", "-d", "test", "-qc", move]
+    environment = {**os.environ, "PGOPTIONS": f"-c search_path={schema}", "PGAPPNAME": schema}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as writer:
+        try:
+            yield lambda: int(psql("SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM done", schema))
+        finally:
+            psql(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = '{schema}'")
+            writer.wait(timeout=20)
+
+
+def wait_for_more(count_done: Callable[[], int]) -> None:
+    before, deadline = count_done(), time.monotonic() + 20
+    while count_done() < before + 3:
+        assert time.monotonic() < deadline, "the writer is stuck"
+        time.sleep(0.02)
 
 
 def test_a_snapshot_whose_holder_has_gone_is_an_error(make: Make):
