@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sqlite3
+import sys
 from contextlib import closing
 from pathlib import Path
 
@@ -65,6 +67,28 @@ class TestParquet(SourceContract):
             for name in ("contract", "contract_empty"):
                 connection.execute(f"COPY {name} TO '{folder}/{name}.parquet'")
         return f"file:///{folder}"
+
+
+class TestSourceOfAnotherPackage(SourceContract):
+    """Found by the entry point of an installed package, without a line in ours."""
+
+    @pytest.fixture(autouse=True)
+    def _installed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        site = tmp_path / "site"
+        info = site / "acme_source-1.0.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: acme-source\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text("[phasewise.sources]\nacme = acme_source:AcmeSource\n")
+        shutil.copy(Path(__file__).with_name("acme_source.py"), site)
+        monkeypatch.syspath_prepend(site)
+        yield
+        sys.modules.pop("acme_source", None)
+
+    def make_url(self, tmp_path: Path) -> str:
+        lines = [{"table": "contract", "id": number, "label": label} for number, label in ROWS]
+        lines.append({"table": "contract_empty", "id": None, "label": None})
+        (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        return f"acme:///{tmp_path}/log.jsonl"
 
 
 def test_json_files_keep_texts_and_nulls(tmp_path: Path):
