@@ -177,6 +177,18 @@ def test_hard_names_arrive(make: Make):
     assert read(project, "a`b 'c\" d")[1] == [(1, 2, dt.date(2024, 1, 1), 4, 5, 6)]
 
 
+def test_large_values_and_many_columns_arrive(make: Make):
+    many = ", ".join(f"c{number} tinyint DEFAULT {number % 100}" for number in range(1000))  # InnoDB's limit is 1,017
+    project = make(f"""
+        CREATE TABLE big (x longtext, raw longblob);
+        INSERT INTO big VALUES (repeat('é', 2097152), unhex(repeat('00ff', 2097152)));
+        CREATE TABLE many ({many}); INSERT INTO many VALUES ();
+    """)
+
+    assert read(project, "big")[1] == [("é" * 2**21, b"\x00\xff" * 2**21)]
+    assert read(project, "many")[1] == [tuple(number % 100 for number in range(1000))]
+
+
 def test_tables_that_differ_by_case_are_told_apart_or_refused(make: Make):
     script = "CREATE TABLE People (a int); INSERT INTO People VALUES (1); CREATE TABLE people (b int)"
     project = make(script)

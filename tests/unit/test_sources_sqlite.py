@@ -9,6 +9,7 @@ import sqlite3
 import struct
 import subprocess
 import sys
+import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -257,6 +258,16 @@ def test_hard_names_arrive(tmp_path: Path, other: str):
     assert [str(value) for value in rows[0]] == row
 
 
+@pytest.mark.parametrize("other", ["TEXT", "BLOB"])  # scanned directly, and read as tagged text
+def test_values_of_four_mebibytes_arrive(tmp_path: Path, other: str):
+    project = make_project(tmp_path, f"CREATE TABLE t (x TEXT, y {other})")
+    text, rest = "é" * 2**21, "z" * 2**22 if other == "TEXT" else b"\0\xff" * 2**21
+    with closing(sqlite3.connect(tmp_path / "source.db")) as source, source:
+        source.execute("INSERT INTO t VALUES (?, ?)", (text, rest))
+
+    assert read(project, "t")[1] == [(text, rest)]
+
+
 @pytest.mark.parametrize("kind", ["INTEGER", "NUMERIC"])
 def test_a_table_may_have_1600_columns(tmp_path: Path, kind: str):
     columns = ", ".join(f"c{index} {kind}" for index in range(1600))
@@ -344,6 +355,61 @@ def test_all_tables_are_of_one_moment_when_a_snapshot_is_held(tmp_path: Path, jo
     assert first.snapshot is not None
     assert first.snapshot == second.snapshot
     assert sorted(path.name for path in (project.staging / "b1").glob("**/*.sqlite")) == []
+
+
+@contextmanager
+def transfers(path: Path) -> Iterator[None]:
+    """Let another process move one at a time from the first row of ``a`` to its last and to ``b``, while it runs."""
+    code = """
+import sqlite3, sys
+c = sqlite3.connect(sys.argv[1], isolation_level=None, timeout=30)
+while True:
+    c.execute("BEGIN IMMEDIATE")
+    c.execute("UPDATE a SET n = n - 2 WHERE id = 1")
+    c.execute("UPDATE a SET n = n + 1 WHERE id = 200000")
+    c.execute("UPDATE b SET n = n + 1")
+    c.execute("COMMIT")
+    print("moved", flush=True)
+"""
+    with subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE) as process:
+        reader = threading.Thread(target=lambda: [None for _ in process.stdout], daemon=True)
+        try:
+            assert process.stdout.readline() == b"moved\n"
+            reader.start()
+            yield
+        finally:
+            process.kill()
+            reader.join()
+
+
+def test_a_sum_that_a_writer_keeps_is_intact_in_one_scan_and_over_all_tables(tmp_path: Path):
+    rows = "WITH RECURSIVE s(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM s WHERE i < 200000) SELECT i, 10 FROM s"
+    project = make_project(
+        tmp_path,
+        f"""
+        PRAGMA journal_mode = WAL;
+        CREATE TABLE a (id INTEGER PRIMARY KEY, n INTEGER); INSERT INTO a {rows};
+        CREATE TABLE b (n INTEGER); INSERT INTO b VALUES (0);
+        """,
+    )
+
+    with transfers(tmp_path / "source.db"):
+        for number in range(3):
+            batch = f"alone{number}"
+            manifest = staging.extract_table(project, SETTINGS, batch=batch, table="a")
+            ends = "SELECT (SELECT n FROM r WHERE id = 1) + 2 * (SELECT n FROM r WHERE id = 200000)"
+            assert query_staged(project, [manifest], ends) == (30,)
+        with staging.open_snapshot(project, SETTINGS, "b1"):
+            held = [staging.extract_table(project, SETTINGS, batch="b1", table=table) for table in ("a", "b")]
+
+    assert query_staged(project, held, "SELECT sum(n) FROM r") == (200000 * 10,)
+
+
+def query_staged(project: Project, manifests: list[staging.Manifest], sql: str) -> tuple:
+    files = [str(path) for manifest in manifests for path in staging.staged_files(project, manifest)]
+    with lake.open_session(SETTINGS, extensions=()) as connection:
+        connection.execute(f"CREATE VIEW r AS FROM read_parquet({files}, union_by_name = true)")
+        return connection.execute(sql).fetchone()
 
 
 def test_a_snapshot_is_kept_for_the_resume_when_the_batch_fails(tmp_path: Path):
