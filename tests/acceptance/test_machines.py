@@ -1,0 +1,114 @@
+"""One batch on two machines that share PostgreSQL, S3 and the Prefect server, and no folder of the project."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from phasewise.project import load_project
+from phasewise.samples import SAMPLE_SETTINGS
+from phasewise.snapshots import query_warehouse
+from phasewise.stack import StackInfo, running_stack
+from tests.acceptance.conftest import POOL, SHOP
+from tests.integration.warehouses import HOST, is_postgres_reachable, postgres_catalog, psql, s3_bucket
+
+
+def can_mount() -> bool:
+    probe = ["unshare", "--mount", "--propagation", "private", "true"]
+    try:
+        return subprocess.run(probe, capture_output=True, timeout=10).returncode == 0
+    except OSError:
+        return False
+
+
+pytestmark = [
+    pytest.mark.skipif(not can_mount(), reason="giving each worker a folder of its own needs root (unshare --mount)"),
+    pytest.mark.skipif(not is_postgres_reachable(), reason=f"no PostgreSQL with a database `test` on {HOST}:5432"),
+]
+
+
+@pytest.fixture
+def machines(tmp_path: Path) -> Iterator[tuple[Path, Path, Path]]:
+    """The path of the project, and the folder that is there on each of the two machines."""
+    path, one, two = (tmp_path / name for name in ("project", "one", "two"))
+    with postgres_catalog() as catalog, s3_bucket() as data:
+        schema = f"{catalog.rpartition('=')[2]}_source"
+        psql(f"create schema {schema}; set search_path = {schema}; {SHOP}")
+        try:
+            path.mkdir()
+            (one / "marts").mkdir(parents=True)
+            (one / "marts" / "revenue.sql").write_text("select sum(amount) as total from orders")
+            url = f"postgresql://postgres:a%20secret@{HOST}:5432/test?schema={schema}"
+            (one / "phasewise.toml").write_text(
+                f'[project]\nname = "shop"\n[source]\nurl = "{url}"\n'
+                f'[warehouse]\ncatalog = "{catalog}"\ndata = "{data}"\n'
+            )
+            shutil.copytree(one, two)
+            yield path, one, two
+        finally:
+            psql(f"drop schema {schema} cascade")
+
+
+def on_machine(folder: Path, path: Path, *command: str) -> list[str]:
+    """Return what runs a Python command where *path* is *folder*, and is so for nobody else."""
+    script = 'mount --bind "$0" "$1" && shift && exec "$@"'
+    mounted = ["unshare", "--mount", "--propagation", "private", "sh", "-c", script, str(folder), str(path)]
+    return [*mounted, sys.executable, *command]
+
+
+@contextmanager
+def worker(stack: StackInfo, folder: Path, path: Path, queue: str) -> Iterator[None]:
+    """Run a worker of one queue on a machine."""
+    options = ["--pool", POOL, "--type", "warm-process", "--work-queue", queue, "--name", f"on-{folder.name}"]
+    environment = {**os.environ, "PREFECT_API_URL": stack.api_url, "PHASEWISE_PROJECT": str(path)}
+    log = folder.with_suffix(".log")
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            on_machine(folder, path, "-m", "prefect", "worker", "start", *options),
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            yield
+        finally:
+            process.terminate()
+            process.wait(timeout=40)
+
+
+@pytest.mark.timeout(300)
+def test_two_machines_that_share_no_folder_run_one_batch(machines: tuple[Path, Path, Path], tmp_path: Path):
+    path, one, two = machines
+
+    with (
+        running_stack(tmp_path / "home", pool=POOL, workers=0) as stack,
+        worker(stack, one, path, "orchestrators"),
+        worker(stack, two, path, "tables"),
+    ):
+        command = on_machine(one, path, "-m", "phasewise", "run-distributed")
+        done = subprocess.run(
+            command,
+            env={**os.environ, "PHASEWISE_HOME": str(tmp_path / "home"), "PHASEWISE_PROJECT": str(path)},
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+
+    logs = "".join(machine.with_suffix(".log").read_text()[-4000:] for machine in (one, two))
+    assert done.returncode == 0, f"{done.stdout}{done.stderr}{logs}"
+    project = load_project(one)
+    assert query_warehouse(project, SAMPLE_SETTINGS, "from revenue")[1] == [(425,)]
+    # Whoever extracts a table holds its folder's lock, which is not exchanged: all did so on the second machine.
+    locked = {machine.name: sorted(file.parent.name for file in machine.rglob(".lock")) for machine in (one, two)}
+    assert locked == {"one": [], "two": ["customer", "orders", "stock"]}
+    assert not list(path.iterdir())
+    assert list((one / ".phasewise" / "reports").glob("*.html"))
+    assert not (two / ".phasewise" / "reports").exists()
+    assert not list(tmp_path.glob("*/.phasewise/**/*.parquet"))
