@@ -23,7 +23,7 @@ import pytest
 from pymysql.constants import COMMAND
 
 from phasewise import lake, sources, staging
-from phasewise.errors import ProjectError, SchemaDrift, SourceUnavailable, TableMissing, UnfaithfulValue
+from phasewise.errors import ProjectError, SchemaDrift, SourceUnavailable, StagingError, TableMissing, UnfaithfulValue
 from phasewise.project import Project, load_project
 from phasewise.publish import publish_batch
 from phasewise.settings import Settings
@@ -145,7 +145,13 @@ def test_values_arrive_as_they_are(make: Make):
 
 @pytest.mark.parametrize(
     ("declared", "value"),
-    [("date", "0000-00-00"), ("date", "2024-02-31"), ("datetime", "0000-00-00 00:00:00"), ("date", "2024-00-01")],
+    [
+        ("timestamp", "0000-00-00 00:00:00"),
+        ("date", "0000-00-00"),
+        ("date", "2024-02-31"),
+        ("datetime", "0000-00-00 00:00:00"),
+        ("date", "2024-00-01"),
+    ],
 )
 def test_a_date_that_is_none_fails_with_its_row(make: Make, declared: str, value: str):
     project = make(f"""
@@ -175,6 +181,24 @@ def test_hard_names_arrive(make: Make):
     """)
 
     assert read(project, "a`b 'c\" d")[1] == [(1, 2, dt.date(2024, 1, 1), 4, 5, 6)]
+
+
+def test_rare_declarations_arrive(make: Make):
+    project = make("""
+        CREATE TABLE t (id int, y year, b bit(64), d decimal(10,2) unsigned zerofill, f double(10,2) unsigned,
+            e enum('a'), c char(5) binary, dd date, s set('x') not null, v varchar(9) invisible default 'seen',
+            n double) WITH SYSTEM VERSIONING;
+        SET sql_mode = ''; INSERT INTO t (id, y, b, d, f, e, c, dd, s, n) VALUES
+            (1, 0, x'ffffffffffffffff', 1.5, 2.25, 'no', 'a  ', '0001-01-01', '', -1.7976931348623157e308);
+        UPDATE t SET id = 2;
+    """)
+
+    types, rows = read(project, "t")
+
+    assert types[:5] == ["INTEGER", "INTEGER", "BLOB", "DECIMAL(10,2)", "DOUBLE"]
+    assert rows == [
+        (2, 0, b"\xff" * 8, Decimal("1.5"), 2.25, "", "a", dt.date(1, 1, 1), "", "seen", -1.7976931348623157e308)
+    ]
 
 
 def test_large_values_and_many_columns_arrive(make: Make):
@@ -341,6 +365,20 @@ def test_tables_without_transactions_and_other_machines_are_not_at_the_moment(
     assert (unheld.rows, unheld.snapshot, unheld.snapshot_note) == (2, None, "its engine has no transactions")
     assert (elsewhere.rows, elsewhere.snapshot) == (1, None)
     assert elsewhere.snapshot_note.endswith("this table was read on elsewhere")
+
+
+def test_the_parts_of_a_table_are_not_read_at_different_moments(make: Make, monkeypatch: pytest.MonkeyPatch):
+    project = make(
+        "CREATE TABLE t (id int PRIMARY KEY); INSERT INTO t SELECT seq FROM seq_1_to_9; ANALYZE TABLE t",
+        "[table.t]\npartition_rows = 3\n",
+    )
+    staging.begin_batch(project, "b1", ["t"])
+
+    with staging.open_snapshot(project, SETTINGS, "b1") as token:
+        first, *_ = staging.plan_partitions(project, SETTINGS, "b1", token)["t"].list_names()
+        monkeypatch.setattr(sources.platform, "node", lambda: "elsewhere")
+        with pytest.raises(StagingError, match=r"must be of one moment: .*read on elsewhere.*partition_rows = 0"):
+            staging.extract_table(project, SETTINGS, batch="b1", table="t", partition=first)
 
 
 def read_token(project: Project) -> dict:

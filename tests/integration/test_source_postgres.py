@@ -201,6 +201,27 @@ def test_json_and_domains_arrive(make: Make):
     assert rows == [(1, 3, Decimal("1.25"), '{"a":  1}', '{"a": 1}')]
 
 
+def test_rare_declarations_arrive(make: Make):
+    project = make("""
+        CREATE DOMAIN whole AS int; CREATE DOMAIN small AS whole CHECK (value < 10); CREATE DOMAIN many AS int[];
+        CREATE TYPE pair AS (a int, b text); CREATE TABLE typed OF pair; INSERT INTO typed VALUES (1, 'x');
+        CREATE TABLE t (id int, gone int, s small, n numeric(3, 5), f float4, m many, v bit varying, i interval(0),
+            g int GENERATED ALWAYS AS (id * 2) STORED, l pg_lsn, p int4multirange, x text COLLATE "C");
+        INSERT INTO t VALUES (1, 7, 3, 0.00123, 3.4028235e38, '{1}', '101', '1 mon -1 day', DEFAULT, '16/B374D848',
+            '{[1,3),[5,7)}', E'\\u0001');
+        ALTER TABLE t DROP COLUMN gone; ALTER TABLE t ADD COLUMN late int DEFAULT 4;
+        CREATE TABLE plain (a int, gone text, b text); INSERT INTO plain VALUES (1, 'g', 'b');
+        ALTER TABLE plain DROP COLUMN gone; ALTER TABLE plain ADD COLUMN late text DEFAULT 'late';
+    """)
+
+    assert read(project, "plain")[1] == [(1, "b", "late")]
+    assert read(project, "typed")[1] == [(1, "x")]
+    assert read(project, "t")[1] == [
+        (1, "3", "0.00123", 3.4028234663852886e38, "{1}", "101", "1 mon -1 days", 2, "16/B374D848", "{[1,3),[5,7)}",
+         "\1", 4)
+    ]  # fmt: skip
+
+
 def test_a_contract_gives_a_free_numeric_a_checked_decimal(make: Make):
     more = '[table.t.columns]\nn = "DECIMAL(6,2)"\n'
     project = make("CREATE TABLE t (id int PRIMARY KEY, n numeric); INSERT INTO t VALUES (1, 1.5), (2, NULL)", more)

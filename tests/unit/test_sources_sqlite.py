@@ -118,6 +118,14 @@ def test_a_value_that_would_change_fails_with_its_column_and_row(tmp_path, decla
         read(project, "t")
 
 
+@pytest.mark.parametrize("kind", ["INTEGER", "DATE"])  # scanned directly, and read as tagged text
+def test_a_value_that_would_change_is_of_no_matter_where_the_condition_excludes_it(tmp_path: Path, kind: str):
+    more = "[table.t]\nwhere = \"id < 2 and typeof(v) <> 'text'\"\n"
+    script = f"CREATE TABLE t (id INTEGER, v {kind}); INSERT INTO t VALUES (1, NULL), (1, 'abc'), (2, 'x')"
+
+    assert read(make_project(tmp_path, script, more), "t")[1] == [(1, None)]
+
+
 def test_the_sample_row_is_named_by_rowid_where_there_is_no_key(tmp_path: Path):
     project = make_project(tmp_path, "CREATE TABLE t (i INTEGER); INSERT INTO t VALUES (1), ('x'), ('y');")
 

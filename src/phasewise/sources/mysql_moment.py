@@ -56,7 +56,8 @@ _GONE = b"\xff\x8c\x07" + b"#70100" + b"the moment that the batch held is gone"
 _WITHOUT_TRANSACTIONS = """
 SELECT t.table_name
 FROM information_schema.tables t LEFT JOIN information_schema.engines e ON e.engine = t.engine
-WHERE t.table_schema = database() AND t.table_type = 'BASE TABLE' AND coalesce(e.transactions, 'NO') <> 'YES'
+WHERE t.table_schema = database() AND t.table_type IN ('BASE TABLE', 'SYSTEM VERSIONED')
+  AND coalesce(e.transactions, 'NO') <> 'YES'
 """
 
 
