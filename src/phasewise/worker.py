@@ -398,7 +398,8 @@ class WarmProcessWorker(ProcessWorker):
                 any_resource=EventAnyResourceFilter(id=[f"prefect.work-pool.{work_pool_id}"]),
             )
             try:
-                async with get_events_subscriber(filter=events) as subscriber:
+                # The subscriber's own reconnects would hide the gap in which events were lost.
+                async with get_events_subscriber(filter=events, reconnection_attempts=0) as subscriber:
                     self._wants_claim()  # for what was scheduled while nobody listened
                     async for event in subscriber:
                         self._on_event(event)

@@ -126,6 +126,38 @@ async def test_a_limit_of_the_worker_holds(runs: Runs, stack: StackInfo) -> None
     assert most_at_once(await spans_of(limited, ended)) == 2
 
 
+async def test_a_run_is_claimed_on_the_event_of_its_scheduling(runs: Runs, stack: StackInfo) -> None:
+    heard = Runs(client=runs.client, pool="heard")
+    await runs.client.create_work_pool(WorkPoolCreate(name="heard", type="warm-process"))
+    with started(stack, *worker_command("heard", "heard"), PREFECT_WORKER_QUERY_SECONDS="3600"):
+        for _ in range(2):  # the first may be claimed by the poll at the worker's start
+            run = await heard.finish("completed", seconds=60)
+
+    assert run.state.name == "Completed"
+
+
+DEAF = """
+import phasewise.worker as worker
+
+def refuse(*_, **__):
+    raise ConnectionError("no events here")
+
+worker.get_events_subscriber = refuse
+worker.main()
+"""
+
+
+async def test_a_worker_without_events_claims_by_polling(runs: Runs, stack: StackInfo) -> None:
+    deaf = Runs(client=runs.client, pool="deaf")
+    await runs.client.create_work_pool(WorkPoolCreate(name="deaf", type="warm-process"))
+    command = ["-c", DEAF, "--pool", "deaf", "--name", "deaf"]
+    with started(stack, *command, PREFECT_WORKER_QUERY_SECONDS="1"):
+        for _ in range(2):
+            run = await deaf.finish("completed", seconds=60)
+
+    assert run.state.name == "Completed"
+
+
 async def messages(runs: Runs, run: FlowRun) -> str:
     logs = await runs.client.read_logs(LogFilter.model_validate({"flow_run_id": {"any_": [run.id]}}))
     return "\n".join(log.message for log in logs)

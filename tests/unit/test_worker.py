@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import re
 import tomllib
+from collections.abc import AsyncIterator
 from pathlib import Path
 from uuid import uuid4
 
@@ -73,3 +76,33 @@ async def test_an_idle_worker_does_not_ask_after_every_run_of_others(monkeypatch
     one._slot_freed()
 
     assert asked == []
+
+
+async def test_after_each_reconnect_a_worker_asks_for_what_it_may_have_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = worker.WarmProcessWorker(work_pool_name="pool")
+    connections: list[str] = []
+    asked: list[int] = []
+    monkeypatch.setattr(one._claims, "set", lambda: asked.append(len(connections)))
+    monkeypatch.setattr(worker.anyio, "sleep", lambda _: asyncio.sleep(0))
+
+    @contextlib.asynccontextmanager
+    async def subscribe(**_: object) -> AsyncIterator[AsyncIterator[object]]:
+        connections.append("one more")
+        if len(connections) == 2:
+            raise ConnectionError("the server is away")
+        yield no_events()
+
+    async def no_events() -> AsyncIterator[object]:
+        if len(connections) == 3:
+            await asyncio.Event().wait()
+        raise ConnectionError("the socket was lost")
+        yield
+
+    monkeypatch.setattr(worker, "get_events_subscriber", subscribe)
+    listening = asyncio.create_task(one._listen(uuid4()))
+    async with asyncio.timeout(10):
+        while len(asked) < 2:
+            await asyncio.sleep(0)
+    listening.cancel()
+
+    assert asked == [1, 3]
