@@ -1,3 +1,115 @@
-"""Cursors of servers: compared by them as the lake would, whatever their collation and time zone."""
+"""Cursors of servers are compared as the lake would, whatever the server's collation and the session's time zone."""
 
 from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from phasewise import lake
+from phasewise.project import Project, load_project
+from phasewise.publish import publish_batch
+from phasewise.samples import SAMPLE_SETTINGS as SETTINGS
+from phasewise.samples import stage_batch
+from phasewise.snapshots import open_reader
+from phasewise.staging import read_manifest
+from tests.integration import test_source_mysql as mysql
+from tests.integration import test_source_postgres as postgres
+
+#: Type, the values of the first batch (the second is the last), those that come later, which of these are new: the
+#: first of them has a value below the last one.
+CASES = {
+    "bigint": ("bigint", ["-5", "9007199254740993"], ["9007199254740992", "9007199254740994"]),
+    "decimal": ("decimal(20,4)", ["-1.5", "10.2501"], ["10.2500", "10.2502"]),
+    "date": ("date", ["'2024-02-28'", "'2024-02-29'"], ["'2024-02-27'", "'2024-03-01'"]),
+    "timestamp": ("{moment}", ["'2024-01-01 00:00:00'", "'2024-01-01 10:00:00.123456'"],
+                  ["'2024-01-01 10:00:00.123455'", "'2024-01-01 10:00:00.123457'"]),
+    "zoned": ("{zoned}", ["'2024-03-31 00:59:59'", "'2024-03-31 01:00:00.5'"],
+              ["'2024-03-31 01:00:00.4'", "'2024-03-31 01:00:00.6'"]),
+    # By bytes: capitals come before small letters, in most collations of servers they do not.
+    "text": ("varchar(20)", ["'A'", "'a'"], ["'B'", "'b''\\'"]),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _preloaded():
+    lake.preload_extensions(("postgres_scanner", "mysql_scanner", "ducklake", "sqlite_scanner"))
+
+
+@pytest.mark.skipif(not postgres.is_reachable(), reason="no PostgreSQL")
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("mode", ["append", "merge"])
+def test_postgres_gives_what_is_beyond_the_cursor(tmp_path: Path, mode: str):
+    schema = f"pw_{uuid.uuid4().hex[:10]}"
+    postgres.psql(f"CREATE SCHEMA {schema}")
+    try:
+        check(
+            tmp_path,
+            mode,
+            f"postgresql://postgres@{postgres.HOST}/test?schema={schema}",
+            {"moment": "timestamp", "zoned": "timestamptz"},
+            lambda sql: postgres.psql(f"SET timezone = 'UTC'; {sql}", schema),
+        )
+    finally:
+        postgres.psql(f"DROP SCHEMA {schema} CASCADE")
+
+
+@pytest.mark.skipif(not mysql.is_reachable(), reason="no MariaDB")
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("mode", ["append", "merge"])
+def test_mariadb_gives_what_is_beyond_the_cursor(tmp_path: Path, mode: str):
+    database = f"pw_{uuid.uuid4().hex[:10]}"
+    before = "SET time_zone = '+00:00', sql_mode = 'NO_BACKSLASH_ESCAPES'"
+    mysql.mariadb(f"CREATE DATABASE {database} CHARACTER SET utf8mb4")
+    try:
+        check(
+            tmp_path,
+            mode,
+            f"mysql://root@{mysql.HOST}/{database}",
+            {"moment": "datetime(6)", "zoned": "timestamp(6) null"},
+            lambda sql: mysql.mariadb(f"{before}; {sql}", database),
+        )
+    finally:
+        mysql.mariadb(f"DROP DATABASE {database}")
+
+
+def check(root: Path, mode: str, url: str, names: dict[str, str], execute: Callable[[str], str]) -> None:
+    # An append without a key takes what is strictly beyond the last cursor, a merge rows with the same one too.
+    key = " primary key" if mode == "merge" else ""
+    for case, (declared, first, _) in CASES.items():
+        execute(f"CREATE TABLE {case}_case (id integer{key}, c {declared.format(**names)}); {insert(case, 1, first)}")
+    project = write(root, url, mode)
+    load(project, "b0")
+
+    for case, (_, first, later) in CASES.items():
+        last = "NULL" if mode == "merge" else first[1]
+        execute(f"{insert(case, 3, later)}; {insert(case, 5, [last])}")
+    load(project, "b1")
+    load(project, "b2")
+
+    expected = {"merge": [1, 2, 4, 5], "append": [1, 2, 4]}[mode]
+    with open_reader(project, SETTINGS) as connection:
+        for case in CASES:
+            loaded, again = (read_manifest(project, batch, f"{case}_case") for batch in ("b1", "b2"))
+            assert loaded.rows == loaded.source_rows == {"merge": 3, "append": 1}[mode], case
+            assert again.rows == {"merge": 2, "append": 0}[mode], case
+            assert connection.execute(f"select list(id order by id) from {case}_case").fetchone() == (expected,), case
+
+
+def insert(case: str, start: int, values: list[str]) -> str:
+    rows = ", ".join(f"({number}, {value})" for number, value in enumerate(values, start=start))
+    return f"INSERT INTO {case}_case VALUES {rows}"
+
+
+def write(root: Path, url: str, mode: str) -> Project:
+    tables = "".join(f'[table.{case}_case]\nmode = "{mode}"\ncursor = "c"\n' for case in CASES)
+    text = f'[project]\nname = "t"\n[source]\nurl = "{url}"\n{tables}'
+    (root / "phasewise.toml").write_text(text, encoding="utf-8")
+    return load_project(root)
+
+
+def load(project: Project, batch: str) -> None:
+    stage_batch(project, batch=batch)
+    publish_batch(project, SETTINGS, batch)
