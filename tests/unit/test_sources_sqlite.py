@@ -514,7 +514,8 @@ def test_a_lock_that_comes_between_check_and_scan_is_named_too(tmp_path: Path):
             hold_exclusively(tmp_path / "source.db"),
             pytest.raises(SourceUnavailable, match="is locked by another program"),
         ):
-            staging._copy(connection, source, table, tmp_path / "x.parquet", None)
+            path = tmp_path / "x.parquet"
+            staging._copy(connection, source, table, path, None, keys=None, keys_path=tmp_path / "keys.parquet")
 
 
 def test_a_column_without_a_name_is_refused(tmp_path: Path):
