@@ -507,6 +507,7 @@ def test_a_lock_that_comes_between_check_and_scan_is_named_too(tmp_path: Path):
     project = make_project(tmp_path, "CREATE TABLE t (a INTEGER)")
     source = open_source(project, SETTINGS)
     table = source.describe_table("t")
+    rows, keys = tmp_path / "rows.parquet", tmp_path / "keys.parquet"
 
     with lake.open_session(SETTINGS, extensions=source.extensions) as connection:
         source.attach(connection)
@@ -514,8 +515,7 @@ def test_a_lock_that_comes_between_check_and_scan_is_named_too(tmp_path: Path):
             hold_exclusively(tmp_path / "source.db"),
             pytest.raises(SourceUnavailable, match="is locked by another program"),
         ):
-            path = tmp_path / "x.parquet"
-            staging._copy(connection, source, table, path, None, keys=None, keys_path=tmp_path / "keys.parquet")
+            staging._copy(connection, source, table, rows, None, keys=None, keys_path=keys)
 
 
 def test_a_column_without_a_name_is_refused(tmp_path: Path):
