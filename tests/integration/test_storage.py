@@ -15,6 +15,7 @@ from phasewise import lake, staging
 from phasewise.audit import audit_batch, open_staged
 from phasewise.cleanup import maintain_lake, remove_finished_staging
 from phasewise.errors import LakeError, StagingError
+from phasewise.isolation import audit_staged
 from phasewise.project import Project
 from phasewise.publish import publish_batch, rollback_batch
 from phasewise.samples import SAMPLE_SETTINGS, change_source, stage_batch, write_project
@@ -205,6 +206,47 @@ def test_a_staged_file_that_is_gone_is_not_published(project: Project):
 
     with pytest.raises(StagingError, match='"t" are not those of its manifest'):
         publish_batch(project, SETTINGS, batch)
+
+
+def test_what_is_new_is_merged_and_what_was_deleted_is_found(tmp_path: Path, bucket: str, catalog: str):
+    project = write_project(
+        tmp_path,
+        source="create table t (id integer primary key, n integer, at integer); "
+        "insert into t values (1, 1, 1), (2, 2, 1);",
+        toml=f'[warehouse]\n{catalog}\ndata = "{bucket}/{tmp_path.name}"\n'
+        '[table.t]\nmode = "merge"\ncursor = "at"\ndeletes = true\n',
+    )
+    publish_batch(project, SETTINGS, stage_batch(project))
+    change_source(project.root, "update t set n = 20, at = 2 where id = 2; delete from t where id = 1;")
+    batch = stage_batch(project)
+    assert staging.list_manifests(project, batch)[0].key_files
+
+    # The keys of the source are no file of the lake, and yet they are needed until the batch is published.
+    maintain_lake(project, SETTINGS, orphan_grace=timedelta(0))
+    publish_batch(project, SETTINGS, batch)
+    remove_finished_staging(project, SETTINGS, keep=())
+    maintain_lake(project, AT_ONCE, orphan_grace=timedelta(0))
+
+    assert query_warehouse(project, SETTINGS, "from t")[1] == [(2, 20, 2)]
+
+
+def test_rows_are_set_aside(tmp_path: Path, bucket: str, catalog: str):
+    project = write_project(
+        tmp_path,
+        source="create table t (id integer, n integer); insert into t values (1, 1), (2, 2), (2, 3);",
+        toml=f'[warehouse]\n{catalog}\ndata = "{bucket}/{tmp_path.name}"\n'
+        '[table.t]\nkey = ["id"]\nquarantine = ["key"]\nquarantine_limit = "100%"\n',
+    )
+    batch = stage_batch(project)
+    manifests = staging.list_manifests(project, batch)
+    with lake.open_session(SETTINGS, extensions=lake.list_extensions(project)) as connection:
+        lake.reach_warehouse(connection, project)
+        found = audit_staged(connection, project, manifests, staging.read_plan(project, batch))
+
+    publish_batch(project, SETTINGS, batch, set_aside=found.set_aside)
+
+    assert query_warehouse(project, SETTINGS, "select n from t order by n")[1] == [(1,)]
+    assert query_warehouse(project, SETTINGS, "select n from _quarantine.t order by n")[1] == [(2,), (3,)]
 
 
 def test_storage_that_does_not_answer_is_named_without_the_credentials(
