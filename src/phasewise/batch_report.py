@@ -79,7 +79,8 @@ def describe_moments(manifests: Sequence[Manifest]) -> str:
     but = f" but for those whose partitions were read one after another: {', '.join(loose)}" if loose else ""
     return (
         "The tables were not read at one moment of the source: the batch was resumed after the source was mended, or "
-        f"this source cannot hold a moment for all tables. Each table is consistent for itself{but}."
+        "the source could not hold the moment for all of them. Those of another moment are marked. "
+        f"Each table is consistent for itself{but}."
     )
 
 

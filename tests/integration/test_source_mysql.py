@@ -438,6 +438,26 @@ def test_a_moment_is_given_up_when_it_is_held_for_too_long(make: Make, database:
             staging.extract_table(project, settings, batch="b1", table="t")
 
 
+def test_what_a_killed_holder_left_goes_with_the_next(make: Make):
+    project = make("CREATE TABLE t (id int)")
+    code = (
+        "import os, sys; from pathlib import Path; from phasewise import staging;"
+        "from phasewise.project import load_project; from phasewise.settings import Settings;"
+        "project = load_project(Path(sys.argv[1]));"
+        "held = staging.open_snapshot(project, Settings(), 'b1'); print(held.__enter__()['socket'], flush=True);"
+        "os.kill(os.getpid(), 9)"
+    )
+    command = [sys.executable, "-c", code, str(project.root)]
+    killed = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=50, check=False)
+    folder = Path(killed.stdout.strip()).parent
+    assert folder.is_dir()
+    os.utime(folder, (0, 0))
+
+    with staging.open_snapshot(project, SETTINGS, "b1") as first, staging.open_snapshot(project, SETTINGS, "b2"):
+        assert not folder.exists()
+        assert Path(first["socket"]).exists()
+
+
 def test_nothing_of_a_moment_is_left(make: Make, database: str):
     project = make("CREATE TABLE t (id int)")
 

@@ -35,6 +35,9 @@ import pymysql
 from pymysql.constants import CLIENT
 
 _CHUNK = 256 * 1024
+_FOLDER = "phasewise-mysql-"
+#: Seconds after which the folder of a socket that nobody listens to is left over, and not about to be used.
+_LEFT_AFTER_SECONDS = 60
 #: Seconds that a lock is waited for: whoever wants to write waits behind it.
 _LOCK_SECONDS = 5
 #: Seconds in which a connection that was left in the middle of an answer must come to rest.
@@ -108,7 +111,8 @@ def lend_moment(login: Login, *, connections: int, idle_seconds: float) -> Itera
                 stack.callback(one.close)
             problem = _begin_together(control, held)
         # The path of a socket has at most 107 bytes, which that of a batch's folder may exceed.
-        folder = Path(tempfile.mkdtemp(prefix="phasewise-"))
+        _remove_leftovers()
+        folder = Path(tempfile.mkdtemp(prefix=_FOLDER))
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         lender = _Lender(control, held[:1] if problem else held, folder / "mysql.sock")
         stack.callback(lender.close)
@@ -121,6 +125,18 @@ def _explaining() -> Iterator[None]:
         yield
     except (pymysql.err.MySQLError, OSError, ValueError) as exc:
         raise NoMoment(f"its connections could not be opened together ({exc.args[-1] if exc.args else exc})") from exc
+
+
+def _remove_leftovers() -> None:
+    """Remove the folders of those who held a moment and were killed: nobody listens to their sockets."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_FOLDER}*"):
+        with suppress(OSError), socket.socket(socket.AF_UNIX) as probe:  # of another user, or just gone
+            if time.time() - folder.stat().st_mtime < _LEFT_AFTER_SECONDS:
+                continue
+            try:
+                probe.connect(str(folder / "mysql.sock"))
+            except ConnectionRefusedError:
+                shutil.rmtree(folder)
 
 
 def _connect(login: Login, idle_seconds: float) -> pymysql.connections.Connection:
