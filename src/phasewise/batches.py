@@ -74,17 +74,22 @@ async def _find_project(client: PrefectClient, run: FlowRun) -> str | None:
     """Return the folder of the project that *run* is of; one that has not begun has not said so itself."""
     if (label := run.labels.get(PROJECT_LABEL)) is not None:
         return str(label)
-    if (told := _read_project(run.job_variables)) is not None or run.deployment_id is None:
+    if (told := read_project(_read_environment(run.job_variables))) is not None or run.deployment_id is None:
         return told
     try:
-        return _read_project((await client.read_deployment(run.deployment_id)).job_variables)
+        deployment = await client.read_deployment(run.deployment_id)
     except ObjectNotFound:
         return None
+    return read_project(_read_environment(deployment.job_variables))
 
 
-def _read_project(job_variables: Mapping[str, Any] | None) -> str | None:
-    project = ((job_variables or {}).get("env") or {}).get(_PROJECT_VARIABLE)
-    return None if project is None else str(project)
+def _read_environment(job_variables: Mapping[str, Any] | None) -> Mapping[str, str]:
+    return (job_variables or {}).get("env") or {}
+
+
+def read_project(environment: Mapping[str, str]) -> str | None:
+    """Return the folder of the project that flow runs with this environment are of."""
+    return environment.get(_PROJECT_VARIABLE)
 
 
 async def cancel_batch(run_id: str) -> int:

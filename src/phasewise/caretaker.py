@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Collection, Sequence
 from datetime import UTC, datetime, timedelta
-from itertools import pairwise
 from uuid import UUID
 
 import httpx
@@ -37,9 +36,6 @@ _LOOK_SECONDS = 3.0
 _GATHER_SECONDS = 0.03
 #: Seconds that the worker which has a run in hand gets to end what is below it, before the others look after it.
 _TURN_SECONDS = 0.5
-#: How many of our own heartbeats are remembered, and the longest pause in seconds that is usual between two.
-_BEATS = 100
-_LONGEST_PAUSE = 7.5
 #: Seconds after which a claimed run that no worker put its name to was left behind by a worker that died.
 _UNCLAIMED_SECONDS = 60.0
 #: Seconds that a worker gets to put its name to a run that it has claimed.
@@ -202,30 +198,30 @@ class Silence:
     """Measures for how long another worker has been silent, on a clock that stands still when nobody could be heard.
 
     That clock is our own heartbeats, as the server got them: when the machine or the server stalls, those stand still
-    too. After more than *outage_seconds* without one nobody counts as silent until *return_seconds* later: the clients
-    of workers that lost the server ask again only after pauses of up to half a minute.
+    too. After a pause of more than *outage_seconds* nobody counts as silent until half as long again has passed as the
+    pause took, at most *return_seconds*: clients that lost the server ask it again after pauses that double.
     """
 
-    def __init__(self, *, outage_seconds: float = 12.0, return_seconds: float = 45.0) -> None:
+    def __init__(self, *, outage_seconds: float = 6.8, return_seconds: float = 45.0) -> None:
         self._outage_seconds = outage_seconds
         self._return_seconds = return_seconds
-        self._own_beats: list[datetime] = []
-        self._counts_from = datetime.min.replace(tzinfo=UTC)
+        self._own_beat: datetime | None = None
+        self._counts_from: datetime | None = None
 
     def note(self, own_beat: datetime) -> None:
         """Note the time of our last heartbeat; the same one twice changes nothing."""
-        last = self._own_beats[-1] if self._own_beats else own_beat
-        if (own_beat - last).total_seconds() > self._outage_seconds:
-            self._counts_from = own_beat + timedelta(seconds=self._return_seconds)
-        if own_beat != last or not self._own_beats:
-            self._own_beats = [*self._own_beats[-_BEATS:], own_beat]
+        pause = (own_beat - (self._own_beat or own_beat)).total_seconds()
+        if pause > self._outage_seconds:
+            self._counts_from = own_beat + timedelta(seconds=min(1.5 * pause, self._return_seconds))
+        # What was before our first heartbeat is not known.
+        self._counts_from = self._counts_from or own_beat
+        self._own_beat = own_beat
 
     def measure(self, last_beat: datetime) -> float:
         """Return the seconds of silence since *last_beat* of another worker."""
-        since = max(last_beat, self._counts_from)
-        gaps = [(later - max(earlier, since)).total_seconds() for earlier, later in pairwise(self._own_beats)]
-        # A stall that is too short for an outage counts as the longest pause between two beats that is usual.
-        return sum(min(gap, _LONGEST_PAUSE) for gap in gaps if gap > 0)
+        if self._own_beat is None or self._counts_from is None:
+            return 0.0
+        return max((self._own_beat - max(last_beat, self._counts_from)).total_seconds(), 0.0)
 
 
 def find_dead(workers: Sequence[Worker], own_name: str, silence: Silence, lost_after_seconds: float) -> dict[str, str]:

@@ -13,7 +13,14 @@ import httpx
 from prefect import Flow
 from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate
-from prefect.client.schemas.filters import WorkerFilter, WorkerFilterStatus
+from prefect.client.schemas.filters import (
+    FlowFilter,
+    FlowFilterName,
+    WorkerFilter,
+    WorkerFilterStatus,
+    WorkPoolFilter,
+    WorkPoolFilterName,
+)
 from prefect.client.schemas.objects import WorkPool
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
@@ -21,6 +28,7 @@ from prefect.flows import load_flow_from_entrypoint
 from prefect.utilities.callables import parameter_schema
 from prefect.workers.utilities import get_default_base_job_template_for_infrastructure_type
 
+from phasewise.batches import MAIN_FLOW, read_project
 from phasewise.errors import DeploymentMissing, NoWorkerOnline, OrchestrationError, PipelineInvalid
 from phasewise.pipeline import Phase, list_steps
 from phasewise.preflight import check_deadlock, read_limits
@@ -123,21 +131,37 @@ async def deploy(
         await _ensure_pool(client, pool, settings)
         deployments = list(deployments)
         if phases:
-            await _check_deadlock(client, pool, phases, deployments)
+            await _check_deadlock(client, pool, phases, deployments, environment)
         return [await _apply(client, deployment, pool, environment) for deployment in deployments]
 
 
 async def _check_deadlock(
-    client: PrefectClient, pool: str, phases: Sequence[Phase], deployments: Sequence[Deployment]
+    client: PrefectClient,
+    pool: str,
+    phases: Sequence[Phase],
+    deployments: Sequence[Deployment],
+    environment: Mapping[str, str],
 ) -> None:
     limits = await read_limits(client, pool)
+    # A project runs one batch at a time, but those of several projects share the slots.
+    projects = {read_project(environment)} | await _list_projects(client, pool)
     check_deadlock(
         phases,
         limits.queues,
         limits.pool,
         deployment_limits=limits.deployments,
         work_queues={deployment.full_name: deployment.work_queue for deployment in deployments},
+        batches=len(projects),
     )
+
+
+async def _list_projects(client: PrefectClient, pool: str) -> set[str | None]:
+    """Return the projects that the pool has a deployment of ``main_etl`` for; 200 of them at most."""
+    found = await client.read_deployments(
+        flow_filter=FlowFilter(name=FlowFilterName(any_=[MAIN_FLOW])),
+        work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[pool])),
+    )
+    return {read_project((one.job_variables or {}).get("env") or {}) for one in found} - {None}
 
 
 async def check_ready(deployments: Iterable[Deployment], *, pool: str) -> None:

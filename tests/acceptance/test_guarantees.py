@@ -736,6 +736,33 @@ def test_g06_a_configuration_that_can_deadlock_is_refused_at_deploy_time(
     assert "main_etl" in refused.stdout
 
 
+@pytest.mark.timeout(300)
+def test_g06_the_batches_of_all_projects_of_a_server_are_counted(
+    stack: StackInfo, stack_shell: Shell, tmp_path: Path
+) -> None:
+    write_project(stack_shell.project, source=SHOP)
+    server = Server(stack, tmp_path)
+    assert stack_shell.phasewise("deploy").returncode == 0
+    mains = server.call("/deployments/filter", {"flows": {"name": {"any_": ["main-etl-job"]}}})
+    projects = {one["job_variables"]["env"]["PHASEWISE_PROJECT"] for one in mains}
+    path = f"/work_pools/{stack.pool}/queues/orchestrators"
+    limit = server.call(path)["concurrency_limit"]
+    (tmp_path / "other").mkdir()
+    other = Shell(home=stack_shell.home, project=tmp_path / "other", environment={})
+    write_project(other.project, source=SHOP)
+    server.call(path, {"concurrency_limit": len(projects) + 1}, "PATCH")  # one for each main_etl, one for its steps
+    try:
+        alone = stack_shell.phasewise("deploy")
+        one_more = other.phasewise("deploy", "--main", "counted")
+    finally:
+        server.call(path, {"concurrency_limit": limit}, "PATCH")
+
+    assert alone.returncode == 0, alone.stdout
+    assert one_more.returncode == 8
+    assert "The pipeline can wait for itself" in one_more.stdout
+    assert f"{len(projects) + 1} runs of main_etl" in one_more.stdout
+
+
 # ── 7. Waiting is exact ──────────────────────────────────────────────────────────────────────────────────────────
 
 
