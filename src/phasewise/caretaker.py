@@ -6,8 +6,9 @@ Every worker runs one. They do the same work and do not know of each other: each
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Collection, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from uuid import UUID
 
 import httpx
@@ -197,30 +198,30 @@ def was_waiting(event: Event) -> bool:
 class Silence:
     """Measures for how long another worker has been silent, on a clock that stands still when nobody could be heard.
 
-    That clock is our own heartbeats, as the server got them: when the machine or the server stalls, those stand still
-    too. After a pause of more than *outage_seconds* nobody counts as silent until half as long again has passed as the
-    pause took, at most *return_seconds*: clients that lost the server ask it again after pauses that double.
+    That clock is our own heartbeats, as the server got them. When more than *outage_seconds* pass between two looks of
+    ours at them, the machine or the server stood still. Then nobody counts as silent until half as long again has
+    passed, at most *return_seconds*: clients that lost the server ask it again after pauses that double.
     """
 
-    def __init__(self, *, outage_seconds: float = 6.8, return_seconds: float = 45.0) -> None:
+    def __init__(self, *, outage_seconds: float = 8.0, return_seconds: float = 45.0) -> None:
         self._outage_seconds = outage_seconds
         self._return_seconds = return_seconds
-        self._own_beat: datetime | None = None
-        self._counts_from: datetime | None = None
+        self._looked_at: float | None = None
+        self._returning_until = float("-inf")
+        self._own_beat = self._counts_from = datetime.min.replace(tzinfo=UTC)
 
-    def note(self, own_beat: datetime) -> None:
-        """Note the time of our last heartbeat; the same one twice changes nothing."""
-        pause = (own_beat - (self._own_beat or own_beat)).total_seconds()
+    def note(self, own_beat: datetime, now: float) -> None:
+        """Note what our last heartbeat was when we looked at *now*, in seconds of whatever clock."""
+        # What was before our first look is not known.
+        pause = float("inf") if self._looked_at is None else now - self._looked_at
         if pause > self._outage_seconds:
-            self._counts_from = own_beat + timedelta(seconds=min(1.5 * pause, self._return_seconds))
-        # What was before our first heartbeat is not known.
-        self._counts_from = self._counts_from or own_beat
-        self._own_beat = own_beat
+            self._returning_until = now if self._looked_at is None else now + min(1.5 * pause, self._return_seconds)
+        if now <= self._returning_until:
+            self._counts_from = own_beat
+        self._own_beat, self._looked_at = own_beat, now
 
     def measure(self, last_beat: datetime) -> float:
         """Return the seconds of silence since *last_beat* of another worker."""
-        if self._own_beat is None or self._counts_from is None:
-            return 0.0
         return max((self._own_beat - max(last_beat, self._counts_from)).total_seconds(), 0.0)
 
 
@@ -229,7 +230,7 @@ def find_dead(workers: Sequence[Worker], own_name: str, silence: Silence, lost_a
     beats = {worker.name: worker.last_heartbeat_time for worker in workers}
     if (own := beats.pop(own_name, None)) is None:
         return {}
-    silence.note(own)
+    silence.note(own, time.monotonic())
     dead: dict[str, str] = {}
     for worker in workers:
         if (last := beats.get(worker.name)) is None:
