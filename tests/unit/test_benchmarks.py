@@ -9,7 +9,7 @@ from pathlib import Path
 import duckdb
 import pytest
 
-from benchmarks import data_plane, topology
+from benchmarks import data_plane, start, topology
 from benchmarks.harness import meter, processes, tpch
 from benchmarks.harness.load import Load, Measured
 from benchmarks.systems import load_systems
@@ -157,3 +157,23 @@ def test_the_summary_compares_with_phasewise_on_the_same_table() -> None:
     ]
 
     assert "| sqlite | orders | adbc | 1 | 3 | 17 | 1.00 | 70 | 3.00 |" in data_plane.summarise(records)
+
+
+def test_the_summary_of_starts_shows_median_and_the_slowest_of_a_hundred() -> None:
+    starts = [0.1] * 98 + [0.2, 0.4]
+    record = start.Record(system="phasewise", version="1", starts_s=starts, run_pss_mib=20.5)
+
+    assert start.summarise([record]).splitlines()[-1] == "| phasewise | 1 | 100 | 100 | 400 | 20.5 |"
+
+
+def test_memory_that_processes_share_is_counted_once_in_a_tree() -> None:
+    size = 64 << 20
+    code = f"import os, sys\nblock = bytearray({size})\npid = os.fork()\nprint(flush=True)\nsys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        for _ in range(2):
+            process.stdout.readline()
+
+        taken = meter.tree_pss_bytes()
+
+        assert size < taken < 2 * size
