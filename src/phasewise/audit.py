@@ -97,6 +97,14 @@ def open_published(connection: duckdb.DuckDBPyConnection) -> None:
         connection.execute(f"create or replace view memory.main.{name} as from lake.main.{name}")
 
 
+def list_views(connection: duckdb.DuckDBPyConnection) -> set[str]:
+    """Return the names under which audits find tables, after ``open_staged`` or ``open_published``."""
+    rows = connection.execute(
+        "select view_name from duckdb_views() where database_name = 'memory' and schema_name = 'main' and not internal"
+    ).fetchall()
+    return {str(name) for (name,) in rows}
+
+
 def audit_batch(
     connection: duckdb.DuckDBPyConnection,
     project: Project,
@@ -115,7 +123,7 @@ def audit_batch(
     Audits that set rows aside are left out for the tables *isolated*: ``phasewise.isolation`` has run them. For any
     other table they block.
     """
-    present = set(list_tables(connection, "memory.main")) if is_partial else None
+    present = list_views(connection) if is_partial else None
     staged = group_by_table(manifests)
     planned = [table for table in (plan.tables if plan else ()) if table not in without]
     results = [_audit_completeness(list(staged), planned)]

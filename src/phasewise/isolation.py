@@ -16,6 +16,7 @@ from phasewise.audit import (
     audit_batch,
     group_by_table,
     list_row_audits,
+    list_views,
     open_staged,
     read_parquet,
     run_audit,
@@ -33,7 +34,6 @@ from phasewise.quarantine import (
     take_bad_rows,
     write_set_aside,
 )
-from phasewise.snapshots import list_tables
 from phasewise.staging import BatchPlan, Manifest, name_manifest, staged_files
 
 
@@ -66,7 +66,7 @@ def audit_staged(
     open_staged(connection, project, manifests)
     staged = group_by_table(manifests)
     audits = [audit for table, parts in staged.items() for audit in _list_audits(project, table, parts[0].key)]
-    present = set(list_tables(connection, "memory.main")) if is_partial else None
+    present = list_views(connection) if is_partial else None
     skipped = {id(audit): result for audit in audits if (result := skip_audit(connection, audit, present))}
     audits = [audit for audit in audits if id(audit) not in skipped]
     pools = {

@@ -271,3 +271,20 @@ def test_published_tables_keep_the_keys_of_their_source(tmp_path: Path):
 
     assert {result.name for result in results} >= {"unique(person, year)", "unique(id)", "not_null(id)"}
     assert [(result.name, result.bad_rows) for result in failed(results)] == [("a", 3)]
+
+
+def test_a_table_that_is_staged_alone_is_audited_but_for_what_needs_others(
+    tmp_path: Path, connection: duckdb.DuckDBPyConnection
+):
+    toml = '[table.hits]\nkey = ["person"]\nreferences = [{ columns = ["person"], table = "people", to = ["id"] }]\n'
+    project = write_project(tmp_path, source=SOURCE, toml=toml)
+    change_source(tmp_path, "insert into hits values (1, 1921, 204)")
+    manifest = staging.extract_table(project, SAMPLE_SETTINGS, batch="alone", table="hits")
+    open_staged(connection, project, [manifest])
+
+    results = audit_batch(connection, project, [manifest], is_partial=True)
+
+    assert find(results, "unique(person)").bad_rows == 1
+    (reference,) = [result for result in results if result.name.startswith("references")]
+    assert reference.severity == "warning"
+    assert reference.error == 'it needs "people", which is neither staged nor published'
