@@ -163,12 +163,14 @@ def _find_limit(project: Project, settings: Settings, table: str, snapshot: Snap
 
 
 def _list_candidates(project: Project, source: Source, limits: Mapping[str, int]) -> list[SourceTable]:
-    """Return the tables that may have more rows than their limit, without counting."""
+    """Return the tables that may have more rows than their limit."""
     found = []
     for name, limit in limits.items():
         with suppress(PhasewiseError):
             table = describe_project_table(project, source, name)
-            if table.row_estimate is None or table.row_estimate > limit:
+            # An estimate may be old. A table that has a limit of its own is counted in any case.
+            is_asked_for = project.find_table(name).partition_rows is not None
+            if is_asked_for or table.row_estimate is None or table.row_estimate > limit:
                 found.append(table)
     return found
 

@@ -19,6 +19,7 @@ from phasewise import lake, staging
 from phasewise.errors import StagingError
 from phasewise.project import Project, load_project
 from phasewise.settings import Settings
+from tests.integration import test_source_mysql as mysql
 from tests.integration.test_source_postgres import HOST, is_reachable, psql
 
 SETTINGS = Settings(threads=2, memory_limit="512MB", min_free_bytes=0)
@@ -263,3 +264,36 @@ def test_a_table_that_is_written_anew_in_the_middle_never_looks_complete(tmp_pat
     assert sum(part.rows for part in staging.list_manifests(project, "b1")) < rest[0].table_rows
     with pytest.raises(StagingError, match="moment of the source that is gone"):
         staging.extract_table(project, SETTINGS, batch="b1", table="t", partition=names[0])
+
+
+@pytest.fixture
+def database() -> Iterator[str]:
+    name = f"pw_{uuid.uuid4().hex[:10]}"
+    mysql.mariadb(f"CREATE DATABASE {name}")
+    yield name
+    mysql.mariadb(f"DROP DATABASE {name}")
+
+
+@pytest.mark.skipif(not mysql.is_reachable(), reason=f"no MariaDB with a free root on {mysql.HOST}:3306")
+def test_a_mysql_table_is_divided_by_its_key_in_the_servers_own_order(tmp_path: Path, database: str):
+    mysql.mariadb(
+        """
+        CREATE TABLE t (name varchar(20) COLLATE utf8mb4_general_ci, n bigint, PRIMARY KEY (name, n));
+        INSERT INTO t SELECT concat(if(seq % 2, 'A', 'a'), '''ü', seq % 7), seq FROM seq_1_to_20000;
+        CREATE TABLE amounts (amount decimal(30, 10) PRIMARY KEY);
+        INSERT INTO amounts SELECT seq / 7 FROM seq_1_to_20000;
+        """,
+        database,
+    )
+    more = "".join(f"[table.{table}]\npartition_rows = 6000\n" for table in ("t", "amounts"))
+    project = write_project(tmp_path, f"mysql://root@{mysql.HOST}/{database}", more)
+
+    for table, columns in (("t", "(name, n)"), ("amounts", "amount")):
+        parts = stage(project, table, batch=table)
+
+        assert [part.rows for part in parts] == [5000] * 4
+        assert len({part.snapshot for part in parts}) == 1
+        with lake.open_session(SETTINGS, extensions=()) as connection:
+            files = [str(path) for part in parts for path in staging.staged_files(project, part)]
+            counted = connection.execute(f"SELECT count(DISTINCT {columns}) FROM read_parquet(?)", [files]).fetchone()
+        assert counted == (20000,)

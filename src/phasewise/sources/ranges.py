@@ -63,10 +63,14 @@ def query_bounds(columns: Sequence[str], printed: Sequence[str], relation: str, 
     """
     step = -(-rows // count_partitions(rows, limit))
     order = ", ".join(columns)
-    shown = ", ".join(f"{text} AS k{index}" for index, text in enumerate(printed))
-    names = ", ".join(f"k{index}" for index in range(len(printed)))
-    numbered = f"SELECT {shown}, row_number() OVER (ORDER BY {order}) AS n FROM {relation}"
-    return f"SELECT {names} FROM ({numbered}) AS numbered WHERE n > 1 AND (n - 1) % {step} = 0 ORDER BY n"
+    # Names that no table has: in the window's order MariaDB takes a column for an alias of the same name.
+    names = [f"phasewise_k{index}" for index in range(len(printed))]
+    shown = ", ".join(f"{text} AS {name}" for text, name in zip(printed, names, strict=True))
+    numbered = f"SELECT {shown}, row_number() OVER (ORDER BY {order}) AS phasewise_n FROM {relation}"
+    return (
+        f"SELECT {', '.join(names)} FROM ({numbered}) AS numbered "
+        f"WHERE phasewise_n > 1 AND (phasewise_n - 1) % {step} = 0 ORDER BY phasewise_n"
+    )
 
 
 def find_range_columns(table: SourceTable) -> tuple[str, ...]:
