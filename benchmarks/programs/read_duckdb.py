@@ -21,6 +21,7 @@ def read(job: Job) -> int:
     # Not checking the extension's signature is what phasewise saves by its warm process.
     config: dict[str, str | bool | int | float | list[str]] = {
         "threads": job.threads,
+        "memory_limit": job.memory_limit,
         "allow_unsigned_extensions": True,
     }
     with duckdb.connect(config=config) as connection:

@@ -15,7 +15,8 @@ def read(job: Job) -> int:
         f'[project]\nname = "benchmark"\n[source]\nurl = "{job.url()}"\n', encoding="utf-8"
     )
     project = load_project(Path(job.folder))
-    return extract_table(project, Settings(threads=job.threads), batch="benchmark", table=job.table).rows
+    settings = Settings(threads=job.threads, memory_limit=job.memory_limit)
+    return extract_table(project, settings, batch="benchmark", table=job.table).rows
 
 
 # As in a flow run of the warm worker, whose signatures of extensions have been checked before the fork.

@@ -24,6 +24,8 @@ class Job:
     #: Empty; whatever is written goes there.
     folder: str
     threads: int
+    #: Of DuckDB, such as 256MB.
+    memory_limit: str
 
     def url(self) -> str:
         return self.address if self.source == "postgresql" else f"{self.source}:///{self.address}"
