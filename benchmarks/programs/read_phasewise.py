@@ -15,7 +15,7 @@ def read(job: Job) -> int:
         f'[project]\nname = "benchmark"\n[source]\nurl = "{job.url()}"\n', encoding="utf-8"
     )
     project = load_project(Path(job.folder))
-    settings = Settings(threads=job.threads, memory_limit=job.memory_limit)
+    settings = Settings(threads=job.threads, extract_memory_limit=job.memory_limit)
     return extract_table(project, settings, batch="benchmark", table=job.table).rows
 
 

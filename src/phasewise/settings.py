@@ -28,7 +28,13 @@ class Settings(BaseSettings):
         "else in the project's folder.",
     )
     memory_limit: str = Field(
-        default="1GB", description="Memory that DuckDB may use in one flow run, such as 512MB or 4GB."
+        default="1GB",
+        description="Memory that DuckDB may use in one flow run that audits, publishes or cleans, such as 512MB.",
+    )
+    extract_memory_limit: str = Field(
+        default="256MB",
+        description="Memory that DuckDB may use while it extracts a table. Many are extracted at the same time, so it "
+        "is less than what one audit or publishing gets.",
     )
     temp_limit: str = Field(
         default="10GB", description="Disk that DuckDB may use for temporary files in one flow run, such as 10GB."
@@ -77,7 +83,7 @@ class Settings(BaseSettings):
     run_memory_limit: ByteSize | None = Field(
         default=None,
         description="Memory that a process of a flow run may use, such as 2GB. It holds more than DuckDB's: "
-        "leave 512MB beside PHASEWISE_MEMORY_LIMIT. Default: no limit.",
+        "leave 512MB beside DuckDB's limits. Default: no limit.",
     )
     forkserver_runs: int = Field(
         default=1000, ge=1, description="Flow runs after which a worker forks from a new warm process."

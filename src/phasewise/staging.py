@@ -539,7 +539,8 @@ def _extract(
     path = _name_file(project, folder)
     keys_path = _name_file(project, folder, prefix="keys-")
     extensions = dict.fromkeys([*source.extensions, *(["httpfs"] if project.is_stored else [])])
-    with open_session(settings, extensions=tuple(extensions)) as connection:
+    bounded = settings.model_copy(update={"memory_limit": settings.extract_memory_limit})
+    with open_session(bounded, extensions=tuple(extensions)) as connection:
         if project.is_stored:
             create_storage_secret(connection)
         # Attached first, so that the table is described as it is in the snapshot.
@@ -665,7 +666,7 @@ def _find_staging_error(path: Path | StoredFile, exc: Exception) -> StagingError
     if isinstance(exc, duckdb.OutOfMemoryException):
         return StagingError(
             f"Extracting into {path.parent} needs more memory than allowed: {text.splitlines()[0]}.",
-            hint="Raise PHASEWISE_MEMORY_LIMIT, or lower PHASEWISE_THREADS.",
+            hint="Raise PHASEWISE_EXTRACT_MEMORY_LIMIT, or lower PHASEWISE_THREADS.",
         )
     if isinstance(path, StoredFile) or (str(path.parent) not in text and "No space left" not in text):
         return None

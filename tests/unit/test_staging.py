@@ -298,5 +298,7 @@ def test_too_little_memory_is_an_error_that_names_the_setting(project: Project):
     with closing(sqlite3.connect(project.root / "source.db")) as source, source:
         source.execute("INSERT INTO team SELECT id, hex(randomblob(500000)) FROM player WHERE id < 100")
 
-    with pytest.raises(StagingError, match="PHASEWISE_MEMORY_LIMIT"):
-        staging.extract_table(project, SETTINGS.model_copy(update={"memory_limit": "60MB"}), batch="b1", table="team")
+    with pytest.raises(StagingError, match="PHASEWISE_EXTRACT_MEMORY_LIMIT"):
+        staging.extract_table(
+            project, SETTINGS.model_copy(update={"extract_memory_limit": "60MB"}), batch="b1", table="team"
+        )
