@@ -174,12 +174,15 @@ def plan_load(contract: Table, table: SourceTable, lake: LakeTable | None) -> Lo
 def find_drift(contract: Table, table: SourceTable, lake: LakeTable | None) -> Drift:
     """Return how the columns of *table* differ from those that the lake has; nothing where it has none."""
     staged = {column.name: column.type for column in table.columns}
-    return compare_columns(drop_history(lake.columns) if lake else staged, staged, contract.drift)
+    return compare_columns(drop_history(lake.columns, lake.state) if lake else staged, staged, contract.drift)
 
 
-def drop_history(columns: Mapping[str, str]) -> dict[str, str]:
-    """Return *columns* without those of the history, when all of these are there."""
-    is_history = HISTORY.items() <= columns.items()
+def drop_history(columns: Mapping[str, str], state: TableState | None) -> dict[str, str]:
+    """Return *columns* of a table of the lake without those of the history, where *state* says that it has one.
+
+    A source may have columns of the same names and types.
+    """
+    is_history = state is not None and state.mode == "snapshot"
     return {name: type_ for name, type_ in columns.items() if not (is_history and name in HISTORY)}
 
 

@@ -82,6 +82,12 @@ class Increment:
         """Return the rows that were read, with the columns and types that the lake's table will have."""
         return f"select {_cast(self.drift.columns, self.staged)} from {read_parquet(self.files)}"
 
+    def select_keys(self) -> str:
+        """Return the keys of all rows of the source, with the types that the lake's table will have."""
+        names = {name.casefold() for name in self.load.key}
+        columns = {name: type_ for name, type_ in self.drift.columns.items() if name.casefold() in names}
+        return f"select {_cast(columns, self.staged)} from {read_parquet(self.key_files)}"
+
     def select_present(self) -> str:
         """Return the rows of the lake's table, the same way, with those of the history."""
         present = {name: type_ for name, type_ in self.drift.columns.items() if name not in self.drift.added}
@@ -97,11 +103,13 @@ def describe_increment(connection: duckdb.DuckDBPyConnection, project: Project, 
         PublishConflict: the lake's table is not the one that the batch began with.
     """
     table, load, rule = parts[0].table, parts[0].load, project.find_table(parts[0].table).drift
-    is_published = not load.is_replaced and _is_in_lake(connection, parts[0])
+    is_there = _has(connection, table)
+    now = _find_state(connection, table) if is_there else None
+    is_published = not load.is_replaced and _is_in_lake(connection, parts[0], now)
     files = tuple(file for part in parts for file in staged_files(project, part))
     staged = list_columns(connection, read_parquet(files))
-    present = list_columns(connection, f"lake.main.{quote_identifier(table)}") if _has(connection, table) else staged
-    drift = compare_columns(drop_history(present), staged, rule)
+    present = list_columns(connection, f"lake.main.{quote_identifier(table)}") if is_there else staged
+    drift = compare_columns(drop_history(present, now), staged, rule)
     refuse_drift(table, drift, rule, is_replaced=load.is_replaced)
     return Increment(
         table=table,
@@ -148,25 +156,25 @@ def select_replacement(increment: Increment) -> str:
 
 
 def find_touched(connection: duckdb.DuckDBPyConnection, increment: Increment) -> None:
-    """Make the temporary table of the keys that the increment touches, each with ``change``: added, changed, gone."""
+    """Make the temporary table of the keys that the increment touches: of rows that are added, changed or gone."""
     keys = _names(increment.load.key)
     columns = _names(increment.drift.columns)
     present = f"({increment.select_present()}{_CURRENT if increment.load.mode == 'snapshot' else ''})"
     found = (
-        f"select {_names(increment.load.key, 'd')}, if(l.present is null, 'added', 'changed') as change "
-        f"from ({increment.select_staged()}) d left join (select true as present, {columns} from {present}) l "
+        f"select {_names(increment.load.key, 'd')}, if(l.{_PRESENT} is null, 'added', 'changed') as {_CHANGE} "
+        f"from ({increment.select_staged()}) d left join (select true as {_PRESENT}, {columns} from {present}) l "
         f"on {_equal(increment.load.key, 'd', 'l')} "
     )
     if increment.load.mode == "append":
-        found += "where l.present is null"
+        found += f"where l.{_PRESENT} is null"
     else:
         old, new = _names(increment.drift.columns, "l"), _names(increment.drift.columns, "d")
-        found += f"where l.present is null or row({new}) is distinct from row({old})"
+        found += f"where l.{_PRESENT} is null or row({new}) is distinct from row({old})"
     if increment.load.deletes:
-        all_keys = f"{read_parquet(increment.key_files)}" if increment.key_files else f"({increment.select_staged()})"
+        all_keys = increment.select_keys() if increment.key_files else increment.select_staged()
         found += (
-            f" union all select {keys}, 'gone' as change from {present} l "
-            f"where not exists (select 1 from {all_keys} k where {_equal(increment.load.key, 'l', 'k')})"
+            f" union all select {keys}, 'gone' as {_CHANGE} from {present} l "
+            f"where not exists (select 1 from ({all_keys}) k where {_equal(increment.load.key, 'l', 'k')})"
         )
     try:
         connection.execute(f"create or replace temp table {increment.touched} as {found}")
@@ -223,14 +231,16 @@ def apply_increment(connection: duckdb.DuckDBPyConnection, increment: Increment,
     return changes
 
 
-def _is_in_lake(connection: duckdb.DuckDBPyConnection, part: Manifest) -> bool:
-    """Tell whether the lake's table has what was staged; raise PublishConflict where it cannot take it either."""
+def _find_state(connection: duckdb.DuckDBPyConnection, table: str) -> TableState | None:
     latest = latest_publication(connection)
-    now = next((state for state in (latest.states if latest else ()) if state.table == part.table), None)
-    is_there = now is not None and _has(connection, part.table)
-    if is_there and now is not None and now.batch == part.batch:
+    return next((state for state in (latest.states if latest else ()) if state.table == table), None)
+
+
+def _is_in_lake(connection: duckdb.DuckDBPyConnection, part: Manifest, now: TableState | None) -> bool:
+    """Tell whether the lake's table has what was staged; raise PublishConflict where it cannot take it either."""
+    if now is not None and now.batch == part.batch:
         return True
-    if not is_there or now != part.load.base:
+    if now is None or now != part.load.base:
         began, then = _name_batch(part.load.base), _name_batch(now)
         raise PublishConflict(
             f'What was staged of table "{part.table}" goes on from {began}, and the warehouse has {then} of it.',
@@ -253,6 +263,8 @@ def _find_moment(project: Project, parts: Sequence[Manifest]) -> datetime:
 
 
 _CURRENT = " where is_current"
+#: Columns of our own beside those of the table; no source has columns of these names.
+_PRESENT, _CHANGE = "_phasewise_present", "_phasewise_change"
 _OLD, _NEW = ("changed", "gone"), ("added", "changed")
 _NO_TIME = "cast(null as timestamp with time zone)"
 
@@ -275,12 +287,13 @@ def _cast_column(name: str, type_: str, present: str | None) -> str:
     value = quote_identifier(name)
     if present is None:
         return f"cast(null as {type_})"
-    cast = f"cast({value} as {type_})"
     if holds_all(type_, present):
-        return cast
-    # A cast rounds without a word. The value is part of the message only so that it is not evaluated beforehand.
+        return f"cast({value} as {type_})"
+    # A cast rounds without a word, and names no column where it fails. The value is part of the message only so that
+    # it is not evaluated beforehand.
     failure = f"error({quote_literal(f'column {name} is {type_} in the warehouse, which does not hold ')} || {value})"
-    return f"case when cast({cast} as {present}) is distinct from {value} then {failure} else {cast} end"
+    cast = f"try_cast({value} as {type_})"
+    return f"case when try_cast({cast} as {present}) is distinct from {value} then {failure} else {cast} end"
 
 
 def _equal(key: Iterable[str], left: str, right: str) -> str:
@@ -293,12 +306,12 @@ def _literal(at: datetime) -> str:
 
 def _is_touched(increment: Increment, alias: str, kinds: Iterable[str]) -> str:
     shown = ", ".join(quote_literal(kind) for kind in kinds)
-    where = f"{_equal(increment.load.key, 't', alias)} and t.change in ({shown})"
+    where = f"{_equal(increment.load.key, 't', alias)} and t.{_CHANGE} in ({shown})"
     return f"exists (select 1 from {increment.touched} t where {where})"
 
 
 def _count(connection: duckdb.DuckDBPyConnection, increment: Increment, kind: str) -> int:
-    return fetch_int(connection, f"select count(*) from {increment.touched} where change = {quote_literal(kind)}")
+    return fetch_int(connection, f"select count(*) from {increment.touched} where {_CHANGE} = {quote_literal(kind)}")
 
 
 def _refuse_unclear_keys(connection: duckdb.DuckDBPyConnection, increment: Increment) -> None:
@@ -319,7 +332,7 @@ def _refuse_unclear_keys(connection: duckdb.DuckDBPyConnection, increment: Incre
 
 def _change_columns(connection: duckdb.DuckDBPyConnection, increment: Increment) -> None:
     """Give the lake's table its new columns, and the wider types of those that it has."""
-    before = drop_history(list_columns(connection, increment.lake))
+    before = drop_history(list_columns(connection, increment.lake), increment.load.base)
     wider = [name for name, type_ in before.items() if increment.drift.columns[name] != type_]
     if any(not _can_promote(before[name], increment.drift.columns[name]) for name in wider):
         # DuckLake promotes integers and floats, and leaves other types as they are: the table is written anew.
@@ -328,9 +341,9 @@ def _change_columns(connection: duckdb.DuckDBPyConnection, increment: Increment)
     for name in wider:
         new = increment.drift.columns[name]
         connection.execute(f"alter table {increment.lake} alter {quote_identifier(name)} set data type {new}")
-    for name in increment.drift.columns.keys() - before.keys():
-        new = increment.drift.columns[name]
-        connection.execute(f"alter table {increment.lake} add column {quote_identifier(name)} {new}")
+    for name, new in increment.drift.columns.items():
+        if name not in before:
+            connection.execute(f"alter table {increment.lake} add column {quote_identifier(name)} {new}")
 
 
 def _can_promote(old: str, new: str) -> bool:

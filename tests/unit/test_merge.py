@@ -159,6 +159,41 @@ def test_deleted_rows_are_found_by_comparing_all_keys_and_only_when_asked(tmp_pa
     assert [row[0] for row in rows(project)] == [2, 3]
 
 
+def test_columns_may_have_the_names_that_an_increment_would_use(tmp_path: Path):
+    source = """create table t (change text primary key, present integer, at integer);
+        insert into t values ('a', 0, 10), ('b', 1, 20);"""
+    project = begin(tmp_path, '[table.t]\nmode = "merge"\n', source)
+
+    published = load(project, "b1", "update t set present = 5 where change = 'b'; insert into t values ('c', 3, 30)")
+
+    assert rows(project) == [("a", 0, 10), ("b", 5, 20), ("c", 3, 30)]
+    assert (published.tables[0].added, published.tables[0].changed) == (1, 1)
+
+
+def test_keys_of_a_narrower_type_are_compared_in_the_type_of_the_lake(tmp_path: Path):
+    source = "create table t (id text, at integer); insert into t values ('abc', 10), ('01', 20);"
+    project = begin(tmp_path, MERGE + 'key = ["id"]\ndeletes = true\n', source)
+
+    load(project, "b1", "drop table t; create table t (id integer, at integer); insert into t values (1, 30)")
+
+    assert rows(project) == [("1", 30)]
+
+
+@pytest.mark.parametrize("toml", ['mode = "append"\ncursor = "id"', 'mode = "merge"', 'drift = "discard"', ""])
+def test_a_source_may_have_the_columns_of_a_history_itself(tmp_path: Path, toml: str):
+    moment = "TIMESTAMP WITH TIME ZONE"
+    types = f'[table.t.columns]\nvalid_from = "{moment}"\nvalid_to = "{moment}"\nis_current = "BOOLEAN"\n'
+    source = """create table t (id integer primary key, valid_from text, valid_to text, is_current integer);
+        insert into t values (1, '2024-01-01 00:00:00+00:00', null, 1);"""
+    project = begin(tmp_path, f"[table.t]\n{toml}\n{types}", source)
+
+    load(project, "b1", "insert into t values (2, '2024-02-01 00:00:00+00:00', null, 1)")
+
+    shown = rows(project, "select id, valid_from::varchar, valid_to, is_current from t order by id")
+    assert shown == [(1, "2024-01-01 00:00:00+00", None, True), (2, "2024-02-01 00:00:00+00", None, True)]
+    assert staging.read_manifest(project, "b1", "t").load.drift == ()
+
+
 def test_rows_without_a_cursor_are_merged_each_time(tmp_path: Path):
     project = begin(tmp_path, MERGE)
 
@@ -284,6 +319,29 @@ def test_a_rollback_takes_the_cursor_back_with_the_rows(tmp_path: Path, toml: st
 
     assert staging.read_manifest(project, "b3", "t").load.since == "30"
     assert rows(project, "select id, v from t order by all") == after_two
+
+
+def test_a_rollback_restores_rows_that_were_changed_in_a_few_places(tmp_path: Path):
+    project = begin(tmp_path, MERGE)
+    # DuckLake keeps a few rows in its catalog: as many are removed from the file there as are added.
+    load(project, "b1", "update t set v = 'x', at = 30 where id = 1")
+    load(project, "b2", "update t set v = 'y', at = 40 where id = 2")
+    load(project, "b3", "update t set v = 'z', at = 50 where id = 1")
+    expected = rows(project, at="b2")
+
+    rollback_batch(project, SETTINGS, "b2")
+
+    assert rows(project) == expected == [(1, "x", 30), (2, "y", 40)]
+
+
+def test_a_rollback_restores_files_that_lack_a_column(tmp_path: Path):
+    project = begin(tmp_path, '[table.t]\nmode = "append"\ncursor = "at"\n')
+    load(project, "b1", "alter table t drop v; insert into t values (3, 30)")
+    load(project, "b2", "insert into t values (4, 40)")
+
+    rollback_batch(project, SETTINGS, "b1")
+
+    assert rows(project) == [(1, "a", 10), (2, "b", 20), (3, None, 30)]
 
 
 def test_an_earlier_batch_is_read_as_it_was_and_compared(tmp_path: Path):
@@ -436,6 +494,13 @@ def test_a_value_that_a_kept_type_does_not_hold_fails_and_is_never_rounded(tmp_p
 
     with pytest.raises(SchemaDrift, match=r"does not hold 1\.1234"):
         load(project, "b2", declare("decimal(18,4)", "1, 1.1234, 10"))
+
+
+def test_a_value_that_is_too_large_for_a_kept_type_fails_and_names_the_column(tmp_path: Path):
+    project = begin(tmp_path, '[table.t]\nmode = "merge"\ndrift = "discard"\n', declare("decimal(4,2)", "1, 1.25, 10"))
+
+    with pytest.raises(SchemaDrift, match=r"column n is DECIMAL\(4,2\) in the warehouse, which does not hold 12345"):
+        load(project, "b1", declare("decimal(18,2)", "1, 12345, 10"))
 
 
 def test_freeze_fails_and_names_the_columns(tmp_path: Path):
