@@ -20,7 +20,7 @@ from phasewise.project import Audit, Project, Reference, Severity
 from phasewise.quarantine import BAD_ROWS
 from phasewise.queries import JsonValue, check_select, fetch_int, fetch_rows, find_missing_tables, first_line
 from phasewise.snapshots import list_columns, list_keys, list_tables
-from phasewise.staging import BatchPlan, Manifest, staged_files
+from phasewise.staging import BatchPlan, Manifest, advise_again, staged_files
 
 #: Bad rows that a result carries; ``bad_rows`` counts all of them.
 SAMPLE_ROWS = 20
@@ -86,7 +86,7 @@ def open_staged(connection: duckdb.DuckDBPyConnection, project: Project, manifes
         except duckdb.Error as exc:
             raise StagingError(
                 f'The staged files of table "{table}" cannot be read: {first_line(exc)}',
-                hint=f"Remove {files[0].parent} and resume the batch: the table is extracted again.",
+                hint=advise_again(files[0]),
             ) from exc
 
 

@@ -21,7 +21,7 @@ from phasewise.publish import File, open_writer
 from phasewise.queries import first_line
 from phasewise.settings import Settings
 from phasewise.snapshots import latest_publication, list_tables
-from phasewise.staging import Batch, find_batch_folder, list_batches, list_manifests, staged_files, staged_key_files
+from phasewise.staging import Batch, find_batch_folder, list_batches, list_files
 from phasewise.storage import FILE_PREFIX, StoredFile, list_stored
 
 #: Files below this size are merged with their neighbours; what a full refresh registers is mostly larger, and is
@@ -231,12 +231,7 @@ def _delete_stored_orphans(
     DuckLake deletes them: they are put on its list of files that nobody needs any more. So no other client of S3 is
     needed, and what a killed cleanup leaves is deleted by the next.
     """
-    staged = {
-        file
-        for batch in list_batches(project)
-        for manifest in list_manifests(project, batch.id)
-        for file in (*staged_files(project, manifest), *staged_key_files(project, manifest))
-    }
+    staged = {file for batch in list_batches(project) for file in list_files(project, batch.id)}
     youngest = datetime.now(UTC) - grace
     listed = list_stored(connection, f"{project.data_path}**/*.parquet")
     orphans = {StoredFile(name) for name in _list_orphans(connection)} & set(files) & listed.keys() - staged

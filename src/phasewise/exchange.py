@@ -100,18 +100,25 @@ def fetch_staging(project: Project, batch: str | None = None, *, folder: str | N
     """
     if not project.is_exchanged:
         return
+    places = [project.staging / batch] if batch else list(project.staging.glob("[!.]*"))
+    # Listed before what is stored: what another process of this machine writes meanwhile is not what is gone elsewhere.
+    here = [
+        path for place in places for path in (*place.glob(_PATTERN), *place.glob(f"{folder or '[!.]*'}/{_PATTERN}"))
+    ]
     stored = _read(project, batch, folder)
     for path, text in stored.items():
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, text)
-    batches = {path.relative_to(project.staging).parts[0] for path in stored}
-    for place in [project.staging / batch] if batch else list(project.staging.glob("[!.]*")):
-        if place.name not in batches:
-            shutil.rmtree(place, ignore_errors=True)
-        for path in (*place.glob(_PATTERN), *place.glob(f"{folder or '[!.]*'}/{_PATTERN}")):
-            if path not in stored:
-                path.unlink(missing_ok=True)
+    for path in here:
+        if path not in stored:
+            path.unlink(missing_ok=True)
+    for name in {_name_batch(project, path) for path in here} - {_name_batch(project, path) for path in stored}:
+        shutil.rmtree(project.staging / name, ignore_errors=True)
+
+
+def _name_batch(project: Project, path: Path) -> str:
+    return path.relative_to(project.staging).parts[0]
 
 
 def _read(project: Project, batch: str | None, folder: str | None) -> dict[Path, str]:

@@ -48,7 +48,15 @@ from phasewise.snapshots import (
     list_tables,
     require_publication,
 )
-from phasewise.staging import Manifest, list_manifests, mark_published, measure_file, read_plan, staged_files
+from phasewise.staging import (
+    Manifest,
+    advise_again,
+    list_manifests,
+    mark_published,
+    measure_file,
+    read_plan,
+    staged_files,
+)
 from phasewise.storage import FILE_PREFIX
 from phasewise.storage import File as File
 
@@ -394,7 +402,7 @@ def _check_files(connection: duckdb.DuckDBPyConnection, project: Project, manife
         raise StagingError(
             f'The staged files of table "{manifest.table}" are not those of its manifest '
             f"({size_bytes} bytes, not {manifest.size_bytes}).",
-            hint=f"Remove {files[0].parent} and resume the batch: the table is extracted again.",
+            hint=advise_again(files[0]),
         )
     return files
 

@@ -433,9 +433,7 @@ def list_manifests(project: Project, batch: str) -> list[Manifest]:
 
 def _list_manifests(project: Project, batch: str) -> list[Manifest]:
     folder = _batch_folder(project, batch)
-    if not folder.is_dir():
-        return []
-    found = [manifest for entry in folder.iterdir() if (manifest := _read_complete(entry)) is not None]
+    found = _read_manifests(folder)
     staged = {(manifest.table, manifest.partition): manifest for manifest in found}
     splits = read_splits(folder)
     complete: list[Manifest] = []
@@ -444,6 +442,22 @@ def _list_manifests(project: Project, batch: str) -> list[Manifest]:
         if all((table, name) in staged for name in wanted):
             complete += [staged[table, name] for name in wanted]
     return complete
+
+
+def list_files(project: Project, batch: str) -> set[Path | StoredFile]:
+    """Return the Parquet files of all that is staged of *batch*, also of tables of which some parts are missing."""
+    fetch_staging(project, batch)
+    return {
+        file
+        for manifest in _read_manifests(_batch_folder(project, batch))
+        for file in (*staged_files(project, manifest), *staged_key_files(project, manifest))
+    }
+
+
+def _read_manifests(folder: Path) -> list[Manifest]:
+    if not folder.is_dir():
+        return []
+    return [manifest for entry in folder.iterdir() if (manifest := _read_complete(entry)) is not None]
 
 
 def list_batches(project: Project) -> list[Batch]:
@@ -486,6 +500,13 @@ def staged_files(project: Project, manifest: Manifest) -> list[Path | StoredFile
     """Return the Parquet files of a staged table, or of a part of it."""
     folder = _batch_folder(project, manifest.batch) / _folder_name(name_item(manifest.table, manifest.partition))
     return [StoredFile(name) if is_stored(name) else folder / name for name in manifest.files]
+
+
+def advise_again(file: Path | StoredFile) -> str:
+    """Return what to do where a staged *file* is missing or damaged."""
+    if isinstance(file, Path):
+        return f"Remove {file.parent} and resume the batch: the table is extracted again."
+    return "Start a new batch."  # the manifest is elsewhere, perhaps on several machines
 
 
 def _name_in_manifest(file: Path | StoredFile) -> str:

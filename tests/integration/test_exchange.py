@@ -6,10 +6,11 @@ import shutil
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from phasewise import lake, staging
+from phasewise import exchange, lake, staging
 from phasewise.cleanup import maintain_lake, remove_finished_staging
 from phasewise.project import Project, load_project
 from phasewise.publish import publish_batch
@@ -113,6 +114,27 @@ def test_a_cleanup_on_one_machine_is_one_on_all(machines: tuple[Project, Project
 
     assert staging.list_batches(one) == []
     assert not (one.staging / "b1").exists()
+
+
+def test_what_another_process_writes_meanwhile_stays(
+    machines: tuple[Project, Project], monkeypatch: pytest.MonkeyPatch
+):
+    one, _ = machines
+    staging.begin_batch(one, "b1", ["a", "b"])
+    ask = exchange._read
+
+    def ask_and_be_late(*args: Any) -> dict[Path, str]:
+        stored = ask(*args)
+        monkeypatch.undo()
+        staging.extract_table(one, SETTINGS, batch="b1", table="a")
+        staging.begin_batch(one, "b2", ["a"])
+        return stored
+
+    monkeypatch.setattr(exchange, "_read", ask_and_be_late)
+    exchange.fetch_staging(one)
+
+    assert (one.staging / "b1" / "a" / "manifest.json").exists()
+    assert staging.read_plan(one, "b2") is not None
 
 
 def test_files_that_another_machine_staged_are_no_orphans(machines: tuple[Project, Project]):

@@ -335,7 +335,8 @@ def test_a_rollback_restores_rows_that_were_changed_in_a_few_places(tmp_path: Pa
 
 
 def test_a_rollback_restores_files_that_lack_a_column(tmp_path: Path):
-    project = begin(tmp_path, '[table.t]\nmode = "append"\ncursor = "at"\n')
+    source = SOURCE.replace(" primary key", "")
+    project = begin(tmp_path, '[table.t]\nmode = "append"\ncursor = "at"\n', source)
     load(project, "b1", "alter table t drop v; insert into t values (3, 30)")
     load(project, "b2", "insert into t values (4, 40)")
 

@@ -128,7 +128,7 @@ class FilesSource:
         return int(row[0])
 
     def split(self, connection: duckdb.DuckDBPyConnection, table: SourceTable, limit: int) -> list[str]:
-        """Divide by files: a file is read by one partition, so a table of one file is none to divide."""
+        """Divide nothing: a condition finds no rows of a file without reading all of it."""
         del connection, table, limit
         return []
 
