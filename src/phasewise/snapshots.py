@@ -105,11 +105,7 @@ class TableDiff:
 
 def list_publications(connection: duckdb.DuckDBPyConnection, name: str = "lake") -> list[Publication]:
     """Return the publications that the attached lake still has a snapshot of, oldest first."""
-    rows = connection.execute(
-        f"select snapshot_id, snapshot_time, commit_extra_info from {quote_identifier(name)}.snapshots() order by 1"
-    ).fetchall()
-    found = [_read_publication(int(row[0]), row[1], row[2]) for row in rows]
-    return [publication for publication in found if publication is not None]
+    return list(_read_publications(connection, name, order="asc"))
 
 
 def find_publication(connection: duckdb.DuckDBPyConnection, batch: str, name: str = "lake") -> Publication:
@@ -199,6 +195,20 @@ def list_columns(connection: duckdb.DuckDBPyConnection, table: str) -> dict[str,
     return {str(column): str(type_) for column, type_, *_ in rows}
 
 
+def _read_publications(
+    connection: duckdb.DuckDBPyConnection, name: str, *, order: Literal["asc", "desc"]
+) -> Iterator[Publication]:
+    rows = connection.execute(
+        "select snapshot_id, snapshot_time, commit_extra_info "
+        f"from {quote_identifier(name)}.snapshots() order by 1 {order}"
+    ).fetchall()
+    # One after the other: what a publication says of thousands of tables takes milliseconds to read.
+    for row in rows:
+        publication = _read_publication(int(row[0]), row[1], row[2])
+        if publication is not None:
+            yield publication
+
+
 def _read_publication(snapshot: int, at: datetime, extra_info: str | None) -> Publication | None:
     try:
         data: dict[str, Any] = json.loads(extra_info or "null")
@@ -267,8 +277,7 @@ def _columns_or_none(connection: duckdb.DuckDBPyConnection, table: str) -> Mappi
 
 def latest_publication(connection: duckdb.DuckDBPyConnection) -> Publication | None:
     """Return the publication that readers of the attached lake see; None when nothing was published."""
-    publications = list_publications(connection)
-    return publications[-1] if publications else None
+    return next(_read_publications(connection, "lake", order="desc"), None)
 
 
 def require_publication(connection: duckdb.DuckDBPyConnection, project: Project) -> Publication:

@@ -292,7 +292,9 @@ def plan_partitions(
     open_tables = [table for table in (plan.tables if plan else ()) if table not in {*kept, *staged}]
     whole = {table: replace(before[table], partitions=(), moment=moment) for table in open_tables if table in before}
     view = remember_lake(project, settings, batch)
-    large = [table for table in open_tables if _reads_all(project, settings, table, view)]
+    # One for all tables: some read their whole catalogue to describe one.
+    source = open_source(project, settings)
+    large = [table for table in open_tables if _reads_all(project, source, table, view)]
     splits = {**before, **whole, **split_tables(project, settings, large, snapshot, before=before)}
     try:
         if splits != before:
@@ -304,12 +306,12 @@ def plan_partitions(
     return {table: split for table, split in splits.items() if split.partitions}
 
 
-def _reads_all(project: Project, settings: Settings, table: str, view: LakeView) -> bool:
+def _reads_all(project: Project, source: Source, table: str, view: LakeView) -> bool:
     contract = project.find_table(table)
     if contract.cursor is None:
         return True
     try:
-        described = describe_project_table(project, open_source(project, settings), table)
+        described = describe_project_table(project, source, table)
         return plan_load(contract, described, view.find(table)).reads_all
     except PhasewiseError:
         return False  # its own flow run says what is wrong with it

@@ -135,7 +135,7 @@ def _audit(project: Project, settings: Settings, batch: str | None) -> list[Audi
     from phasewise.audit import audit_published
     from phasewise.isolation import audit_staged
     from phasewise.lake import attach_lake, has_lake, list_extensions, open_session, reach_warehouse
-    from phasewise.staging import list_batches, list_manifests, read_plan
+    from phasewise.staging import list_batches, list_manifests, read_given_up, read_plan
 
     staged = [entry.id for entry in list_batches(project) if not entry.is_published]
     batch = batch or (staged[-1] if staged else None)
@@ -152,7 +152,9 @@ def _audit(project: Project, settings: Settings, batch: str | None) -> list[Audi
         manifests = list_manifests(project, batch)
         if not manifests:
             raise NothingStaged(f'Nothing is staged for the batch "{batch}".', hint=f"Staged: {', '.join(staged)}.")
-        return list(audit_staged(connection, project, manifests, read_plan(project, batch)).results)
+        given_up = read_given_up(project, batch)
+        found = audit_staged(connection, project, manifests, read_plan(project, batch), without=given_up)
+        return list(found.results)
 
 
 def _describe_columns(entry: TableDiff) -> str:

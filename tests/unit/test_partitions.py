@@ -256,3 +256,36 @@ def test_a_duckdb_file_is_divided_by_rowid_and_its_views_are_not(tmp_path: Path)
     assert splits == before  # a file that nobody wrote to is at the same moment
     assert sum(rows) == splits["t"].rows == 22000
     assert max(rows) <= 2 * min(rows)
+
+
+def test_parts_of_a_first_load_have_one_cursor_and_the_next_batch_is_read_from_it(tmp_path: Path):
+    source = "".join(f"create table {name} (id integer primary key, at integer);" for name in ("a", "b"))
+    source += "".join(f"insert into {name} values (1, 30), (2, 20), (3, 10), (4, 5);" for name in ("a", "b"))
+    options = 'mode = "merge"\ncursor = "at"\npartition_rows = 2\n'
+    project = write_project(tmp_path, source=source, toml=f"[table.a]\n{options}[table.b]\n{options}")
+
+    first = stage(project)
+    publish.publish_batch(project, SAMPLE_SETTINGS, "b1")
+    change_source(tmp_path, "update a set at = 40 where id = 4")
+    second = stage(project, "b2")
+    published = publish.publish_batch(project, SAMPLE_SETTINGS, "b2")
+
+    assert sorted(first) == ["a", "b"]
+    assert second == {}
+    assert [part.load.since for part in staging.list_manifests(project, "b2")] == ["30", "30"]
+    assert [(table.rows, table.changed) for table in published.tables] == [(4, 1), (4, 0)]
+    assert [state.mark for state in published.states] == ["40", "30"]
+
+
+def test_the_source_is_opened_once_to_look_at_all_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    names = ("a", "b", "c")
+    source = "".join(f"create table {name} (id integer primary key, at integer);" for name in names)
+    toml = "".join(f'[table.{name}]\nmode = "merge"\ncursor = "at"\npartition_rows = 0\n' for name in names)
+    project = write_project(tmp_path, source=source, toml=toml)
+    staging.begin_batch(project, "b1", names)
+    opened: list[str] = []
+    monkeypatch.setattr(staging, "open_source", lambda *args: opened.append("source") or open_source(*args))
+
+    staging.plan_partitions(project, SAMPLE_SETTINGS, "b1", None)
+
+    assert opened == ["source"]

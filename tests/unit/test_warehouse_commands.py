@@ -13,7 +13,7 @@ from phasewise.project import Project
 from phasewise.publish import open_writer, publish_batch
 from phasewise.samples import SAMPLE_SETTINGS, change_source, stage_batch, write_project
 from phasewise.snapshots import query_warehouse
-from phasewise.staging import list_manifests
+from phasewise.staging import begin_batch, extract_table, give_up_tables, list_manifests
 from phasewise.warehouse_commands import audit, diff, plan, rollback, snapshots
 
 SOURCE = "create table people (id integer, name text); insert into people values (1, 'Babe'), (2, 'Hank')"
@@ -51,6 +51,20 @@ def test_audit_shows_the_rows_of_the_staged_batch_that_failed(project: Project, 
     assert 'Table "people" has a warning: 1 row breaks short.' in printed
     assert "Hank" in printed
     assert "5 audits, 3 passed." in printed
+
+
+def test_audit_asks_for_no_table_that_was_given_up(project: Project, capsys: pytest.CaptureFixture[str]):
+    change_source(project.root, "create table broken (id integer)")
+    begin_batch(project, "b1", ["broken", "people"])
+    extract_table(project, SAMPLE_SETTINGS, batch="b1", table="people")
+    with pytest.raises(AuditFailed):
+        audit()
+    assert 'table "broken" is not staged' in capsys.readouterr().out
+
+    give_up_tables(project, "b1", {"broken": "it could not be read"})
+    audit()
+
+    assert "is not staged" not in capsys.readouterr().out
 
 
 def test_plan_shows_each_table_and_ends_with_what_could_not_be_loaded(
