@@ -106,6 +106,12 @@ def is_integer(type_: str) -> bool:
     return type_ in _INTEGERS
 
 
+def find_lowest(integer: str) -> int:
+    """Return the lowest value of an integer type."""
+    size, is_signed = _INTEGERS[integer]
+    return -(1 << (8 * size - 1)) if is_signed else 0
+
+
 def _holds_integers(wide: str, size: int, is_signed: bool) -> bool:
     if wide in _INTEGERS:
         other, other_is_signed = _INTEGERS[wide]

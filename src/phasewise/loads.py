@@ -12,11 +12,12 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from decimal import Decimal
 from typing import Any
 
 import duckdb
 
-from phasewise.drift import Drift, compare_columns, refuse_drift
+from phasewise.drift import Drift, compare_columns, find_lowest, is_integer, refuse_drift
 from phasewise.errors import ProjectError, SchemaDrift
 from phasewise.lake import attach_lake, has_lake, list_extensions, open_session, quote_identifier, quote_literal
 from phasewise.project import Mode, Project, Table
@@ -285,17 +286,26 @@ def _look_back(mark: str | None, contract: Table, table: SourceTable) -> str | N
     column = table.find_column(contract.cursor) if contract.cursor else None
     if mark is None or column is None:
         return None
-    value, back = f"try_cast({quote_literal(mark)} as {column.type})", ""
+    value = f"try_cast({quote_literal(mark)} as {column.type})"
     if contract.lookback is not None:
-        amount = contract.lookback
-        back = f" - interval {quote_literal(str(amount))}" if column.type in _MOMENTS else f" - {amount}"
+        value = _subtract(value, contract.lookback, column.type)
     with duckdb.connect(config={"threads": 1}) as connection:
         connection.execute("set timezone = 'UTC'")
         try:
-            row = connection.execute(f"select cast(cast({value}{back} as {column.type}) as varchar)").fetchone()
+            row = connection.execute(f"select cast({value} as varchar)").fetchone()
         except duckdb.Error as exc:
             raise ProjectError(
                 f'Table "{table.name}": lookback {contract.lookback!r} cannot be taken from a {column.type}.',
                 hint='Write a number for a numeric cursor, a time such as "2 days" for a date or a timestamp.',
             ) from exc
     return None if row is None or row[0] is None else str(row[0])
+
+
+def _subtract(value: str, amount: int | Decimal | str, type_: str) -> str:
+    if type_ in _MOMENTS:
+        return f"cast({value} - interval {quote_literal(str(amount))} as {type_})"
+    if not is_integer(type_):
+        return f"cast({value} - {amount} as {type_})"
+    # No row is below the lowest value of the type, such as 0.
+    below = f"coalesce(try_cast({value}::hugeint - {amount} as {type_}), {find_lowest(type_)})"
+    return f"case when {value} is not null then {below} end"

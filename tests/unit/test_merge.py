@@ -14,11 +14,13 @@ from phasewise.batch_report import BatchData, write_batch_report
 from phasewise.cleanup import maintain_lake
 from phasewise.errors import AuditFailed, ProjectError, PublishConflict, SchemaDrift
 from phasewise.forecast import forecast_tables
-from phasewise.project import Project, load_project
+from phasewise.loads import LakeTable, plan_load
+from phasewise.project import Project, Table, load_project
 from phasewise.publish import publish_batch, rollback_batch
 from phasewise.samples import SAMPLE_SETTINGS as SETTINGS
 from phasewise.samples import change_source, stage_batch, write_project
-from phasewise.snapshots import Publication, diff_batches, list_publications, open_reader
+from phasewise.snapshots import Publication, TableState, diff_batches, list_publications, open_reader
+from phasewise.sources import Column, SourceTable
 
 SOURCE = """
 create table t (id integer primary key, v text, at integer);
@@ -303,6 +305,22 @@ def test_what_goes_on_from_another_batch_than_the_lake_s_is_not_published(tmp_pa
 
     with pytest.raises(PublishConflict, match='goes on from batch "b1", and the warehouse has batch "b0"'):
         publish_batch(project, SETTINGS, "b2")
+
+
+@pytest.mark.parametrize(
+    ("type_", "mark", "since"), [("UINTEGER", "5", "0"), ("TINYINT", "-120", "-128"), ("BIGINT", "5", "-5")]
+)
+def test_a_lookback_ends_at_the_lowest_value_of_the_type(type_: str, mark: str, since: str):
+    table = SourceTable(
+        name="t", columns=(Column(name="at", source_type=type_, type=type_, nullable=False),), key=("at",)
+    )
+    state = TableState(table="t", mode="append", key=("at",), cursor="at", where=None, version=1, mark=mark, batch="b0")
+
+    load = plan_load(
+        Table(mode="append", cursor="at", lookback=10), table, LakeTable(columns={"at": type_}, state=state)
+    )
+
+    assert (load.since, load.is_replaced) == (since, False)
 
 
 @pytest.mark.parametrize("toml", [APPEND, MERGE, SNAPSHOT])
