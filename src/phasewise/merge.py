@@ -233,7 +233,8 @@ def apply_increment(connection: duckdb.DuckDBPyConnection, increment: Increment,
 
 def _find_state(connection: duckdb.DuckDBPyConnection, table: str) -> TableState | None:
     latest = latest_publication(connection)
-    return next((state for state in (latest.states if latest else ()) if state.table == table), None)
+    states = latest.states if latest else ()
+    return next((state for state in states if state.table.casefold() == table.casefold()), None)
 
 
 def _is_in_lake(connection: duckdb.DuckDBPyConnection, part: Manifest, now: TableState | None) -> bool:

@@ -217,7 +217,8 @@ def _find_states(
 ) -> tuple[TableState, ...]:
     """Return what the next batch goes on from: of the tables of this one, and unchanged of all others."""
     latest = latest_publication(connection)
-    kept = [state for state in (latest.states if latest else ()) if state.table not in staged]
+    names = {table.casefold() for table in staged}
+    kept = [state for state in (latest.states if latest else ()) if state.table.casefold() not in names]
     new = [
         parts[0].load.state_after(table, batch, find_last(connection, parts))
         for table, parts in staged.items()

@@ -297,6 +297,18 @@ def test_a_resumed_batch_reads_from_where_it_began(tmp_path: Path):
         publish_batch(project, SETTINGS, "b1")
 
 
+def test_a_table_whose_name_changes_by_case_only_goes_on(tmp_path: Path):
+    project = change(begin(tmp_path, APPEND), "[table.t]", "[table.T]")
+
+    first = load(
+        project, "b1", "alter table t rename to u; alter table u rename to T; insert into T values (3, 'c', 30)"
+    )
+    load(project, "b2", "insert into T values (4, 'd', 40)")
+
+    assert [state.table for state in first.states] == ["T"]
+    assert rows(project) == [(1, "a", 10), (2, "b", 20), (3, "c", 30), (4, "d", 40)]
+
+
 def test_what_goes_on_from_another_batch_than_the_lake_s_is_not_published(tmp_path: Path):
     project = begin(tmp_path, MERGE)
     load(project, "b1", "insert into t values (3, 'c', 30)")

@@ -100,10 +100,12 @@ def check(
                 source[key] = (text, None if step is None else newest + step)
                 newest = max(newest, newest + (step or 0))
         write_source(root, source)
-        if batch == 1 and goes_back and model.rows:
+        if batch and goes_back:
             # A batch that is published, taken back and loaded again under another name changes nothing.
-            publish(project, "undone")
-            rollback_batch(project, SETTINGS, "b0")
+            before = read(project, mode, batch - 1)
+            publish(project, f"undone{batch}")
+            rollback_batch(project, SETTINGS, f"b{batch - 1}")
+            assert read(project, mode, batch - 1) == before
         publish(project, f"b{batch}")
         model.load(source, batch)
         assert read(project, mode, batch) == model.expected()
