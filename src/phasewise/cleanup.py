@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
@@ -135,8 +136,9 @@ def _remove_batch(folder: Path) -> int:
     """Remove *folder*; return its bytes."""
     trash = folder.with_name(f"{_TRASH}{folder.name}")
     try:
-        folder.rename(trash)
-        return _remove_tree(trash)
+        with suppress(FileNotFoundError):  # who fetches what is staged removes it too, once it is forgotten
+            folder.rename(trash)
+        return _remove_tree(trash) if trash.exists() else 0
     except OSError as exc:
         raise StagingError(
             f"The staging of batch {folder.name} cannot be removed: {exc.strerror}.",

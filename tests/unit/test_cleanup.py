@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
-from phasewise import lake, staging
+from phasewise import cleanup, lake, staging
 from phasewise.cleanup import list_expired, maintain_lake, remove_finished_staging
 from phasewise.lake import Snapshot
 from phasewise.project import Project
@@ -97,6 +98,16 @@ def test_a_removal_that_was_killed_is_finished_by_the_next(project: Project):
 
     assert done.freed_bytes > 0
     assert list(project.staging.iterdir()) == []
+
+
+def test_a_batch_that_another_process_removes_meanwhile_counts_as_removed(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+):
+    batch = stage_batch(project)
+    publish_batch(project, SETTINGS, batch)
+    monkeypatch.setattr(cleanup, "forget_batch", lambda project, name: shutil.rmtree(project.staging / name))
+
+    assert remove_finished_staging(project, SETTINGS, keep=set()).removed == (batch,)
 
 
 def test_staging_that_never_was_has_nothing_to_remove(project: Project):
