@@ -75,7 +75,7 @@ def parse(argv: Sequence[str] | None, names: Sequence[str]) -> argparse.Namespac
     parser.add_argument("--tables", type=choices(tpch.TABLES), default=list(tpch.TABLES), help="default: all eight")
     parser.add_argument("--scale", type=float, default=1.0, help="TPC-H's; 1 is 6 million rows of lineitem")
     parser.add_argument("--threads", type=int, default=2, help="of DuckDB, for phasewise and for DuckDB itself")
-    parser.add_argument("--memory-limit", default="256MB", help="of DuckDB, likewise; PHASEWISE_EXTRACT_MEMORY_LIMIT")
+    parser.add_argument("--memory-limit", default="200MB", help="of DuckDB, likewise; PHASEWISE_EXTRACT_MEMORY_LIMIT")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--json", type=Path, help="file to write the records to")
     parser.add_argument("--keep", type=Path, help="folder for data and logs, kept; default: a temporary one")

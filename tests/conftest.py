@@ -54,6 +54,16 @@ def marked_processes() -> dict[int, str]:
     return found
 
 
+@pytest.fixture(autouse=True)
+def _passwords_end_with_their_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take back what sources leave in the environment of their process, which is a flow run's own otherwise."""
+    for name in ("PGPASSWORD", "MYSQL_PWD"):
+        password = os.environ.get(name)
+        monkeypatch.setenv(name, password or "")
+        if password is None:
+            monkeypatch.delenv(name)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _no_process_left_behind() -> Iterator[None]:
     """Fail the run when a process that a test started outlives all tests; then end it."""

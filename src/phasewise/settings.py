@@ -32,7 +32,7 @@ class Settings(BaseSettings):
         description="Memory that DuckDB may use in one flow run that audits, publishes or cleans, such as 512MB.",
     )
     extract_memory_limit: str = Field(
-        default="256MB",
+        default="200MB",
         description="Memory that DuckDB may use while it extracts a table. Many are extracted at the same time, so it "
         "is less than what one audit or publishing gets.",
     )
