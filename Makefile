@@ -48,13 +48,15 @@ PREFECT_TESTS := tests/unit/test_worker.py tests/integration/test_server_schema.
 	tests/integration/test_flow_runs_contract.py
 
 test-prefect-range: .venv/installed-dev ## run the tests of worker and server with the oldest and the newest Prefect
-	@locked=$$($(PY) -c 'from importlib.metadata import version; print(version("prefect"))'); \
+	@locked=$$($(PY) -c 'from importlib.metadata import version; print(version("prefect"))'); pids=(); \
 	for version in $(PREFECT_RANGE); do \
 	  [ $$version != $$locked ] || continue; \
-	  echo "Prefect $$version:"; \
 	  $(MAKE) --no-print-directory .venv/prefect-$$version/installed; \
-	  .venv/prefect-$$version/bin/python -m pytest $(PREFECT_TESTS); \
-	done
+	  .venv/prefect-$$version/bin/python -m pytest $(PREFECT_TESTS) >.venv/prefect-$$version/tests.log 2>&1 & pids+=($$!); \
+	done; \
+	status=0; for pid in $${pids[@]}; do wait $$pid || status=1; done; \
+	for version in $(PREFECT_RANGE); do echo "Prefect $$version:"; cat .venv/prefect-$$version/tests.log 2>/dev/null || true; done; \
+	exit $$status
 
 lint: .venv/installed-dev ## check style, types and import rules
 	$(PY) -m ruff check
