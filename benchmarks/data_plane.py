@@ -8,20 +8,18 @@ See benchmarks/README.md.
 from __future__ import annotations
 
 import argparse
-import json
-import signal
 import statistics
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.harness import environments, tpch
-from benchmarks.harness.options import choices, open_folder
+from benchmarks.harness.options import choices, run
 from benchmarks.harness.processes import Broken
 from benchmarks.programs.reading import Job
 from benchmarks.systems import Unavailable
@@ -48,22 +46,8 @@ class Record:
 def main(argv: Sequence[str] | None = None) -> int:
     readers = load_readers()
     options = parse(argv, list(readers))
-    for signum in (signal.SIGINT, signal.SIGTERM):  # both end it by unwinding, which stops what was started
-        signal.signal(signum, signal.default_int_handler)
-    records: list[Record] = []
-    with open_folder(options.keep) as folder:
-        try:
-            for record in measure({name: readers[name] for name in options.systems}, options, folder):
-                records.append(record)
-                print(describe(record), flush=True)
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            return 130
-        finally:
-            if options.json is not None:
-                options.json.write_text(json.dumps([asdict(record) for record in records], indent=1) + "\n")
-    print(f"\n{summarise(records)}")
-    return 0 if records else 1
+    chosen = {name: readers[name] for name in options.systems}
+    return run(lambda folder: measure(chosen, options, folder), options, describe=describe, summarise=summarise)
 
 
 def parse(argv: Sequence[str] | None, names: Sequence[str]) -> argparse.Namespace:

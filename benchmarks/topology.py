@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
-import signal
 import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -24,7 +22,7 @@ if __name__ == "__main__":
 
 from benchmarks.harness import environments, meter
 from benchmarks.harness.load import Load
-from benchmarks.harness.options import choices, open_folder
+from benchmarks.harness.options import choices, run
 from benchmarks.harness.processes import Broken
 from benchmarks.systems import Context, Submit, System, Unavailable, load_systems
 
@@ -53,24 +51,8 @@ class Record:
 def main(argv: Sequence[str] | None = None) -> int:
     systems = load_systems()
     options = parse(argv, list(systems))
-    # Both end the benchmark by unwinding, which stops what was started. Ctrl-C too is set here: a shell that starts
-    # a command in the background lets it ignore the signal.
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, signal.default_int_handler)
-    records: list[Record] = []
-    with open_folder(options.keep) as folder:
-        try:
-            for record in measure({name: systems[name] for name in options.systems}, options, folder):
-                records.append(record)
-                print(describe(record), flush=True)
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            return 130
-        finally:
-            if options.json is not None:
-                options.json.write_text(json.dumps([asdict(record) for record in records], indent=1) + "\n")
-    print(f"\n{summarise(records)}")
-    return 0 if records else 1
+    chosen = {name: systems[name] for name in options.systems}
+    return run(lambda folder: measure(chosen, options, folder), options, describe=describe, summarise=summarise)
 
 
 def parse(argv: Sequence[str] | None, names: Sequence[str]) -> argparse.Namespace:
