@@ -115,7 +115,7 @@ def _describe_tables(data: BatchData, status: str) -> list[TableReport]:
 
 def _describe_partitions(parts: Sequence[Manifest]) -> list[str]:
     if len(parts) == 1:
-        return []
+        return [parts[0].split_note] if parts[0].split_note else []
     rows = [part.rows for part in parts]
     return [f"staged in {len(parts)} partitions of {min(rows):,} to {max(rows):,} rows"]
 

@@ -283,6 +283,9 @@ async def sub_etl(batch_id: str | None = None) -> dict[str, Any]:
         if snapshot is not None and snapshot.get("remark"):
             current_logger().warning("Source: %s", snapshot["remark"])
         splits = staging.plan_partitions(project, settings, batch, snapshot)
+        for split in splits.values():
+            if split.note:
+                current_logger().warning("%s: %s", split.table, split.note)
         failed = await _stage_tables(project, settings, batch, _plan_fan_out(project, settings, tables, splits))
     await _clean_up(project, settings, batch)
     return {"completed_tables": len(tables) - failed} | ({"failed_tables": failed} if failed else {})
@@ -299,7 +302,7 @@ def _plan_fan_out(project: Project, settings: Settings, tables: list[str], split
         for table, split in splits.items()
         for part in split.partitions
     }
-    items = [table for table in tables if table not in splits] + list(parts)
+    items = [table for table in tables if table not in splits or not splits[table].partitions] + list(parts)
     return FanOut(
         name="process_table_etl",
         deployment="process-table-etl/process-table-etl-deployment",

@@ -9,11 +9,10 @@ its new parts have other names.
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import duckdb
@@ -43,14 +42,16 @@ class SplitTable:
     """A table and its parts at one moment of the source."""
 
     table: str
-    #: Rows of the whole table, as the source counted them: so many its parts must have together.
+    #: Rows of the whole table, as the source counted them: so many its parts must have together. 0 without parts.
     rows: int
     #: The id of the moment; None where the source holds none.
     moment: str | None
     #: How often the table was split in its batch, this time included.
     attempt: int
-    #: Empty where it was split before, and is staged whole at this moment.
+    #: Empty where it was split before, and is staged whole at this moment; and where it could not be split.
     partitions: tuple[Partition, ...]
+    #: Why it could not be split, though it may have more rows than its limit.
+    note: str | None = None
 
     def list_names(self) -> list[str | None]:
         """Return the names of the parts that make up the table; None alone for the whole."""
@@ -128,11 +129,12 @@ def split_tables(
 ) -> dict[str, SplitTable]:
     """Divide those of *tables* that have more rows than their limit, as they are at *snapshot*.
 
-    *before* says how they were split at other moments of the same batch. A table that cannot be looked at is staged
-    whole: its own flow run says what is wrong with it.
+    *before* says how they were split at other moments of the same batch. A table that cannot be divided is staged
+    whole, and its ``note`` says why. One that does not fit its contract is left out: its own flow run says so.
 
     Raises:
-        SourceUnavailable: the source does not answer.
+        SourceUnavailable: the source does not answer, or stopped answering.
+        duckdb.FatalException, duckdb.InternalException: the session is broken.
     """
     limits = {table: limit for table in tables if (limit := _find_limit(project, settings, table, snapshot))}
     if not limits:
@@ -144,11 +146,8 @@ def split_tables(
     with open_session(settings, extensions=source.extensions) as connection:
         source.attach(connection, snapshot)
         for table in _list_candidates(project, source, limits):
-            with _reading(connection, source, table, snapshot):
-                conditions = source.split(connection, table, limits[table.name])
-                if conditions:
-                    rows = source.count_rows(connection, _narrow(table), 0)
-                    found[table.name] = _number(table.name, conditions, rows, snapshot, before.get(table.name))
+            split = _split(connection, source, table, limits[table.name], snapshot, before.get(table.name))
+            found |= {table.name: split} if split else {}
     return {table: split for table, split in found.items() if not _is_named_like_another(split, tables)}
 
 
@@ -166,29 +165,52 @@ def _list_candidates(project: Project, source: Source, limits: Mapping[str, int]
     """Return the tables that may have more rows than their limit."""
     found = []
     for name, limit in limits.items():
-        with suppress(PhasewiseError):
+        try:
             table = describe_project_table(project, source, name)
-            # An estimate may be old. A table that has a limit of its own is counted in any case.
-            is_asked_for = project.find_table(name).partition_rows is not None
-            if is_asked_for or table.row_estimate is None or table.row_estimate > limit:
-                found.append(table)
+        except SourceUnavailable:
+            raise
+        except PhasewiseError:
+            continue  # it fails in its own flow run, by the same call
+        # An estimate may be old. A table that has a limit of its own is counted in any case.
+        is_asked_for = project.find_table(name).partition_rows is not None
+        if is_asked_for or table.row_estimate is None or table.row_estimate > limit:
+            found.append(table)
     return found
 
 
-@contextmanager
-def _reading(
-    connection: duckdb.DuckDBPyConnection, source: Source, table: SourceTable, snapshot: SnapshotToken | None
-) -> Iterator[None]:
-    """Look at *table* in a transaction of its own; what fails in it is left to the extraction to explain."""
+def _split(
+    connection: duckdb.DuckDBPyConnection,
+    source: Source,
+    table: SourceTable,
+    limit: int,
+    snapshot: SnapshotToken | None,
+    previous: SplitTable | None,
+) -> SplitTable | None:
+    """Divide *table* in a transaction of its own; None where it has no more rows than *limit*."""
     try:
         source.begin(connection, table, snapshot)
-        yield
+        conditions = source.split(connection, table, limit)
+        rows = source.count_rows(connection, _narrow(table), 0) if conditions else 0
         connection.execute("COMMIT")
-    except (duckdb.Error, PhasewiseError) as exc:
+    except (SourceUnavailable, duckdb.FatalException, duckdb.InternalException):
+        raise
+    # UnicodeDecodeError: DuckDB quotes bytes of the source in messages, whether they are UTF-8 or not.
+    except (duckdb.Error, PhasewiseError, UnicodeDecodeError) as exc:
         with suppress(duckdb.Error):
             connection.execute("ROLLBACK")
-        if isinstance(exc, SourceUnavailable):
-            raise
+        # A source that went away is no reason to read its largest tables whole, one after another.
+        explained = source.explain(connection, _narrow(table), exc)
+        if isinstance(explained, SourceUnavailable):
+            raise explained from exc
+        note = f"staged whole, as it could not be split: {_shorten(exc)}"
+        return replace(_number(table.name, [], 0, snapshot, previous), note=note)
+    return _number(table.name, conditions, rows, snapshot, previous) if conditions else None
+
+
+def _shorten(error: Exception) -> str:
+    """Return the message of *error* on one line: its beginning, and its end, where the server's words are."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 500 else f"{text[:200]} … {text[-300:]}"
 
 
 def _is_named_like_another(split: SplitTable, tables: Sequence[str]) -> bool:
@@ -198,7 +220,7 @@ def _is_named_like_another(split: SplitTable, tables: Sequence[str]) -> bool:
 
 def _narrow(table: SourceTable) -> SourceTable:
     """Return *table* with its first column alone: its rows are counted, and its values looked at later."""
-    return dataclasses.replace(table, columns=table.columns[:1])
+    return replace(table, columns=table.columns[:1], key=())
 
 
 def _number(

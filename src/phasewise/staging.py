@@ -106,6 +106,8 @@ class Manifest:
     snapshot: str | None = None
     #: Why the table is consistent for itself alone, where the source or the setting has a reason.
     snapshot_note: str | None = None
+    #: Why the table was staged whole, where it may have more rows than its limit and could not be split.
+    split_note: str | None = None
     #: Which rows were read, and what the publishing does with them.
     load: Load = FULL_LOAD
     #: Files with all keys of the source, where deleted rows are found by them.
@@ -275,6 +277,8 @@ def plan_partitions(
 ) -> dict[str, SplitTable]:
     """Decide which tables of *batch* are staged in parts, and write it down; return table → its parts.
 
+    A table that could not be split is among them too, without parts and with the reason.
+
     Of a table with a cursor the new rows alone are read, and they are staged whole.
     What was decided at the same moment of the source, or is staged completely, stays. A table that was staged in
     part at another moment is divided anew, and its parts from then are removed.
@@ -290,7 +294,11 @@ def plan_partitions(
     staged = {manifest.table for manifest in list_manifests(project, batch)}
     kept = {table: split for table, split in before.items() if table in staged or split.moment == moment}
     open_tables = [table for table in (plan.tables if plan else ()) if table not in {*kept, *staged}]
-    whole = {table: replace(before[table], partitions=(), moment=moment) for table in open_tables if table in before}
+    whole = {
+        table: replace(before[table], partitions=(), moment=moment, note=None)
+        for table in open_tables
+        if table in before
+    }
     view = remember_lake(project, settings, batch)
     # One for all tables: some read their whole catalogue to describe one.
     source = open_source(project, settings)
@@ -303,7 +311,7 @@ def plan_partitions(
             remove_shared(project, folder / _folder_name(item))
     except OSError as exc:
         raise explain_os_error(folder, exc) from exc
-    return {table: split for table, split in splits.items() if split.partitions}
+    return {table: split for table, split in splits.items() if split.partitions or split.note}
 
 
 def _reads_all(project: Project, source: Source, table: str, view: LakeView) -> bool:
@@ -597,6 +605,7 @@ def _extract(
         source=source.url,
         snapshot=snapshot["id"] if snapshot else None,
         snapshot_note=snapshot_note,
+        split_note=split.note if split else None,
         load=load,
         key_files=(_name_in_manifest(keys_path),) if keys else (),
     )

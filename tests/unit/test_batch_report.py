@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -54,6 +55,15 @@ def test_the_partitions_of_a_table_are_one_table_with_their_smallest_and_largest
     assert (orders["name"], orders["rows"], orders["size_bytes"]) == ("orders", 2003, 20)
     assert orders["notes"] == ["staged in 2 partitions of 1,001 to 1,002 rows"]
     assert stock["notes"] == []
+
+
+def test_a_table_that_could_not_be_split_says_so(tmp_path: Path):
+    project = write_project(tmp_path, source="create table orders (a integer);")
+    whole = replace(manifest("orders"), split_note="staged whole, as it could not be split: out of luck")
+
+    files = write_batch_report(BatchData(project=project, batch="b1", manifests=[whole], audits=[]), status="failed")
+
+    assert json.loads(files.json.read_text())["tables"][0]["notes"] == [whole.split_note]
 
 
 def test_one_moment_is_nothing_to_remark():

@@ -9,11 +9,12 @@ import pytest
 
 from phasewise import lake, publish, staging
 from phasewise.audit import audit_batch, open_staged
-from phasewise.errors import PublishConflict, StagingError
+from phasewise.errors import PublishConflict, SourceError, SourceUnavailable, StagingError
 from phasewise.partitions import SplitTable
 from phasewise.project import Project, load_project
 from phasewise.samples import SAMPLE_SETTINGS, change_source, write_project
 from phasewise.sources import list_project_tables, open_source
+from phasewise.sources.sqlite import SqliteSource
 
 COUNT = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {rows})"
 #: Rowids with a gap, so that equal widths would not be equal rows; a key of texts in another order than their bytes.
@@ -221,6 +222,55 @@ def test_a_damaged_plan_of_parts_is_named(project: Project):
     with pytest.raises(StagingError, match=r"partitions\.json is damaged"):
         staging.list_manifests(project, "b1")
     assert staging.list_batches(project) == []
+
+
+def test_a_table_that_cannot_be_split_is_staged_whole_and_says_why(tmp_path: Path):
+    source = f"""
+    create table big (name text primary key) without rowid;
+    {COUNT.format(rows=3000)} insert into big select cast(x'ff' || i as text) from n;
+    """
+    toml = '[table.big]\npartition_rows = 1000\ncolumns = { name = "BLOB" }\n'
+    project = write_project(tmp_path, source=source, toml=toml)
+
+    splits = stage(project)
+
+    [manifest] = staging.list_manifests(project, "b1")
+    assert (manifest.partition, manifest.rows) == (None, 3000)
+    assert splits["big"].partitions == ()
+    assert splits["big"].note == manifest.split_note
+    assert manifest.split_note is not None
+    assert "could not be split: Invalid Input Error: Invalid unicode" in manifest.split_note
+    assert audited(project) == []
+
+
+def test_an_error_that_is_not_of_splitting_fails_the_table_itself(tmp_path: Path):
+    project = write_project(
+        tmp_path, source=SOURCE, toml='[table.big]\npartition_rows = 500\nwhere = "no_column < 1"\n'
+    )
+    staging.begin_batch(project, "b1", ["big"])
+
+    with staging.open_snapshot(project, SAMPLE_SETTINGS, "b1") as snapshot:
+        splits = staging.plan_partitions(project, SAMPLE_SETTINGS, "b1", snapshot)
+        with pytest.raises(SourceError, match="no_column"):
+            staging.extract_table(project, SAMPLE_SETTINGS, batch="b1", table="big")
+
+    assert "no_column" in (splits["big"].note or "")
+
+
+def test_a_source_that_goes_away_is_no_reason_to_stage_its_tables_whole(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*args: object) -> list[str]:
+        raise duckdb.IOException("database is locked")
+
+    monkeypatch.setattr(SqliteSource, "split", fail)
+    staging.begin_batch(project, "b1", ["big", "keyed", "small"])
+
+    with (
+        pytest.raises(SourceUnavailable, match="locked by another program"),
+        staging.open_snapshot(project, SAMPLE_SETTINGS, "b1") as snapshot,
+    ):
+        staging.plan_partitions(project, SAMPLE_SETTINGS, "b1", snapshot)
 
 
 def test_rows_of_a_condition_of_the_project_are_divided_too(tmp_path: Path):
