@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,6 +43,15 @@ def stack(home: Path) -> Iterator[StackInfo]:
         yield info
 
 
+class Command(subprocess.Popen[str]):
+    """A command that a test which fails does not wait for: what it waits for may be what the test holds."""
+
+    def __exit__(self, exc_type: type[BaseException] | None, *exc_info: Any) -> None:
+        if exc_type is not None:
+            self.kill()
+        super().__exit__(exc_type, *exc_info)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Shell:
     """Runs commands the way a user of one project would."""
@@ -50,9 +60,9 @@ class Shell:
     project: Path
     environment: Mapping[str, str]
 
-    def start(self, *command: str, **changes: str) -> subprocess.Popen[str]:
+    def start(self, *command: str, **changes: str) -> Command:
         environment = {**os.environ, "PHASEWISE_HOME": str(self.home), "PHASEWISE_PROJECT": str(self.project)}
-        return subprocess.Popen(
+        return Command(
             [sys.executable, *command],
             cwd=CHECKOUT,
             env={**environment, **self.environment, **changes},

@@ -672,14 +672,18 @@ def test_g05_a_local_batch_and_one_of_the_server_do_not_run_at_the_same_time(
     assert first.returncode == 0, output
 
     with held_in_its_last_phase(project), stack_shell.start("-m", "phasewise", "run", "--local") as local_first:
-        wait_for(lambda: len(list(project.staging.glob("*/*/manifest.json"))) > 3 or local_first.poll() is not None, 60)
+        # Not until more tables are staged than before: the first batch's are removed once this one's are all there.
+        holder = project.staging / ".running-batch"
+        wait_for(lambda: bool(holder.read_text()) or local_first.poll() is not None, 60)
+        batch = holder.read_text()
 
         refused = stack_shell.phasewise("run-distributed")
 
         local_first.send_signal(signal.SIGINT)
         local_first.communicate(timeout=60)
     assert refused.returncode == 7
-    assert "of this project is running on this machine" in refused.stdout
+    assert f"Batch {batch} of this project is running on this machine" in refused.stdout
+    assert batch not in {"", running["id"]}
 
 
 def test_g05_two_triggers_of_one_step_are_one_run(deployed: StackInfo, server: Server) -> None:
