@@ -233,6 +233,71 @@ def test_a_partitioned_parent_is_divided_by_its_key_in_the_servers_own_order(tmp
 
 
 @needs_postgres
+def test_more_pages_than_are_counted_are_divided_by_their_rows_however_they_are_filled(tmp_path: Path, schema: str):
+    # 12,000 pages of 7 rows, of which every third is counted. Of the first half 6 of 7 rows are deleted, and of the
+    # third quarter every third page is empty: a sample of the same place in each three pages would see all, or none.
+    psql(
+        """
+        CREATE TABLE skewed (id int, label text);
+        ALTER TABLE skewed ALTER label SET STORAGE PLAIN;
+        INSERT INTO skewed SELECT i, repeat('x', 1100) FROM generate_series(1, 84000) i;
+        DELETE FROM skewed WHERE ctid < '(6000,0)' AND id % 7 <> 0;
+        DELETE FROM skewed WHERE ctid >= '(6000,0)' AND ctid < '(9000,0)' AND (id - 1) / 7 % 3 = 0;
+        """,
+        schema,
+    )
+    project = write_project(tmp_path, postgres_url(schema), "[table.skewed]\npartition_rows = 5000\n")
+
+    staging.begin_batch(project, "b1", ["skewed"])
+    with staging.open_snapshot(project, SETTINGS, "b1") as snapshot:
+        parts = staging.plan_partitions(project, SETTINGS, "b1", snapshot)["skewed"].partitions
+
+    rows = [int(psql(f"SELECT count(*) FROM skewed WHERE {part.condition}", schema)) for part in parts]
+    assert int(psql("SELECT pg_relation_size('skewed') / 8192", schema)) == 12000
+    assert sum(rows) == 6000 + 14000 + 21000
+    assert len(rows) == 9
+    assert max(rows) <= 2 * min(rows)
+
+
+def check_divided_by_cursors(root: Path, url: str, cursors: tuple[str, ...]) -> None:
+    """Stage the 20,000 rows of table ``t``, which has no key, by each of its *cursors*; every row comes once."""
+    for cursor in cursors:
+        (root / cursor).mkdir()
+        more = f'[table.t]\nmode = "append"\ncursor = "{cursor}"\npartition_rows = 6000\n'
+        project = write_project(root / cursor, url, more)
+
+        parts = stage(project, "t")
+
+        rows = [part.rows for part in parts]
+        assert len(rows) == 4, cursor
+        assert max(rows) <= 2 * min(rows), (cursor, rows)
+        assert len({part.snapshot for part in parts}) == 1
+        with lake.open_session(SETTINGS, extensions=()) as connection:
+            files = [str(path) for part in parts for path in staging.staged_files(project, part)]
+            counted = connection.execute(
+                f"SELECT count(*), count(DISTINCT id), count({cursor}) FROM read_parquet(?)", [files]
+            ).fetchone()
+        assert counted == (20000, 20000, 19600), cursor
+
+
+@needs_postgres
+def test_a_partitioned_parent_without_a_key_is_divided_by_its_cursor(tmp_path: Path, schema: str):
+    psql(
+        """
+        CREATE TABLE t (id int, n bigint, amount numeric(38, 10), day date, moment timestamptz) PARTITION BY HASH (id);
+        CREATE TABLE t0 PARTITION OF t FOR VALUES WITH (MODULUS 2, REMAINDER 0);
+        CREATE TABLE t1 PARTITION OF t FOR VALUES WITH (MODULUS 2, REMAINDER 1);
+        INSERT INTO t SELECT i, i::bigint * i * i, exp(i / 2000.0), date '0044-03-15 BC' + sqrt(i)::int,
+                timestamptz '2024-03-31' + interval '1 us' * i * i FROM generate_series(1, 20000) i;
+        UPDATE t SET n = NULL, amount = NULL, day = NULL, moment = NULL WHERE id % 50 = 0;
+        """,
+        schema,
+    )
+
+    check_divided_by_cursors(tmp_path, postgres_url(schema), ("n", "amount", "day", "moment"))
+
+
+@needs_postgres
 def test_a_new_moment_of_postgres_divides_anew_what_was_not_complete(tmp_path: Path, schema: str):
     psql("CREATE TABLE t (id int); INSERT INTO t SELECT generate_series(1, 20000);", schema)
     project = write_project(tmp_path, postgres_url(schema), "[table.t]\npartition_rows = 6000\n")
@@ -297,3 +362,18 @@ def test_a_mysql_table_is_divided_by_its_key_in_the_servers_own_order(tmp_path: 
             files = [str(path) for part in parts for path in staging.staged_files(project, part)]
             counted = connection.execute(f"SELECT count(DISTINCT {columns}) FROM read_parquet(?)", [files]).fetchone()
         assert counted == (20000,)
+
+
+@pytest.mark.skipif(not mysql.is_reachable(), reason=f"no MariaDB with a free root on {mysql.HOST}:3306")
+def test_a_mysql_table_without_a_key_is_divided_by_its_cursor(tmp_path: Path, database: str):
+    mysql.mariadb(
+        """
+        CREATE TABLE t (id int, n bigint unsigned, amount decimal(38, 10), day date, moment timestamp(6) NULL);
+        INSERT INTO t SELECT seq, seq * seq * seq, exp(seq / 2000), date '1000-01-01' + interval sqrt(seq) day,
+                timestamp '2024-03-31 00:00:00' + interval seq * seq microsecond FROM seq_1_to_20000;
+        UPDATE t SET n = NULL, amount = NULL, day = NULL, moment = NULL WHERE id % 50 = 0;
+        """,
+        database,
+    )
+
+    check_divided_by_cursors(tmp_path, f"mysql://root@{mysql.HOST}/{database}", ("amount", "moment"))

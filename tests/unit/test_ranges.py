@@ -7,11 +7,20 @@ from collections.abc import Sequence
 from contextlib import closing
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from phasewise.sources import Column, SourceTable
-from phasewise.sources.ranges import MAX_PARTITIONS, count_partitions, divide, find_bounds, find_range_columns
+from phasewise.sources.ranges import (
+    MAX_PARTITIONS,
+    Dialect,
+    count_partitions,
+    divide,
+    divide_by_values,
+    find_bounds,
+    find_range_columns,
+    find_value_bounds,
+)
 
 
 def column(name: str, *, nullable: bool = False) -> Column:
@@ -91,6 +100,51 @@ def test_as_many_partitions_as_are_needed_up_to_a_bound(rows: int, limit: int, c
 def test_a_key_is_used_as_far_as_it_has_no_nulls():
     columns = (column("a"), column("b", nullable=True), column("c"))
 
-    assert find_range_columns(SourceTable(name="t", columns=columns, key=("c", "a", "b"))) == ("c", "a")
-    assert find_range_columns(SourceTable(name="t", columns=columns, key=("b", "a"))) == ("b",)
+    assert find_range_columns(SourceTable(name="t", columns=columns, key=("c", "a", "b"))) == (columns[2], columns[0])
+    assert find_range_columns(SourceTable(name="t", columns=columns, key=("b", "a"))) == (columns[1],)
     assert find_range_columns(SourceTable(name="t", columns=columns)) == ()
+
+
+def test_without_a_key_the_cursor_is_used_where_it_is_a_number_or_a_moment():
+    types = ("BIGINT", "DECIMAL(38,10)", "DATE", "TIMESTAMP WITH TIME ZONE", "VARCHAR", "DOUBLE")
+    columns = tuple(Column(name=type_, source_type="x", type=type_, nullable=True) for type_ in types)
+    tables = [SourceTable(name="t", columns=columns, cursor=type_) for type_ in types]
+
+    assert [bool(find_range_columns(table)) for table in tables] == [True] * 4 + [False] * 2
+    assert find_range_columns(SourceTable(name="t", columns=columns, cursor="DATE", key=("BIGINT",))) == (columns[0],)
+
+
+@settings(max_examples=50)
+@given(
+    counts=st.lists(st.integers(1, 30), min_size=40, max_size=120), nulls=st.integers(0, 200), parts=st.integers(2, 5)
+)
+def test_values_that_many_rows_share_are_divided_evenly(counts: list[int], nulls: int, parts: int):
+    # Values of skewed distances, each as often as *counts* says.
+    rows: list[tuple[object, ...]] = [(None, n**4) for n, count in enumerate(counts) for _ in range(count)]
+    rows += [(None, None)] * nulls
+    limit = -(-len(rows) // parts)
+    assume(4 * max(*counts, nulls) < limit)
+    with closing(sqlite3.connect(":memory:")) as database:
+        database.execute("CREATE TABLE t (a TEXT, b INTEGER)")
+        database.executemany("INSERT INTO t VALUES (?, ?)", rows)
+        dialect = Dialect(
+            quote=lambda name: name,
+            show=lambda value: f"quote({value})",
+            literal=lambda _, printed: printed,
+            fetch=lambda query: database.execute(query).fetchall(),
+        )
+        columns = (Column(name="b", source_type="INTEGER", type="BIGINT", nullable=True),)
+        table = SourceTable(name="t", columns=columns, cursor="b")
+
+        conditions = divide_by_values(dialect, table, "t", rows=len(rows), limit=limit)
+
+        sizes = [database.execute(f"SELECT count(*) FROM t WHERE {one}").fetchone()[0] for one in conditions]
+    assert count_matches(rows, conditions) == [1] * len(rows)
+    assert len(sizes) == count_partitions(len(rows), limit)
+    assert max(sizes) <= 2 * min(sizes)
+
+
+def test_rows_without_a_value_are_a_partition_of_their_own_when_they_are_many():
+    bounds = find_value_bounds([("'1'", 10), ("'2'", 10)], rows=40, limit=20)
+
+    assert bounds == ["'1'"]

@@ -59,6 +59,8 @@ class SourceTable:
     columns: tuple[Column, ...]
     #: The primary key of the source, or the key that the project states.
     key: tuple[str, ...] = ()
+    #: The column that the project states as its cursor.
+    cursor: str | None = None
     #: Rows, roughly, where the source knows without counting.
     row_estimate: int | None = None
     #: Conditions in the SQL of the source, all of which hold for the rows that are read and counted.
@@ -250,7 +252,9 @@ def apply_contract(source: Source, table: SourceTable, contract: Table) -> Sourc
         )
     columns = tuple(_carry(column, types.get(column.name, column.type)) for column in table.columns)
     conditions = (*table.conditions, *((contract.where,) if contract.where else ()))
-    return dataclasses.replace(table, columns=columns, key=contract.key or table.key, conditions=conditions)
+    return dataclasses.replace(
+        table, columns=columns, key=contract.key or table.key, cursor=contract.cursor, conditions=conditions
+    )
 
 
 def check_project(project: Project, settings: Settings) -> list[PhasewiseError]:

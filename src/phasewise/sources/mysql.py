@@ -29,7 +29,7 @@ from phasewise.settings import Settings
 from phasewise.sources import Column, SnapshotToken, SourceTable
 from phasewise.sources.decoding import MOMENTS, decode_text, explain_unfaithful, fail_where_null
 from phasewise.sources.mysql_moment import LentMoment, Login, NoMoment, lend_moment
-from phasewise.sources.ranges import divide, find_range_columns, is_range_nullable, query_bounds
+from phasewise.sources.ranges import Dialect, divide_by_values
 
 #: MySQL's type name → the lake's type; integers have an unsigned sister (``U`` before the name).
 _PLAIN = {
@@ -50,6 +50,7 @@ _PLAIN = {
 }
 _SPATIAL = {"geometry", "point", "linestring", "polygon", "multipoint", "multilinestring", "multipolygon"}
 _SPATIAL |= {"geometrycollection", "geomcollection"}
+_EXACT = re.compile(r"U?(?:TINYINT|SMALLINT|INTEGER|BIGINT)|DECIMAL\(\d+,\d+\)")
 _INTEGERS = {"tinyint", "smallint", "mediumint", "int", "bigint"}
 
 _SETTINGS = {
@@ -188,17 +189,15 @@ class MysqlSource:
         return after
 
     def split(self, connection: duckdb.DuckDBPyConnection, table: SourceTable, limit: int) -> list[str]:
-        """Divide by the key."""
-        names = find_range_columns(table)
-        rows = _count(connection, table)
-        if not names or rows <= limit:
-            return []
-        columns = [_quote_name(name) for name in names]
-        printed = [f"cast({column} AS char)" for column in columns]
-        query = query_bounds(columns, printed, f"{_quote_name(table.name)}{table.where()}", rows=rows, limit=limit)
-        bounds = [bound for bound in connection.execute(_query(query)).fetchall() if None not in bound]
-        literals = [[_quote_text(str(value)) for value in bound] for bound in bounds]
-        return divide(columns, literals, is_nullable=is_range_nullable(table, names))
+        """Divide by the key, else by the cursor."""
+        dialect = Dialect(
+            quote=_quote_name,
+            show=lambda value: f"cast({value} AS char)",
+            literal=_print_literal,
+            fetch=lambda query: connection.execute(_query(query)).fetchall(),
+        )
+        relation = f"{_quote_name(table.name)}{table.where()}"
+        return divide_by_values(dialect, table, relation, rows=_count(connection, table), limit=limit)
 
     def explain(self, connection: duckdb.DuckDBPyConnection, table: SourceTable, error: Exception) -> PhasewiseError:
         try:
@@ -311,6 +310,11 @@ def _quote_name(name: str) -> str:
 
 def _quote_text(text: str) -> str:
     return "'" + text.replace("\\", "\\\\").replace("'", "''") + "'"
+
+
+def _print_literal(column: Column, value: str) -> str:
+    # A decimal and a text are compared as doubles.
+    return str(value) if _EXACT.fullmatch(column.type) else _quote_text(str(value))
 
 
 def _describe_column(name: str, declared: str, type_name: str, is_nullable: int) -> Column:

@@ -24,7 +24,7 @@ from phasewise.project import redact_url
 from phasewise.settings import Settings
 from phasewise.sources import Column, SnapshotToken, SourceTable
 from phasewise.sources.decoding import explain_unfaithful
-from phasewise.sources.ranges import divide, find_bounds, find_range_columns, is_range_nullable, query_bounds
+from phasewise.sources.ranges import Dialect, divide, divide_by_values, find_bounds
 
 #: PostgreSQL's internal type name → the lake's type, where the binary scan keeps every value.
 _PLAIN = {
@@ -73,9 +73,11 @@ SELECT (pg_relation_size({table}::regclass) / current_setting('block_size')::int
        pg_relation_filenode({table}::regclass)::bigint AS filenode,
        current_setting('server_version_num')::int AS version
 """
+# Of each stretch of pages one is counted, at a place that differs from stretch to stretch: a table may have a pattern.
 _ROWS_OF_PAGES = """
-SELECT page::bigint AS page, (SELECT count(*) FROM {rows}) AS rows
-FROM generate_series(0, {pages} - 1, {step}) AS page
+SELECT start::bigint AS start, (SELECT count(*) FROM {rows}) AS rows
+FROM (SELECT start, least(start + (hashint8(start::bigint) & 2147483647) % {step}, {pages} - 1) AS page
+      FROM generate_series(0, {pages} - 1, {step}) AS start) AS sampled
 """
 #: A page of 8 KiB holds no more rows, nor does a larger one by more than its size.
 _MAX_ROWS_OF_PAGE = 291
@@ -207,7 +209,8 @@ class PostgresSource:
         return int(row[0])
 
     def split(self, connection: duckdb.DuckDBPyConnection, table: SourceTable, limit: int) -> list[str]:
-        """Divide by pages, so that each partition reads its own alone; a partitioned table by its key.
+        """Divide by pages, so that each partition reads its own alone; a partitioned table by its key,
+        or its cursor.
 
         Pages are divided evenly by their rows, not by their number: those of a table from which much was deleted are
         half empty.
@@ -218,7 +221,7 @@ class PostgresSource:
         name = quote_literal(self._qualify(table))
         pages, filenode, version = connection.execute(_query(_PAGES.format(table=name))).fetchall()[0]
         if relation.kind == "p" or relation.has_children or version < 140000:  # no range of pages was scanned alone
-            return self._split_by_key(connection, table, limit)
+            return self._split_by_values(connection, table, limit)
         if pages * _MAX_ROWS_OF_PAGE <= limit:
             return []
         step = -(-pages // _SAMPLE_PAGES)
@@ -226,7 +229,7 @@ class PostgresSource:
             "ctid >= format('(%s,0)', page)::tid", "ctid < format('(%s,0)', page + 1)::tid"
         )
         query = _query(_ROWS_OF_PAGES.format(rows=rows, pages=pages, step=step))
-        blocks = [(page, count * step) for page, count in connection.execute(query).fetchall()]
+        blocks = [(start, count * step) for start, count in connection.execute(query).fetchall()]
         bounds = [[f"'({page},0)'::tid"] for page in find_bounds(sorted(blocks), limit)]
         # A table that is written anew (VACUUM FULL) while its partitions are read has its rows in other pages: a
         # partition then finds none at all, and the sum of all is not what the table had.
@@ -294,17 +297,16 @@ class PostgresSource:
         is_natural = not table.conditions and set(table.columns) <= set(relation.table.columns)
         return is_natural and relation.is_plain and relation.kind == "r" and not relation.has_children
 
-    def _split_by_key(self, connection: duckdb.DuckDBPyConnection, table: SourceTable, limit: int) -> list[str]:
-        names = find_range_columns(table)
+    def _split_by_values(self, connection: duckdb.DuckDBPyConnection, table: SourceTable, limit: int) -> list[str]:
         relation = self._qualify(table) + table.where()
         rows = connection.execute(_query(f"SELECT count(*) AS rows FROM {relation}")).fetchall()[0][0]
-        if not names or rows <= limit:
-            return []
-        columns = [quote_identifier(name) for name in names]
-        printed = [f"quote_literal({column}::text)" for column in columns]
-        query = _query(query_bounds(columns, printed, relation, rows=rows, limit=limit))
-        bounds = [bound for bound in connection.execute(query).fetchall() if None not in bound]
-        return divide(columns, bounds, is_nullable=is_range_nullable(table, names))
+        dialect = Dialect(
+            quote=quote_identifier,
+            show=lambda value: f"quote_literal({value}::text)",
+            literal=lambda _, printed: printed,
+            fetch=lambda query: connection.execute(_query(query)).fetchall(),
+        )
+        return divide_by_values(dialect, table, relation, rows=rows, limit=limit)
 
     def _qualify(self, table: SourceTable) -> str:
         return f"{quote_identifier(self._schema)}.{quote_identifier(table.name)}"

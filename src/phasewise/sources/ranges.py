@@ -6,13 +6,52 @@ of texts is, both sides of a bound agree on it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
-from phasewise.sources import SourceTable
+from phasewise.sources import Column, SourceTable
 
 #: A table is never split into more partitions than this; each of them is a flow run.
 MAX_PARTITIONS = 256
+#: Stretches of values per partition whose rows are counted to find bounds of a column that has values more than once.
+_STRETCHES = 32
+#: Types of cursors whose order source and lake agree on, and whose values a literal names exactly.
+_RANGED = re.compile(r"U?(?:TINYINT|SMALLINT|INTEGER|BIGINT)|DECIMAL\(\d+,\d+\)|DATE|TIMESTAMP(?: WITH TIME ZONE)?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dialect:
+    """How a source is asked for the values that divide a table."""
+
+    quote: Callable[[str], str]
+    #: Expression → an expression that prints its value.
+    show: Callable[[str], str]
+    #: Column and what was printed of a value of it → its literal.
+    literal: Callable[[Column, str], str]
+    #: Query → its rows.
+    fetch: Callable[[str], list[Any]]
+
+
+def divide_by_values(dialect: Dialect, table: SourceTable, relation: str, *, rows: int, limit: int) -> list[str]:
+    """Return the conditions for ranges of the key of *table*, else of its cursor; none where it has neither.
+
+    *relation* is the table with its conditions, in which there are *rows* rows.
+    """
+    columns = find_range_columns(table)
+    if not columns or rows <= limit:
+        return []
+    names = [dialect.quote(column.name) for column in columns]
+    if table.key:
+        query = query_bounds(names, [dialect.show(name) for name in names], relation, rows=rows, limit=limit)
+        bounds = [bound for bound in dialect.fetch(query) if None not in bound]
+    else:
+        query = query_stretches(names[0], dialect.show, relation, rows=rows, limit=limit)
+        bounds = [[bound] for bound in find_value_bounds(dialect.fetch(query), rows=rows, limit=limit)]
+    literals = [[dialect.literal(*value) for value in zip(columns, bound, strict=True)] for bound in bounds]
+    return divide(names, literals, is_nullable=len(columns) == 1 and columns[0].nullable)
 
 
 def count_partitions(rows: int, limit: int) -> int:
@@ -73,24 +112,46 @@ def query_bounds(columns: Sequence[str], printed: Sequence[str], relation: str, 
     )
 
 
-def find_range_columns(table: SourceTable) -> tuple[str, ...]:
+def query_stretches(column: str, show: Callable[[str], str], relation: str, *, rows: int, limit: int) -> str:
+    """Return the query for stretches of *column*, of about equal rows: the lowest value of each, and its rows.
+
+    All rows of one value are in one stretch, and NULLs in none.
+    """
+    stretches = count_partitions(rows, limit) * _STRETCHES
+    counted = f"SELECT {column} AS phasewise_v, count(*) AS phasewise_n FROM {relation} GROUP BY {column}"
+    before = "sum(phasewise_n) OVER (ORDER BY phasewise_v) - phasewise_n"
+    numbered = (
+        f"SELECT phasewise_v, phasewise_n, floor(({before}) * {stretches} / {rows}) AS phasewise_s "
+        f"FROM ({counted}) AS counted WHERE phasewise_v IS NOT NULL"
+    )
+    return (
+        f"SELECT {show('min(phasewise_v)')} AS phasewise_low, sum(phasewise_n) AS phasewise_rows "
+        f"FROM ({numbered}) AS numbered GROUP BY phasewise_s ORDER BY phasewise_s"
+    )
+
+
+def find_value_bounds(stretches: Sequence[tuple[str, Any]], *, rows: int, limit: int) -> list[str]:
+    """Return the lowest values of all partitions but the first, which has the NULLs, from those of *stretches*."""
+    counts = [int(count) for _, count in stretches]
+    blocks = list(enumerate([rows - sum(counts), *counts]))
+    return [stretches[number - 1][0] for number in find_bounds(blocks, limit)]
+
+
+def find_range_columns(table: SourceTable) -> tuple[Column, ...]:
     """Return the columns of the key by which *table* is divided: those of its beginning that have no NULLs.
 
-    A key whose first column may be NULL gives that one alone; no key gives none.
+    A key whose first column may be NULL gives that one alone. Without a key it is the cursor, if that is a number or a
+    moment.
     """
-    names: list[str] = []
-    for name in table.key:
-        column = table.find_column(name)
-        if column is None or column.nullable:
+    found: list[Column] = []
+    for name in table.key or (table.cursor,):
+        column = table.find_column(name) if name else None
+        if column is None or not (table.key or _RANGED.fullmatch(column.type)):
             break
-        names.append(name)
-    return tuple(names) or table.key[:1]
-
-
-def is_range_nullable(table: SourceTable, columns: Sequence[str]) -> bool:
-    """Tell whether the one column of *columns* may have NULLs."""
-    column = table.find_column(columns[0]) if len(columns) == 1 else None
-    return column is not None and column.nullable
+        if column.nullable:
+            return tuple(found) or (column,)
+        found.append(column)
+    return tuple(found)
 
 
 def _compare(columns: Sequence[str], values: Sequence[str], sign: str) -> str:
