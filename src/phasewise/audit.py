@@ -15,7 +15,7 @@ from phasewise.errors import AuditFailed, PhasewiseError, ProjectError, StagingE
 from phasewise.lake import normalize_type, quote_identifier
 from phasewise.lake import read_parquet as read_parquet
 from phasewise.loads import HISTORY
-from phasewise.merge import describe_increment, select_result
+from phasewise.merge import Increment, describe_increment, select_result
 from phasewise.project import Audit, Project, Reference, Severity
 from phasewise.quarantine import BAD_ROWS
 from phasewise.queries import JsonValue, check_select, fetch_int, fetch_rows, find_missing_tables, first_line
@@ -63,11 +63,13 @@ class AuditResult:
 _VERBS = {"blocking": "failed its audit", "warning": "has a warning", "quarantine": "has rows set aside"}
 
 
-def open_staged(connection: duckdb.DuckDBPyConnection, project: Project, manifests: Iterable[Manifest]) -> None:
+def open_staged(
+    connection: duckdb.DuckDBPyConnection, project: Project, manifests: Iterable[Manifest]
+) -> dict[str, Increment]:
     """Give *connection* the warehouse as it will be once *manifests* are published: one view per table.
 
     A staged table is read from its Parquet files, together with the rows of the lake that stay; any other from the
-    lake, when that is attached.
+    lake, when that is attached. Returns how each staged table changes.
 
     Raises:
         StagingError: the staged files of a table are missing or damaged.
@@ -77,17 +79,20 @@ def open_staged(connection: duckdb.DuckDBPyConnection, project: Project, manifes
     open_published(connection)
     # A bare name is the view from here on, also where the session looked into the lake first.
     connection.execute("use memory")
+    increments: dict[str, Increment] = {}
     for table, parts in group_by_table(manifests).items():
         files = [file for part in parts for file in staged_files(project, part)]
         view = f"memory.main.{quote_identifier(table)}"
         try:
-            result = select_result(connection, describe_increment(connection, project, parts))
+            increments[table] = describe_increment(connection, project, parts)
+            result = select_result(connection, increments[table])
             connection.execute(f"create or replace view {view} as {result}")
         except duckdb.Error as exc:
             raise StagingError(
                 f'The staged files of table "{table}" cannot be read: {first_line(exc)}',
                 hint=advise_again(files[0]),
             ) from exc
+    return increments
 
 
 def open_published(connection: duckdb.DuckDBPyConnection) -> None:

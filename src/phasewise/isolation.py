@@ -18,7 +18,6 @@ from phasewise.audit import (
     list_row_audits,
     list_views,
     open_staged,
-    read_parquet,
     run_audit,
     skip_audit,
 )
@@ -28,13 +27,14 @@ from phasewise.quarantine import (
     SetAside,
     count_reasons,
     count_rows,
+    make_pool,
     open_pools,
-    read_staged,
+    read_set_aside,
     set_aside,
     take_bad_rows,
     write_set_aside,
 )
-from phasewise.staging import BatchPlan, Manifest, name_manifest, staged_files
+from phasewise.staging import BatchPlan, Manifest, name_manifest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,14 +63,17 @@ def audit_staged(
         StagingError: staged files are missing or damaged, or staging cannot be written.
         ProjectError: rows of a table are to be set aside, which its column names do not allow.
     """
-    open_staged(connection, project, manifests)
+    increments = open_staged(connection, project, manifests)
     staged = group_by_table(manifests)
-    audits = [audit for table, parts in staged.items() for audit in _list_audits(project, table, parts[0].key)]
+    # What is published already has its bad rows in quarantine, and is audited as it is.
+    fresh = {table: increment for table, increment in increments.items() if not increment.is_published}
+    audits = [audit for table in fresh for audit in _list_audits(project, staged[table][0])]
     present = list_views(connection) if is_partial else None
     skipped = {id(audit): result for audit in audits if (result := skip_audit(connection, audit, present))}
     audits = [audit for audit in audits if id(audit) not in skipped]
     pools = {
-        table: _pool_staged(project, staged[table]) for table in dict.fromkeys(audit.table or "" for audit in audits)
+        table: make_pool(increments[table], project.find_table(table).key or staged[table][0].key)
+        for table in dict.fromkeys(audit.table or "" for audit in audits)
     }
     open_pools(connection, pools.values())
     isolated = isolate(connection, pools, audits)
@@ -80,6 +83,7 @@ def audit_staged(
     )
     folders = {table: (project.staging / name_manifest(staged[table][0])).parent for table in pools}
     found = [write_set_aside(connection, table, folder) for table, folder in folders.items()]
+    found += [read_set_aside(connection, table, staged[table][0].batch) for table in increments.keys() - fresh.keys()]
     return Findings(
         results=(*results, *skipped.values(), *isolated, *budgets),
         set_aside=tuple(aside for aside in found if aside is not None),
@@ -120,24 +124,17 @@ def _count_set_aside(connection: duckdb.DuckDBPyConnection, result: AuditResult)
     return replace(result, bad_rows=rows)
 
 
-def _list_audits(project: Project, table: str, key: Sequence[str]) -> list[Audit]:
-    """Return the audits that set rows of *table* aside."""
-    if not project.find_table(table).can_set_aside:
-        return []
-    own = [audit for audit in project.audits if audit.table == table]
-    return [audit for audit in [*list_row_audits(project, table, key), *own] if audit.severity == "quarantine"]
-
-
-def _pool_staged(project: Project, parts: Sequence[Manifest]) -> Pool:
-    files = read_parquet(file for part in parts for file in staged_files(project, part))
-    table = parts[0].table
-    return Pool(table=table, key=project.find_table(table).key or parts[0].key, rows=read_staged(files))
+def _list_audits(project: Project, part: Manifest) -> list[Audit]:
+    """Return the audits that set rows of the table of *part* aside."""
+    own = [audit for audit in project.audits if audit.table == part.table]
+    built_in = list_row_audits(project, part.table, part.key, is_history=part.load.mode == "snapshot")
+    return [audit for audit in [*built_in, *own] if audit.severity == "quarantine"]
 
 
 def _audit_budget(
     connection: duckdb.DuckDBPyConnection, project: Project, table: str, parts: Iterable[Manifest]
 ) -> AuditResult:
-    """No more rows of *table* are set aside than the project allows."""
+    """No more rows of those that were read of *table* are set aside than the project allows."""
     limit = project.find_table(table).quarantine_limit
     allowed = count_share(limit, sum(part.rows for part in parts))
     rows = count_rows(connection, table)

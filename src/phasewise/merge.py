@@ -5,6 +5,7 @@
     snapshot   a changed row closes the one with its key and is added; nothing is ever overwritten
 
 Two rows of one batch with the same key are never chosen between: the audit of the resulting table names them.
+Rows that are set aside count as not read, but for the question which rows the source still has.
 The same queries give the audits the table as it will be, and the publishing what to change.
 """
 
@@ -43,7 +44,11 @@ class Increment:
     table: str
     load: Load
     #: Parquet files with the rows that were read.
-    files: tuple[File, ...]
+    files: tuple[File, ...] = ()
+    #: Where these rows are instead: a relation that has ``filename`` and ``file_row_number`` besides their columns.
+    source: str | None = None
+    #: The rows among them that are set aside: a relation of ``file`` and ``row``. None: none is.
+    out: str | None = None
     #: Parquet files with all keys of the source; none where the rows are all rows, or nobody asks for deleted ones.
     key_files: tuple[File, ...] = ()
     #: The moment that the history gives to what changed: when the batch began.
@@ -75,24 +80,54 @@ class Increment:
         return self.load.mode == "snapshot" or self.keeps_columns
 
     @property
+    def is_cast(self) -> bool:
+        """Whether the rows get the columns and types of the lake's table; else that gets theirs."""
+        return self.keeps_columns or not self.load.is_replaced
+
+    @property
     def has_key(self) -> bool:
         return bool(self.load.key)
 
-    def select_staged(self) -> str:
-        """Return the rows that were read, with the columns and types that the lake's table will have."""
-        return f"select {_cast(self.drift.columns, self.staged)} from {read_parquet(self.files)}"
+    @property
+    def read(self) -> str:
+        """All rows that were read, as they are staged."""
+        return self.source or read_parquet(self.files)
+
+    @property
+    def kept(self) -> str:
+        """What follows FROM for those that are not set aside; their alias is s."""
+        return f"{self.read} as s where not {self._is_out}" if self.out else f"{self.read} as s"
+
+    @property
+    def _is_out(self) -> str:
+        return f"exists (from {self.out} as o where o.file = s.filename and o.row = s.file_row_number)"
+
+    def select_staged(self, *, is_all: bool = False) -> str:
+        """Return the rows that were read, with the columns and types that the lake's table will have.
+
+        Those that are set aside are among them with *is_all* only.
+        """
+        return f"select {select_columns(self.drift.columns, self.staged)} from {self.read if is_all else self.kept}"
+
+    def select_out(self, *expressions: str) -> str:
+        """Return the rows that are set aside, and *expressions* over the relation ``out``, whose alias is o."""
+        columns = select_columns(self.drift.columns, self.staged, "s") if self.is_cast else "s.*"
+        return (
+            f"select {', '.join([columns, *expressions])} from {self.read} as s "
+            f"join {self.out} as o on o.file = s.filename and o.row = s.file_row_number"
+        )
 
     def select_keys(self) -> str:
         """Return the keys of all rows of the source, with the types that the lake's table will have."""
         names = {name.casefold() for name in self.load.key}
         columns = {name: type_ for name, type_ in self.drift.columns.items() if name.casefold() in names}
-        return f"select {_cast(columns, self.staged)} from {read_parquet(self.key_files)}"
+        return f"select {select_columns(columns, self.staged)} from {read_parquet(self.key_files)}"
 
     def select_present(self) -> str:
         """Return the rows of the lake's table, the same way, with those of the history."""
         present = {name: type_ for name, type_ in self.drift.columns.items() if name not in self.drift.added}
         history = ", valid_from, valid_to, is_current" if self.load.mode == "snapshot" else ""
-        return f"select {_cast(self.drift.columns, present)}{history} from {self.lake}"
+        return f"select {select_columns(self.drift.columns, present)}{history} from {self.lake}"
 
 
 def describe_increment(connection: duckdb.DuckDBPyConnection, project: Project, parts: Sequence[Manifest]) -> Increment:
@@ -135,6 +170,21 @@ def select_result(connection: duckdb.DuckDBPyConnection, increment: Increment) -
     return _preview(increment)
 
 
+def select_pool(increment: Increment) -> str:
+    """Return those rows of the table as it will be that were read now, each with its ``FILE`` and ``ROW`` in it.
+
+    Where rows are found by their key the session must have the table of ``find_touched``.
+    """
+    if increment.is_published:
+        return f'select *, \'\' as "{FILE}", 0 as "{ROW}" from {increment.lake} where false'
+    columns = select_columns(increment.drift.columns, increment.staged, "s") if increment.is_cast else "s.*"
+    history = f", {_begin_history(increment)}" if increment.load.mode == "snapshot" else ""
+    rows = f'select {columns}{history}, s.filename as "{FILE}", s.file_row_number as "{ROW}" from {increment.kept}'
+    if increment.load.is_replaced or not increment.has_key:
+        return rows
+    return f"select * from ({rows}) d where {_is_touched(increment, 'd', _NEW)}"
+
+
 def find_last(connection: duckdb.DuckDBPyConnection, parts: Sequence[Manifest]) -> str | None:
     """Return the highest cursor that any of *parts* read."""
     column = next((column for column in parts[0].columns if column.name == parts[0].load.cursor), None)
@@ -148,11 +198,8 @@ def find_last(connection: duckdb.DuckDBPyConnection, parts: Sequence[Manifest]) 
 
 def select_replacement(increment: Increment) -> str:
     """Return the query of the table that takes the place of the lake's."""
-    rows = increment.select_staged() if increment.keeps_columns else f"select * from {read_parquet(increment.files)}"
-    if increment.load.mode != "snapshot":
-        return rows
-    at = _literal(increment.at)
-    return f"select *, {at} as valid_from, {_NO_TIME} as valid_to, true as is_current from ({rows})"
+    rows = increment.select_staged() if increment.keeps_columns else f"select s.* from {increment.kept}"
+    return f"select *, {_begin_history(increment)} from ({rows})" if increment.load.mode == "snapshot" else rows
 
 
 def find_touched(connection: duckdb.DuckDBPyConnection, increment: Increment) -> None:
@@ -171,7 +218,7 @@ def find_touched(connection: duckdb.DuckDBPyConnection, increment: Increment) ->
         old, new = _names(increment.drift.columns, "l"), _names(increment.drift.columns, "d")
         found += f"where l.{_PRESENT} is null or row({new}) is distinct from row({old})"
     if increment.load.deletes:
-        all_keys = increment.select_keys() if increment.key_files else increment.select_staged()
+        all_keys = increment.select_keys() if increment.key_files else increment.select_staged(is_all=True)
         found += (
             f" union all select {keys}, 'gone' as {_CHANGE} from {present} l "
             f"where not exists (select 1 from ({all_keys}) k where {_equal(increment.load.key, 'l', 'k')})"
@@ -223,8 +270,7 @@ def apply_increment(connection: duckdb.DuckDBPyConnection, increment: Increment,
     if changes.changed or changes.removed:
         _retire(connection, increment)
     new = changes.added + changes.changed
-    staged = fetch_int(connection, f"select count(*) from {read_parquet(increment.files)}")
-    if new == staged and new and increment.load.mode != "snapshot" and _can_register(increment):
+    if new and new == fetch_int(connection, f"select count(*) from {increment.read}") and _can_register(increment):
         _register(connection, increment, files)
     elif new:
         _insert(connection, increment)
@@ -266,6 +312,7 @@ def _find_moment(project: Project, parts: Sequence[Manifest]) -> datetime:
 _CURRENT = " where is_current"
 #: Columns of our own beside those of the table; no source has columns of these names.
 _PRESENT, _CHANGE = "_phasewise_present", "_phasewise_change"
+FILE, ROW = "_phasewise_file", "_phasewise_row"
 _OLD, _NEW = ("changed", "gone"), ("added", "changed")
 _NO_TIME = "cast(null as timestamp with time zone)"
 
@@ -275,17 +322,17 @@ def _names(columns: Iterable[str], alias: str = "") -> str:
     return ", ".join(f"{prefix}{quote_identifier(column)}" for column in columns)
 
 
-def _cast(columns: Mapping[str, str], present: Mapping[str, str]) -> str:
+def select_columns(columns: Mapping[str, str], present: Mapping[str, str], alias: str = "") -> str:
     """Return *columns*, name → type, of a relation that has those *present*; NULL for others."""
     types = {name.casefold(): type_ for name, type_ in present.items()}
     return ", ".join(
-        f"{_cast_column(name, type_, types.get(name.casefold()))} as {quote_identifier(name)}"
+        f"{_cast_column(name, type_, types.get(name.casefold()), alias)} as {quote_identifier(name)}"
         for name, type_ in columns.items()
     )
 
 
-def _cast_column(name: str, type_: str, present: str | None) -> str:
-    value = quote_identifier(name)
+def _cast_column(name: str, type_: str, present: str | None, alias: str) -> str:
+    value = _names([name], alias)
     if present is None:
         return f"cast(null as {type_})"
     if holds_all(type_, present):
@@ -305,9 +352,21 @@ def _literal(at: datetime) -> str:
     return f"cast({quote_literal(at.isoformat())} as timestamp with time zone)"
 
 
+def is_same(columns: Iterable[str], left: str, right: str) -> str:
+    """Return the condition that two relations agree in *columns*; two NULLs do."""
+    return " and ".join(
+        f"{left}.{quote_identifier(name)} is not distinct from {right}.{quote_identifier(name)}" for name in columns
+    )
+
+
+def _begin_history(increment: Increment) -> str:
+    return f"{_literal(increment.at)} as valid_from, {_NO_TIME} as valid_to, true as is_current"
+
+
 def _is_touched(increment: Increment, alias: str, kinds: Iterable[str]) -> str:
     shown = ", ".join(quote_literal(kind) for kind in kinds)
-    where = f"{_equal(increment.load.key, 't', alias)} and t.{_CHANGE} in ({shown})"
+    # A row without a key must be seen by the audit of the key.
+    where = f"{is_same(increment.load.key, 't', alias)} and t.{_CHANGE} in ({shown})"
     return f"exists (select 1 from {increment.touched} t where {where})"
 
 
@@ -321,7 +380,7 @@ def _refuse_unclear_keys(connection: duckdb.DuckDBPyConnection, increment: Incre
     keys = _names(increment.load.key)
     is_null = " or ".join(f"{quote_identifier(name)} is null" for name in increment.load.key)
     row = connection.execute(
-        f"select {keys} from {read_parquet(increment.files)} group by {keys} having count(*) > 1 or {is_null} limit 1"
+        f"select {keys} from {increment.kept} group by {keys} having count(*) > 1 or {is_null} limit 1"
     ).fetchone()
     if row is not None:
         shown = ", ".join(f"{name} = {value}" for name, value in zip(increment.load.key, row, strict=True))
@@ -352,13 +411,18 @@ def _can_promote(old: str, new: str) -> bool:
 
 
 def _can_register(increment: Increment) -> bool:
-    """Tell whether the files hold exactly what the table takes of them."""
+    """Tell whether the files hold exactly what the table takes of them.
+
+    Rows that are set aside could be deleted from them again, for which DuckLake would look through the whole table.
+    """
+    if increment.source or increment.out or increment.load.mode == "snapshot":
+        return False
     wanted = {name.casefold(): type_ for name, type_ in increment.drift.columns.items()}
     return all(wanted.get(name.casefold()) == type_ for name, type_ in increment.staged.items())
 
 
 def _add_all(connection: duckdb.DuckDBPyConnection, increment: Increment, files: Sequence[File]) -> int:
-    count = fetch_int(connection, f"select count(*) from {read_parquet(increment.files)}")
+    count = fetch_int(connection, f"select count(*) from {increment.kept}")
     if count and _can_register(increment):
         _register(connection, increment, files)
     elif count:
@@ -388,11 +452,7 @@ def _retire(connection: duckdb.DuckDBPyConnection, increment: Increment) -> None
 
 def _insert(connection: duckdb.DuckDBPyConnection, increment: Increment) -> None:
     columns = _names(increment.drift.columns)
-    history = (
-        f", {_literal(increment.at)} as valid_from, {_NO_TIME} as valid_to, true as is_current"
-        if increment.load.mode == "snapshot"
-        else ""
-    )
+    history = f", {_begin_history(increment)}" if increment.load.mode == "snapshot" else ""
     connection.execute(
         f"insert into {increment.lake} by name select {columns}{history} from ({increment.select_staged()}) d "
         f"where {_is_touched(increment, 'd', _NEW)}"

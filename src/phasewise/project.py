@@ -98,7 +98,7 @@ class Table(_Record):
     partition_rows: int | None = Field(default=None, ge=0)
     #: Built-in audits whose bad rows are set aside instead of stopping the batch.
     quarantine: tuple[Literal["key", "references"], ...] = ()
-    #: Rows of the table that may be set aside: a number, or a share such as "1%". More of them stop the batch.
+    #: Rows that a batch may set aside: a number, or a share of those that it read, such as "1%". More of them stop it.
     quarantine_limit: int | str = "1%"
 
     @model_validator(mode="after")
@@ -111,14 +111,7 @@ class Table(_Record):
             raise ValueError("lookback needs a cursor")
         if self.deletes and self.mode in ("full", "append"):
             raise ValueError("deletes goes with the modes merge and snapshot")
-        if self.quarantine and not self.can_set_aside:
-            raise ValueError("quarantine goes with the mode full, and not with drift discard")
         return self
-
-    @property
-    def can_set_aside(self) -> bool:
-        """Whether rows can be set aside: those of a table that is its staged files, no more and no less."""
-        return self.mode == "full" and self.drift != "discard"
 
     @field_validator("quarantine_limit")
     @classmethod

@@ -33,9 +33,9 @@ from phasewise.lake import (
     read_parquet,
 )
 from phasewise.marts import MARTS_SCHEMA, build_marts, find_buildable, order_marts
-from phasewise.merge import apply_increment, describe_increment, find_last, select_replacement
+from phasewise.merge import Increment, apply_increment, describe_increment, find_last, select_replacement
 from phasewise.project import Mart, Project
-from phasewise.quarantine import QUARANTINE_SCHEMA, SetAside, publish_quarantine
+from phasewise.quarantine import QUARANTINE_SCHEMA, SetAside, publish_quarantine, remove_registered, take_out
 from phasewise.queries import fetch_int, first_line
 from phasewise.settings import Settings
 from phasewise.snapshots import Publication as Publication
@@ -174,10 +174,9 @@ def _publish(
     with transaction(connection, planned, message):
         tables = []
         for table in planned.tables:
-            tables.append(_load_table(connection, project, table, staged[table.name], files[table.name]))
-            names = [file.name for part in staged[table.name] for file in staged_files(project, part)]
-            registered = dict(zip(names, files[table.name], strict=True))
-            publish_quarantine(connection, table.name, registered, set_aside.get(table.name), planned)
+            increment = _describe(connection, project, staged[table.name], set_aside.get(table.name))
+            tables.append(_load_table(connection, table, increment, files[table.name]))
+            publish_quarantine(connection, table.name, increment, planned)
         build_marts(connection, project, schema=f"lake.{MARTS_SCHEMA}", only=only)
         states = _find_states(connection, batch, staged)
         _sign(connection, replace(planned, tables=tuple(tables), states=states), message)
@@ -186,24 +185,31 @@ def _publish(
     return require_publication(connection, project)
 
 
+def _describe(
+    connection: duckdb.DuckDBPyConnection, project: Project, parts: Sequence[Manifest], aside: SetAside | None
+) -> Increment | None:
+    """Return how one table changes; None for one that its staged files replace as they are."""
+    load = parts[0].load
+    is_plain = load.is_replaced and load.mode != "snapshot" and project.find_table(parts[0].table).drift != "discard"
+    # A plain table needs no look at the columns: a full refresh of many tables is the usual case, and must stay fast.
+    if is_plain and aside is None:
+        return None
+    increment = describe_increment(connection, project, parts)
+    return increment if aside is None else take_out(connection, increment, aside)
+
+
 def _load_table(
-    connection: duckdb.DuckDBPyConnection,
-    project: Project,
-    table: PublishedTable,
-    parts: Sequence[Manifest],
-    files: Sequence[File],
+    connection: duckdb.DuckDBPyConnection, table: PublishedTable, increment: Increment | None, files: Sequence[File]
 ) -> PublishedTable:
     """Bring one table up to date; return it with the rows that it has then."""
-    load = parts[0].load
-    is_plain = load.is_replaced and load.mode != "snapshot" and project.find_table(table.name).drift != "discard"
-    # A plain table needs no look at the columns: a full refresh of many tables is the usual case, and must stay fast.
-    increment = None if is_plain else describe_increment(connection, project, parts)
     name = f"lake.main.{quote_identifier(table.name)}"
-    if increment is None or (load.is_replaced and not increment.is_rewritten):
+    if increment is None or (increment.load.is_replaced and not increment.is_rewritten):
         _publish_table(connection, table.name, files, rows=table.rows + table.quarantined)
+        if increment is not None and increment.out is not None:
+            remove_registered(connection, increment, files)
         return table
-    found = fetch_int(connection, f"select count(*) from {read_parquet(increment.files)}")
-    _refuse_other_rows(table.name, found, table.rows)
+    found = fetch_int(connection, f"select count(*) from {increment.read}")
+    _refuse_other_rows(table.name, found, table.rows + table.quarantined)
     if increment.load.is_replaced:
         connection.execute(f"create or replace table {name} as {select_replacement(increment)}")
         return table

@@ -4,30 +4,35 @@
 A row is identified by what an audit returns: all columns of the table (then those rows that are equal to it in all of
 them), or else the table's key. Within one file its number identifies it for good.
 
-The rows of a table that can be set aside are a pool: those of its staged files, or those of its quarantine when they
-are to come back (``phasewise.isolation`` says which).
+The rows of a table that can be set aside are a pool: those of its staged files that the batch puts into the table, or
+those of its quarantine when they are to come back (``phasewise.isolation`` says which). Rows that are published already
+are not among them.
+
+A table that is replaced has its quarantine replaced too. An increment adds to it, and removes the rows of which it read
+a newer version, or which the source no longer has.
 """
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import duckdb
 
 from phasewise.errors import ProjectError, PublishConflict, StagingError
 from phasewise.lake import quote_identifier, quote_literal
+from phasewise.merge import FILE, ROW, Increment, is_same, select_columns, select_pool, select_result
 from phasewise.queries import fetch_int
 from phasewise.snapshots import Publication, list_columns, list_tables
-from phasewise.storage import StoredFile
+from phasewise.storage import File
 
 QUARANTINE_SCHEMA = "_quarantine"
 #: Columns of a quarantine's table besides those of the table itself.
 REASON, BATCH, SET_ASIDE_AT = "_reason", "_batch", "_set_aside_at"
-#: What tells the rows of a pool apart; no source has columns of these names.
-FILE, ROW = "_phasewise_file", "_phasewise_row"
+COUNT = "_phasewise_count"
 #: Where the audit that runs leaves its bad rows.
 BAD_ROWS = "audit_bad_rows"
 
@@ -41,10 +46,13 @@ class Pool:
 
     table: str
     key: tuple[str, ...]
-    #: A SELECT of the table's columns and of ``FILE`` and ``ROW``.
-    rows: str
-    #: A relation of rows that belong to the table too, and stay; None: there are no others.
-    fixed: str | None = None
+    #: How they change the table; those that were set aside are out of it.
+    increment: Increment
+
+    @property
+    def rows(self) -> str:
+        """The SELECT of those that are not set aside, with ``FILE`` and ``ROW``."""
+        return select_pool(self.increment)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,12 +63,18 @@ class SetAside:
     rows: int
     #: Audit → rows that broke it; a row may have broken several.
     reasons: tuple[tuple[str, int], ...]
-    #: Parquet: name of the staged file, number of the row in it, reason.
-    file: Path
+    #: Parquet: name of the staged file, number of the row in it, reason. None: the rows are in the lake's quarantine.
+    file: Path | None = None
 
     def describe(self) -> str:
         noun = "row is" if self.rows == 1 else "rows are"
         return f"{self.rows} {noun} in quarantine: " + ", ".join(f"{name} {count}" for name, count in self.reasons)
+
+
+def make_pool(increment: Increment, key: Sequence[str]) -> Pool:
+    """Return the pool of the rows of *increment*, which *key* tells apart; see ``open_pools``."""
+    out = f"(select file, row from {_FOUND} where tbl = {quote_literal(increment.table)})"
+    return Pool(table=increment.table, key=tuple(key), increment=replace(increment, out=out))
 
 
 def open_pools(connection: duckdb.DuckDBPyConnection, pools: Iterable[Pool]) -> None:
@@ -74,7 +88,7 @@ def open_pools(connection: duckdb.DuckDBPyConnection, pools: Iterable[Pool]) -> 
         connection.execute(f"create or replace table {name} (tbl varchar, file varchar, row bigint, audit varchar)")
     for pool in pools:
         reserved = {REASON, BATCH, SET_ASIDE_AT, "filename", "file_row_number", "rowid"}
-        if clash := sorted(reserved & {column.casefold() for column in list_columns(connection, f"({pool.rows})")}):
+        if clash := sorted(reserved & {column.casefold() for column in pool.increment.staged}):
             raise ProjectError(
                 f'Rows of table "{pool.table}" cannot be set aside: it has a column "{clash[0]}", '
                 "a name that the quarantine needs.",
@@ -82,9 +96,13 @@ def open_pools(connection: duckdb.DuckDBPyConnection, pools: Iterable[Pool]) -> 
             )
 
 
-def read_staged(files: str) -> str:
-    """Return the rows of a pool of staged files, *files* being the table function over them."""
-    return f'select *, filename as "{FILE}", file_row_number as "{ROW}" from {files}'
+def keep_in(connection: duckdb.DuckDBPyConnection, pool: Pool, condition: str) -> None:
+    """Set those rows of *pool* aside, whose alias is s, for which *condition* holds."""
+    connection.execute(
+        f"insert into {_FOUND} select ?, s.filename, s.file_row_number, 'kept' from {pool.increment.read} as s "
+        f"where {condition}",
+        [pool.table],
+    )
 
 
 def take_bad_rows(connection: duckdb.DuckDBPyConnection, pool: Pool, audit: str) -> str | None:
@@ -100,15 +118,17 @@ def take_bad_rows(connection: duckdb.DuckDBPyConnection, pool: Pool, audit: str)
         )
     if changed := next((name for name in by if returned[name] != columns.get(name)), None):
         return f'it returns the column "{changed}" as {returned[changed]}, and the table has {columns.get(changed)}'
-    is_same = " and ".join(f"p.{quote_identifier(name)} is not distinct from b.{quote_identifier(name)}" for name in by)
+    is_meant = is_same(by, "p", "b")
     strangers = fetch_int(
-        connection, f"select count(*) from {BAD_ROWS} as b where not exists (from ({pool.rows}) as p where {is_same})"
+        connection, f"select count(*) from {BAD_ROWS} as b where not exists (from ({pool.rows}) as p where {is_meant})"
     )
     if strangers:
-        return f"it returns {strangers} rows that are not among those that can be set aside"
+        return (
+            f"it returns {strangers} rows that are not among those that can be set aside: rows that this batch brings"
+        )
     connection.execute(
         f'insert into {_FRESH} select ?, p."{FILE}", p."{ROW}", ? from ({pool.rows}) as p '
-        f"where exists (from {BAD_ROWS} as b where {is_same})",
+        f"where exists (from {BAD_ROWS} as b where {is_meant})",
         [pool.table, audit],
     )
     return None
@@ -128,12 +148,8 @@ def set_aside(connection: duckdb.DuckDBPyConnection, pools: Iterable[Pool]) -> i
 
 def show_rest(connection: duckdb.DuckDBPyConnection, pool: Pool) -> None:
     """Make the view of the pool's table show its rows without those that are set aside."""
-    name = quote_literal(pool.table)
-    is_out = f'q.tbl = {name} and q.file = p."{FILE}" and q.row = p."{ROW}"'
-    stays = f"not exists (from {_FOUND} as q where {is_out})"
-    rest = f'select * exclude ("{FILE}", "{ROW}") from ({pool.rows}) as p where {stays}'
-    fixed = f"from {pool.fixed} union all by name " if pool.fixed else ""
-    connection.execute(f"create or replace view memory.main.{quote_identifier(pool.table)} as {fixed}{rest}")
+    rest = select_result(connection, pool.increment)
+    connection.execute(f"create or replace view memory.main.{quote_identifier(pool.table)} as {rest}")
 
 
 def count_rows(connection: duckdb.DuckDBPyConnection, table: str) -> int:
@@ -184,64 +200,144 @@ def write_set_aside(connection: duckdb.DuckDBPyConnection, table: str, folder: P
     return SetAside(table=table, rows=rows, reasons=count_reasons(connection, table), file=path)
 
 
-def publish_quarantine(
-    connection: duckdb.DuckDBPyConnection,
-    table: str,
-    files: Mapping[str, Path | StoredFile],
-    aside: SetAside | None,
-    publication: Publication,
-) -> None:
-    """In the transaction that replaced *table*: move the rows of *aside* into quarantine, in place of what was there.
+def read_set_aside(connection: duckdb.DuckDBPyConnection, table: str, batch: str) -> SetAside | None:
+    """Return which rows of *table* are in the lake's quarantine since *batch* was published; None when none is."""
+    if not has_quarantine(connection, table):
+        return None
+    name = f"lake.{QUARANTINE_SCHEMA}.{quote_identifier(table)}"
+    rows = connection.execute(f"select string_split({REASON}, '; ') from {name} where {BATCH} = ?", [batch]).fetchall()
+    counts = Counter(str(name) for (names,) in rows for name in names)
+    return SetAside(table=table, rows=len(rows), reasons=tuple(sorted(counts.items()))) if rows else None
 
-    *files* has, by the name of each staged file, the file that was registered for it.
+
+def take_out(connection: duckdb.DuckDBPyConnection, increment: Increment, aside: SetAside) -> Increment:
+    """Return *increment* without the rows of *aside*, which become the table ``quarantine_rows`` of the session.
 
     Raises:
-        PublishConflict: the registered files are not those that were audited.
+        PublishConflict: the staged files are not those that were audited.
     """
-    if aside is None:
-        drop_quarantine(connection, table)
-        return
-    paths = ", ".join(f"({quote_literal(name)}, {quote_literal(str(path))})" for name, path in files.items())
+    paths = ", ".join(f"({quote_literal(file.name)}, {quote_literal(str(file))})" for file in increment.files)
     connection.execute(
-        "create or replace temp table quarantine_rows as select path, row, reason "
-        f"from read_parquet({quote_literal(str(aside.file))}) join (values {paths}) as v(file, path) using (file)"
+        "create or replace temp table quarantine_rows as select path as file, row, reason "
+        f"from read_parquet({quote_literal(str(aside.file))}) join (values {paths}) as v(name, path) on file = name"
     )
-    connection.execute(f"create schema if not exists lake.{QUARANTINE_SCHEMA}")
-    name = quote_identifier(table)
-    is_out = "q.path = s.filename and q.row = s.file_row_number"
-    at = quote_literal(publication.at.isoformat())
-    stamp = f"{quote_literal(publication.batch)} as {BATCH}, {at}::timestamptz as {SET_ASIDE_AT}"
-    connection.execute(
-        f"create or replace table lake.{QUARANTINE_SCHEMA}.{name} as select s.*, q.reason as {REASON}, {stamp} "
-        f"from lake.main.{name} as s join quarantine_rows as q on {is_out}"
-    )
-    moved = fetch_int(connection, f"select count(*) from lake.{QUARANTINE_SCHEMA}.{name}")
-    removed = fetch_int(
-        connection, f"delete from lake.main.{name} as s where exists (from quarantine_rows as q where {is_out})"
-    )
-    if not moved == removed == aside.rows:
+    increment = replace(increment, out="temp.quarantine_rows")
+    found = fetch_int(connection, f"select count(*) from ({increment.select_out()})")
+    if found != aside.rows:
         raise PublishConflict(
-            f'Of table "{table}" {aside.rows} rows were to be set aside, and {moved} were found.',
+            f'Of table "{increment.table}" {aside.rows} rows were to be set aside, and {found} were found.',
             hint="The staging was changed by hand: start a new batch.",
         )
+    return increment
 
 
-def put_back(connection: duckdb.DuckDBPyConnection, table: str) -> None:
-    """In a transaction: move the rows of the quarantine of *table* that are not set aside (again) into the table."""
-    name = quote_identifier(table)
-    stays = f"exists (from {_FOUND} as q where q.tbl = {quote_literal(table)} and q.row = s.rowid)"
-    connection.execute(
-        f"insert into lake.main.{name} by name select s.* exclude ({REASON}, {BATCH}, {SET_ASIDE_AT}) "
-        f"from lake.{QUARANTINE_SCHEMA}.{name} as s where not {stays}"
+def remove_registered(connection: duckdb.DuckDBPyConnection, increment: Increment, files: Sequence[File]) -> None:
+    """Delete the rows that are set aside from the table, for which *files* were registered in place of the staged."""
+    paths = ", ".join(
+        f"({quote_literal(str(staged))}, {quote_literal(str(file))})"
+        for staged, file in zip(increment.files, files, strict=True)
     )
-    connection.execute(f"delete from lake.{QUARANTINE_SCHEMA}.{name} as s where not {stays}")
-    if not fetch_int(connection, f"select count(*) from lake.{QUARANTINE_SCHEMA}.{name}"):
+    connection.execute(
+        f"delete from {increment.lake} as s where exists (from {increment.out} as o join (values {paths}) "
+        "as v(staged, path) on o.file = v.staged where v.path = s.filename and o.row = s.file_row_number)"
+    )
+
+
+def publish_quarantine(
+    connection: duckdb.DuckDBPyConnection, table: str, increment: Increment | None, publication: Publication
+) -> None:
+    """In the transaction that changed *table*: bring its quarantine up to date.
+
+    None for *increment* says that the table was replaced, and no row of it set aside.
+    """
+    if increment is None or (increment.load.is_replaced and increment.out is None):
         drop_quarantine(connection, table)
+        return
+    at = quote_literal(publication.at.isoformat())
+    stamp = (f"{quote_literal(publication.batch)} as {BATCH}", f"{at}::timestamptz as {SET_ASIDE_AT}")
+    rows = increment.select_out(f"o.reason as {REASON}", *stamp) if increment.out else None
+    if not increment.load.reads_all and has_quarantine(connection, table):
+        is_changed = _copy_what_stays(connection, increment)
+        if not is_changed and rows is None:
+            return
+        rows = f"from temp.quarantine_old union all by name {rows}" if rows else "from temp.quarantine_old"
+    if rows is None or not fetch_int(connection, f"select count(*) from ({rows})"):
+        drop_quarantine(connection, table)
+        return
+    connection.execute(f"create schema if not exists lake.{QUARANTINE_SCHEMA}")
+    connection.execute(f"create or replace table lake.{QUARANTINE_SCHEMA}.{quote_identifier(table)} as {rows}")
+
+
+def _copy_what_stays(connection: duckdb.DuckDBPyConnection, increment: Increment) -> bool:
+    """Make the table ``quarantine_old`` of what the quarantine keeps; return whether it differs from what is there.
+
+    A row goes when the increment read another version of it. Where several rows of one key are in quarantine, nobody
+    knows which of them was read: they go only when as many were. Rows without a key are known by all their values.
+    """
+    name = f"lake.{QUARANTINE_SCHEMA}.{quote_identifier(increment.table)}"
+    columns = increment.drift.columns
+    before = list_columns(connection, name)
+    present = {column: type_ for column, type_ in before.items() if column not in (REASON, BATCH, SET_ASIDE_AT)}
+    connection.execute(
+        "create or replace temp table quarantine_old as "
+        f"select {select_columns(columns, present)}, {REASON}, {BATCH}, {SET_ASIDE_AT} from {name}"
+    )
+    key = increment.load.key
+    if key:
+        keys = ", ".join(map(quote_identifier, key))
+        has_key = " and ".join(f"q.{quote_identifier(column)} is not null" for column in key)
+        read = (
+            f"(select *, count(*) over (partition by {keys}) as {COUNT} from ({increment.select_staged(is_all=True)}))"
+        )
+        old = f"(select {keys}, count(*) as {COUNT} from temp.quarantine_old group by {keys})"
+        connection.execute(
+            f"create or replace temp table quarantine_read as select n.* from {read} as n join {old} as q "
+            f"on {is_same(key, 'n', 'q')} where n.{COUNT} >= q.{COUNT}"
+        )
+        connection.execute(
+            f"delete from temp.quarantine_old as q where {has_key} "
+            f"and exists (from temp.quarantine_read as n where {is_same(key, 'n', 'q')})"
+        )
+        connection.execute(
+            f"delete from temp.quarantine_old as q where not ({has_key}) "
+            f"and exists (from temp.quarantine_read as n where {is_same(columns, 'n', 'q')})"
+        )
+    if increment.key_files:
+        connection.execute(
+            "delete from temp.quarantine_old as q "
+            f"where not exists (from ({increment.select_keys()}) as k where {is_same(key, 'k', 'q')})"
+        )
+    is_fewer = fetch_int(connection, "select count(*) from temp.quarantine_old") < fetch_int(
+        connection, f"select count(*) from {name}"
+    )
+    return is_fewer or list_columns(connection, "temp.quarantine_old") != before
+
+
+def drop_put_back(connection: duckdb.DuckDBPyConnection, table: str) -> None:
+    """In a transaction: remove the rows from the quarantine of *table* that are not set aside (again)."""
+    name = f"lake.{QUARANTINE_SCHEMA}.{quote_identifier(table)}"
+    stays = f"exists (from {_FOUND} as q where q.tbl = {quote_literal(table)} and q.row = s.rowid)"
+    connection.execute(f"delete from {name} as s where not {stays}")
+    if not fetch_int(connection, f"select count(*) from {name}"):
+        drop_quarantine(connection, table)
+
+
+def select_quarantined(table: str) -> str:
+    """Return the relation of the rows in quarantine, with what tells them apart as in a staged file."""
+    name = quote_identifier(table)
+    return (
+        f"(select * exclude ({REASON}, {BATCH}, {SET_ASIDE_AT}), '' as filename, rowid as file_row_number "
+        f"from lake.{QUARANTINE_SCHEMA}.{name})"
+    )
+
+
+def has_quarantine(connection: duckdb.DuckDBPyConnection, table: str) -> bool:
+    return table in list_tables(connection, f"lake.{QUARANTINE_SCHEMA}")
 
 
 def drop_quarantine(connection: duckdb.DuckDBPyConnection, table: str) -> None:
     """Drop the quarantine of *table*, if it has one."""
-    if table in list_tables(connection, f"lake.{QUARANTINE_SCHEMA}"):
+    if has_quarantine(connection, table):
         connection.execute(f"drop table lake.{QUARANTINE_SCHEMA}.{quote_identifier(table)}")
 
 

@@ -166,7 +166,10 @@ def test_mended_rows_come_back_in_a_snapshot_of_their_own_and_others_stay(projec
     replays = replay_quarantine(project, SAMPLE_SETTINGS)
 
     # Bob is the only customer 2 now, so that his order comes back with him.
-    assert replays == [Replay(table="customer", returned=2, left=1), Replay(table="orders", returned=2, left=1)]
+    assert replays == [
+        Replay(table="customer", returned=2, left=1, rows=4),
+        Replay(table="orders", returned=2, left=1, rows=4),
+    ]
     assert query(project, "from customer order by id") == [(1, "Ann"), (2, "Bob"), (3, "Cid"), (4, "Bert")]
     assert query(project, "select id from orders order by id") == [(10,), (11,), (12,), (14,)]
     assert query(project, "from marts.total") == [(27,)]
@@ -186,7 +189,7 @@ def test_a_new_rule_lets_rows_come_back(project: Project):
 
     replays = replay_quarantine(load_project(project.root), SAMPLE_SETTINGS, ["orders"])
 
-    assert replays == [Replay(table="orders", returned=1, left=2)]
+    assert replays == [Replay(table="orders", returned=1, left=2, rows=3)]
 
 
 def test_a_row_whose_key_is_published_meanwhile_stays(project: Project):
