@@ -13,9 +13,11 @@ import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 
+import duckdb
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -322,6 +324,87 @@ def test_any_value_comes_back_as_it_was(tmp_path_factory, rows, is_plain):
     assert got == [row[:width] for row in rows]
 
 
+#: Declared types whose columns are scanned when SQLite finds no value in them that the scanner would change.
+SCANNED = {
+    "BLOB": "BLOB",
+    "BOOLEAN": "BIGINT",
+    "DATE": "DATE",
+    "DATETIME": "TIMESTAMP",
+    "DEC(15, 2)": "DOUBLE",
+    "DECIMAL(18,2)": "DOUBLE",
+    "DECIMAL": "DOUBLE",
+    "NUMBER(38,10)": "DOUBLE",
+    "NUMERIC": "DOUBLE",
+    "TIMESTAMP": "TIMESTAMP",
+}
+MOMENTS = """2024-01-05|2024-1-5|2024-01-5 | 024-01-05|2024/01/05|2024-01-05 |2024-01-05\0x|2024-02-29|2023-02-29
+0000-01-01|0001-01-01|9999-12-31|10000-01-01|infinity|0044-03-15 (BC)|20240105|2024-01-05 10:00|2024-01-05 10:00:00
+2024-01-05T10:00:00|2024-01-05t10:00:00|2024-01-05  10:00:0|2024-01-05 24:00:00|2024-01-05 23:59:60|0000-01-01 00:00:00
+2024-01-05 10:00:00Z|2024-01-05 10:00:00+01:00|2024-01-05 10:00:00.5|2024-01-05 10:00:00.123|2024-01-05 10:00:00.12x
+2024-01-05T10:00:00.123456|2024-01-05 10:00:00.1234567|2024-01-05 10:00:00,123456|2024-01-05 10:00:00\0xx
+2024-01-05 24:00:00.000|2024-01-05 10:00:00.123\0xx|now|1e3|true| 5"""
+TEXTS = MOMENTS.replace("\n", "|").split("|")
+NUMBERS = [n + sign * k for n in (0, 10**13, 10**15, 2**53, 2**62) for k in (0, 1, 5) for sign in (1, -1)]
+REALS = [0.1 + 0.2, 1.005, 1e13 + 0.01, 12345678901234.56, 9007199254740993.0, 1e16, 1e308, math.inf, -0.0, 2460000.5]
+near_moments = st.builds(
+    lambda text, at, char: text[:at] + char + text[at + 1 :],
+    st.sampled_from(TEXTS),
+    st.integers(0, 25),
+    st.sampled_from("01239-:. TZ\0é"),
+)
+
+
+def check_scans(root: Path, values: list[object]) -> None:
+    """Read each of *values* in each type: the scan gives what the tagged text gives, and fails where it does."""
+    project = make_project(root)
+    columns = [f"c{number}" for number in range(len(values))]
+    with closing(sqlite3.connect(root / "source.db")) as source, source:
+        for number, kind in enumerate(SCANNED):
+            source.execute(f"CREATE TABLE t{number} ({', '.join(f'{name} {kind} COLLATE RTRIM' for name in columns)})")
+            source.execute(f"INSERT INTO t{number} VALUES ({', '.join('?' * len(values))})", values)
+    source = open_source(project, SETTINGS)
+    with lake.open_session(SETTINGS, extensions=source.extensions) as connection:
+        source.attach(connection)
+
+        def fetch(select: str) -> str:
+            try:
+                return repr(connection.execute(select).fetchall())
+            except (duckdb.Error, UnicodeDecodeError):
+                return "failed"
+
+        for number, kind in enumerate(SCANNED):
+            table = source.describe_table(f"t{number}")
+            for column, value in zip(table.columns, values, strict=True):
+                one = replace(table, columns=(column,))
+                select = source.select(one)
+                if "sqlite_query" not in select:
+                    assert fetch(select) == fetch(source.select(replace(one, conditions=("true",)))), (kind, value)
+
+
+def test_what_is_scanned_is_what_the_tagged_text_says(tmp_path: Path):
+    check_scans(tmp_path, [*TEXTS, *NUMBERS, *REALS, *(text.encode() for text in TEXTS[:3]), b"2024-01-05 10:00:00"])
+
+
+@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(values=st.lists(near_moments | any_integer | any_double, min_size=1, max_size=8))
+def test_any_value_that_is_scanned_is_what_the_tagged_text_says(tmp_path_factory, values):
+    check_scans(tmp_path_factory.mktemp("scans"), [*values, 1])
+
+
+def test_the_scanner_has_the_types_that_its_values_are_checked_by(tmp_path: Path):
+    columns = ", ".join(f'"{kind}" {kind}' for kind in SCANNED)
+    project = make_project(tmp_path, f"CREATE TABLE t ({columns})")
+    source = open_source(project, SETTINGS)
+
+    with lake.open_session(SETTINGS, extensions=source.extensions) as connection:
+        source.attach(connection)
+        described = connection.execute("DESCRIBE source.t").fetchall()
+        select = source.select(source.describe_table("t"))
+
+    assert {name: type_ for name, type_, *_ in described} == SCANNED
+    assert "source.t" in select.replace('"', "")
+
+
 def test_rows_and_count_are_of_one_moment(tmp_path: Path):
     project = make_project(tmp_path, "PRAGMA journal_mode = WAL; CREATE TABLE t (a INTEGER); INSERT INTO t VALUES (1)")
     source = open_source(project, SETTINGS)
@@ -336,6 +419,26 @@ def test_rows_and_count_are_of_one_moment(tmp_path: Path):
 
         assert source.count_rows(connection, table, 1) == 1
         assert len(connection.execute(source.select(table)).fetchall()) == 1
+
+
+def test_values_are_scanned_at_the_moment_at_which_sqlite_was_asked_about_them(tmp_path: Path):
+    script = "PRAGMA journal_mode = WAL; CREATE TABLE t (d DATE); INSERT INTO t VALUES ('2024-01-05')"
+    source = open_source(make_project(tmp_path, script), SETTINGS)
+    table = source.describe_table("t")
+
+    with lake.open_session(SETTINGS, extensions=source.extensions) as connection:
+        source.attach(connection)
+        source.begin(connection, table)
+        select = source.select(table)
+        with closing(sqlite3.connect(tmp_path / "source.db")) as writer, writer:
+            writer.execute("UPDATE t SET d = '2024-1-5 '")
+        seen = connection.execute(select).fetchall()
+        connection.execute("COMMIT")
+        after = source.select(table)
+
+    assert "sqlite_query" not in select
+    assert seen == [(dt.date(2024, 1, 5),)]
+    assert "sqlite_query" in after
 
 
 @pytest.mark.parametrize("journal", ["WAL", "DELETE"])

@@ -1,9 +1,10 @@
 """SQLite as a source: ``sqlite:///relative.db``, ``sqlite:////absolute.db``.
 
-SQLite gives a type to each value, a column only prefers one. So a table whose columns are all of the families
-INTEGER, REAL and TEXT is scanned directly: the scanner then refuses a value of another type by itself. Any other
-table (dates, decimals, blobs, untyped and generated columns, views, a contract that asks for another type or has
-a condition) is read as text with the type of each value before it, and every value is decoded and checked in DuckDB.
+SQLite gives a type to each value, a column only prefers one. A table is scanned directly where the scanner keeps or
+refuses every value of all of its columns: those of the families INTEGER, REAL and TEXT; decimals, booleans, blobs,
+dates and timestamps, when SQLite finds no value in them that the scanner would change. Any other table (untyped and
+generated columns, a contract that asks for another type or has a condition) is read as text with the type of each
+value before it, and every value is decoded and checked in DuckDB (``sqlite_values``).
 """
 
 from __future__ import annotations
@@ -33,18 +34,20 @@ from phasewise.lake import quote_identifier, quote_literal
 from phasewise.project import redact_url
 from phasewise.settings import Settings
 from phasewise.sources import Column, SnapshotToken, SourceTable
-from phasewise.sources.decoding import MOMENTS, decode_text, explain_unfaithful, fail_where_null
+from phasewise.sources.decoding import MOMENTS
 from phasewise.sources.ranges import divide, query_bounds
-
-# Declared types that DuckDB's scanner maps as SQLite's own rules do, and whose values it checks one by one.
-_SCANNED = re.compile(
-    r"(?:(?:TINY|SMALL|MEDIUM|BIG)?INT(?:EGER)?|INT[248])(?:\(\d+\))?"
-    r"|(?:N?(?:VAR)?CHAR|VARYING CHARACTER)(?:\(\d+\))?|TEXT|CLOB"
-    r"|REAL|FLOAT|DOUBLE(?: PRECISION)?"
+from phasewise.sources.sqlite_values import (
+    check_utf8,
+    decode_or_fail,
+    explain_tagged,
+    find_changed,
+    find_note,
+    find_type,
+    is_unfaithful,
+    read_tagged,
+    scan_column,
+    show_tagged,
 )
-_DECIMAL = re.compile(r"(?:DECIMAL|DEC|NUMERIC|NUMBER)\s*\(\s*(\d+)\s*(?:,\s*(\d+)\s*)?\)")
-
-_SMALL_DECIMAL = re.compile(r"DECIMAL\((\d+),\d+\)")
 
 #: DuckDB types that any value of a SQLite column can be checked against.
 _DECODABLE = re.compile(
@@ -67,6 +70,7 @@ class SqliteSource:
         self._url = url
         self._path = _find_path(url, root)
         self._timeout = settings.connect_timeout
+        self._attached: duckdb.DuckDBPyConnection | None = None
 
     @property
     def url(self) -> str:
@@ -108,8 +112,8 @@ class SqliteSource:
     def can_carry(self, column: Column, type_name: str) -> bool:
         if not _DECODABLE.fullmatch(type_name):
             return False
-        natural, _ = _find_type(column.source_type)
-        if type_name == "VARCHAR" or _find_note(column.source_type):
+        natural, _ = find_type(column.source_type)
+        if type_name == "VARCHAR" or find_note(column.source_type):
             return True
         is_number = type_name in _NUMBERS or type_name.startswith("DECIMAL")
         if natural in _NUMBERS or natural.startswith("DECIMAL"):
@@ -144,6 +148,7 @@ class SqliteSource:
         connection.execute("SET sqlite_disable_multithreaded_scans = true")
         milliseconds = int(self._timeout * 1000)
         connection.execute(f"ATTACH {path} AS source (TYPE sqlite, READ_ONLY, BUSY_TIMEOUT {milliseconds})")
+        self._attached = connection
 
     def begin(
         self, connection: duckdb.DuckDBPyConnection, table: SourceTable, snapshot: SnapshotToken | None = None
@@ -151,15 +156,16 @@ class SqliteSource:
         connection.execute("BEGIN TRANSACTION")
 
     def select(self, table: SourceTable) -> str:
-        if not table.conditions and all(_is_scanned(column) for column in table.columns):
-            names = ", ".join(_scan_column(column) for column in table.columns)
-            return f"SELECT {names} FROM source.{quote_identifier(table.name)}"
+        scanned = [(scan_column(column), quote_identifier(column.name)) for column in table.columns]
+        if not table.conditions and all(value for value, _ in scanned) and self._is_kept(table):
+            values = ", ".join(f"{value} AS {name}" for value, name in scanned)
+            return f"SELECT {values} FROM source.{quote_identifier(table.name)}"
         decoded = ", ".join(
-            f"{_decode_or_fail(column, f'c{index}')} AS {quote_identifier(column.name)}"
+            f"{decode_or_fail(column, f'c{index}')} AS {quote_identifier(column.name)}"
             for index, column in enumerate(table.columns)
         )
-        checked = ", ".join(f"{_check_utf8(f'c{index}')} AS c{index}" for index in range(len(table.columns)))
-        return f"SELECT {decoded} FROM (SELECT {checked} FROM {_read_tagged(table, is_short=True)})"
+        checked = ", ".join(f"{check_utf8(f'c{index}')} AS c{index}" for index in range(len(table.columns)))
+        return f"SELECT {decoded} FROM (SELECT {checked} FROM {read_tagged(table, is_short=True)})"
 
     def compare_cursor(self, column: Column, operator: str, mark: str) -> str:
         name = quote_identifier(column.name)
@@ -207,8 +213,8 @@ class SqliteSource:
 
     def _find_unfaithful(self, connection: duckdb.DuckDBPyConnection, table: SourceTable) -> UnfaithfulValue | None:
         rowid = ["rowid"] if not table.key and self._has_rowid(table.name) else []
-        tagged = _read_tagged(table, text_as_hex=True, extra=rowid)
-        bad = [_is_unfaithful(column, f"c{index}") for index, column in enumerate(table.columns)]
+        tagged = read_tagged(table, text_as_hex=True, extra=rowid)
+        bad = [is_unfaithful(column, f"c{index}") for index, column in enumerate(table.columns)]
         counts = connection.execute(
             f"SELECT {', '.join(f'count(*) FILTER (WHERE {test})' for test in bad)} FROM {tagged}"
         ).fetchone()
@@ -221,8 +227,22 @@ class SqliteSource:
             f"SELECT {', '.join([f'c{index}', *keys])} FROM {tagged} WHERE {bad[index]} LIMIT 1"
         ).fetchone()
         assert sample is not None  # it was counted above
-        where = [f"{name} = {_show(value)}" for name, value in zip(table.key or rowid, sample[1:], strict=True)]
-        return _explain_unfaithful(table, table.columns[index], counts[index], sample[0], where)
+        where = [f"{name} = {show_tagged(value)}" for name, value in zip(table.key or rowid, sample[1:], strict=True)]
+        return explain_tagged(table, table.columns[index], counts[index], sample[0], where)
+
+    def _is_kept(self, table: SourceTable) -> bool:
+        """Ask SQLite, in the transaction of the scan, whether the scanner keeps every value of *table*."""
+        changed = [condition for column in table.columns if (condition := find_changed(column))]
+        if not changed or self._attached is None:
+            return not changed
+        # In groups: an expression may be 1,000 operators deep.
+        groups = [" OR ".join(changed[start : start + 100]) for start in range(0, len(changed), 100)]
+        condition = " OR ".join(f"({group})" for group in groups)
+        inner = f"SELECT EXISTS (SELECT 1 FROM {quote_identifier(table.name)} WHERE {condition})"
+        row = self._attached.execute(
+            f"SELECT columns(*)::BIGINT FROM sqlite_query('source', {quote_literal(inner)})"
+        ).fetchone()
+        return row == (0,)
 
     def _find_range_columns(self, connection: duckdb.DuckDBPyConnection, table: SourceTable) -> list[str]:
         """Return the name by which SQLite knows the rowid, else the key; none for a view, and where all are taken."""
@@ -329,190 +349,10 @@ def _estimate_rows(connection: sqlite3.Connection, name: str) -> int | None:
 
 
 def _describe_column(name: str, declared: str, not_null: int, pk: int, hidden: int) -> Column:
-    type_name, note = _find_type(declared)
+    type_name, note = find_type(declared)
     if hidden and not note:
         note = "generated by the source"
     return Column(name=name, source_type=declared, type=type_name, nullable=not (not_null or pk), note=note)
-
-
-def _find_type(declared: str) -> tuple[str, str | None]:
-    """Return the lake's type for a declared type, and a note; SQLite's affinity rules, in their order.
-
-    https://sqlite.org/datatype3.html, section 3.1; its last family, NUMERIC, is told apart further.
-    """
-    upper = " ".join(declared.upper().split())
-    if "INT" in upper:
-        return "BIGINT", None
-    if any(word in upper for word in ("CHAR", "CLOB", "TEXT")):
-        return "VARCHAR", None
-    if "BLOB" in upper:
-        return "BLOB", None
-    if any(word in upper for word in ("REAL", "FLOA", "DOUB")):
-        return "DOUBLE", None
-    return _find_numeric_type(upper), _find_note(declared)
-
-
-def _find_numeric_type(upper: str) -> str:
-    exact = {"DATE": "DATE", "TIME": "TIME", "DATETIME": "TIMESTAMP", "TIMESTAMP": "TIMESTAMP"}
-    if upper in exact:
-        return exact[upper]
-    if upper in {"BOOLEAN", "BOOL"}:
-        return "BOOLEAN"
-    if match := _DECIMAL.fullmatch(upper):
-        precision, scale = int(match[1]), int(match[2] or 0)
-        if 1 <= precision <= 38 and scale <= precision:
-            return f"DECIMAL({precision},{scale})"
-    return "DOUBLE" if upper in {"NUMERIC", "DECIMAL", "DEC", "NUMBER"} else "VARCHAR"
-
-
-def _find_note(declared: str) -> str | None:
-    upper = " ".join(declared.upper().split())
-    families = ("INT", "CHAR", "CLOB", "TEXT", "BLOB", "REAL", "FLOA", "DOUB")
-    if any(word in upper for word in families) or _find_numeric_type(upper) != "VARCHAR":
-        return None
-    if not upper:
-        return "carried as text: the column has no declared type"
-    return f"carried as text: neither SQLite nor the lake has a type {declared}"
-
-
-def _is_scanned(column: Column) -> bool:
-    upper = " ".join(column.source_type.upper().split())
-    return column.note is None and bool(_SCANNED.fullmatch(upper))
-
-
-def _scan_column(column: Column) -> str:
-    name = quote_identifier(column.name)
-    return f"{_check_utf8(name)} AS {name}" if column.type == "VARCHAR" else name
-
-
-def _check_utf8(expression: str) -> str:
-    # The scanner hands on texts unchecked, and a Parquet file with bytes that are not UTF-8 is one nobody can
-    # read. Decoding what was encoded fails on them; it costs 8 % of a scan of texts.
-    return f"decode(encode({expression}))"
-
-
-def _read_tagged(
-    table: SourceTable, *, text_as_hex: bool = False, is_short: bool = False, extra: list[str] | None = None
-) -> str:
-    """Return a relation with the columns c0, c1, …: each value as text after one letter that tells its type.
-
-    ``i`` an integer, ``r`` a real, ``t`` a text, ``x`` a text in hexadecimal, ``b`` a blob in hexadecimal.
-    Hexadecimal texts may hold bytes that are not UTF-8. With *is_short* values of the types that a column is there for
-    (``_find_short``) have no letter.
-    """
-    names = [column.name for column in table.columns] + (extra or [])
-    as_hex = {column.name for column in table.columns if text_as_hex or _is_text_as_blob(column)}
-    short = {column.name: _find_short(column) for column in table.columns if is_short}
-    tagged = ", ".join(
-        f"{_tag(quote_identifier(name), text_as_hex=name in as_hex, short=short.get(name, ()))} AS c{index}"
-        for index, name in enumerate(names)
-    )
-    inner = f"SELECT {tagged} FROM {quote_identifier(table.name)}{table.where()}"
-    return f"sqlite_query('source', {quote_literal(inner)})"
-
-
-def _tag(name: str, *, text_as_hex: bool, short: tuple[str, ...] = ()) -> str:
-    # 20 digits: SQLite's 17 are not the nearest ones for large exponents (542 of 400,000 random doubles came
-    # back changed, none with 20).
-    printed = {"integer": name, "real": f"printf('%!.20g', {name})", "text": name, "blob": f"hex({name})"}
-    letters = {"integer": "i", "real": "r", "text": "t", "blob": "b"}
-    if text_as_hex:
-        printed["text"], letters["text"] = f"hex({name})", "x"
-    prefixes = {kind: "" if kind in short else f"'{letter}' || " for kind, letter in letters.items()}
-    cases = " ".join(f"WHEN '{kind}' THEN {prefixes[kind]}{text}" for kind, text in printed.items())
-    return f"CASE typeof({name}) {cases} END"
-
-
-def _find_short(column: Column) -> tuple[str, ...]:
-    """Return the types of SQLite whose values need no letter in *column*: with one they decode to NULL there."""
-    if column.type == "BIGINT":
-        return ("integer",)
-    if column.type == "DOUBLE":
-        return ("real",)
-    if (match := _SMALL_DECIMAL.fullmatch(column.type)) and int(match[1]) <= 15:
-        return ("integer", "real")
-    return ("text",) if column.type in MOMENTS or column.type == "UUID" else ()
-
-
-def _decode_or_fail(column: Column, value: str) -> str:
-    return fail_where_null(_decode_short(column, value), value, column.type)
-
-
-def _decode_short(column: Column, value: str) -> str:
-    """Return what ``_decode`` does, for a value that may have no letter (``is_short``): in half of its time."""
-    short = _find_short(column)
-    if not short:
-        return _decode(column, value)
-    if short == ("text",):
-        return decode_text(column.type, value)
-    if short == ("integer",):
-        return f"TRY_CAST({value} AS BIGINT)"
-    if short == ("real",):
-        return f"CASE WHEN left({value}, 1) = 'i' THEN {_decode(column, value)} ELSE TRY_CAST({value} AS DOUBLE) END"
-    # Fifteen digits are less than 2**53: a double holds each such integer, and any larger one overflows the decimal.
-    double = f"TRY_CAST({value} AS DOUBLE)"
-    decimal = f"TRY_CAST({double} AS {column.type})"
-    return f"CASE WHEN CAST({decimal} AS DOUBLE) = {double} THEN {decimal} END"
-
-
-def _is_unfaithful(column: Column, tagged: str) -> str:
-    return f"({tagged} IS NOT NULL AND ({_decode(column, tagged)}) IS NULL)"
-
-
-def _is_text_as_blob(column: Column) -> bool:
-    """Tell whether the contract takes the bytes of texts: the way for texts that are not UTF-8."""
-    return column.type == "BLOB" and _find_type(column.source_type)[0] != "BLOB"
-
-
-def _decode(column: Column, tagged: str) -> str:
-    """Return an expression for the value of *tagged* in its column's type, NULL where it would be another value."""
-    type_name, is_text_as_blob = column.type, _is_text_as_blob(column)
-    value = f"substr({tagged}, 2)"
-    kind = f"left({tagged}, 1)"
-    text = f"CASE {kind} WHEN 't' THEN {value} WHEN 'x' THEN TRY(decode(unhex({value}))) END"
-    double = f"TRY_CAST({value} AS DOUBLE)"
-    if type_name == "VARCHAR":
-        return f"CASE {kind} WHEN 'i' THEN {value} WHEN 'r' THEN CAST({double} AS VARCHAR) ELSE {text} END"
-    if type_name == "BLOB":
-        kinds = "('b', 'x')" if is_text_as_blob else "('b')"
-        return f"CASE WHEN {kind} IN {kinds} THEN unhex({value}) END"
-    if type_name == "BIGINT":
-        return f"CASE WHEN {kind} = 'i' THEN CAST({value} AS BIGINT) END"
-    if type_name == "BOOLEAN":
-        return f"CASE {tagged} WHEN 'i0' THEN false WHEN 'i1' THEN true END"
-    if type_name == "DOUBLE":
-        # A double holds every integer up to 2**53 and then ever fewer.
-        exact = f"TRY_CAST({double} AS HUGEINT) = CAST({value} AS HUGEINT)"
-        return f"CASE {kind} WHEN 'r' THEN {double} WHEN 'i' THEN CASE WHEN {exact} THEN {double} END END"
-    if type_name.startswith("DECIMAL"):
-        decimal = f"TRY_CAST({double} AS {type_name})"
-        same = f"CASE WHEN CAST({decimal} AS DOUBLE) = {double} THEN {decimal} END"
-        return f"CASE {kind} WHEN 'i' THEN TRY_CAST({value} AS {type_name}) WHEN 'r' THEN {same} END"
-    return decode_text(type_name, f"({text})")
-
-
-def _explain_unfaithful(
-    table: SourceTable, column: Column, count: int, tagged: str, where: list[str]
-) -> UnfaithfulValue:
-    kind = {"i": "integer", "r": "real", "x": "text", "t": "text", "b": "blob"}[tagged[0]]
-    return explain_unfaithful(
-        table.name,
-        column,
-        count=count,
-        value=f"the {kind} {_show(tagged)}",
-        where=", ".join(where),
-        other="BLOB" if column.type == "VARCHAR" else "VARCHAR",
-    )
-
-
-def _show(tagged: str | None) -> str:
-    if tagged is None:
-        return "NULL"
-    kind, value = tagged[0], tagged[1:]
-    if kind == "x":
-        value = bytes.fromhex(value).decode("utf-8", "backslashreplace")
-    short = value if len(value) <= 60 else f"{value[:60]}…"
-    return {"i": short, "r": repr(float(value)) if kind == "r" else "", "b": f"x'{short}'"}.get(kind, f"'{short}'")
 
 
 def _check_space(database: Path, folder: Path) -> None:
