@@ -46,6 +46,8 @@ from phasewise.errors import OrchestrationError
 
 _LENGTH = struct.Struct("!I")
 _PR_SET_PDEATHSIG = 1
+#: Seconds after which a process that was told to end is told to look whether it was.
+_NUDGE_SECONDS = 0.25
 
 
 class ForkserverDied(OrchestrationError):
@@ -94,6 +96,18 @@ class ForkedProcess:
         await self.ended.wait()
         assert self.returncode is not None
         return self.returncode
+
+    async def wait_signalled(self) -> int:
+        """Wait for a process to end that was sent SIGTERM, and see to it that its Python notices.
+
+        It can miss that (see ``_notice_sigterm``), and would be killed without a chance to clean up.
+        """
+        while True:
+            try:
+                return await asyncio.wait_for(self.wait(), _NUDGE_SECONDS)
+            except TimeoutError:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(self.pid, signal.SIGURG)
 
     def _finish(self, returncode: int, peak_rss_bytes: int = 0) -> None:
         self.returncode = returncode
@@ -403,6 +417,7 @@ class _Zygote:
             for signum in (signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP):
                 signal.signal(signum, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.default_int_handler)
+            _notice_sigterm()
             for open_socket in (self._channel, self._wake_reader, self._wake_writer):
                 open_socket.close()
             stdout, stderr, *descriptor = fds
@@ -484,6 +499,30 @@ def _stamp(path: str) -> tuple[int, int] | None:
     except OSError:
         return None
     return status.st_mtime_ns, status.st_size
+
+
+def _notice_sigterm() -> None:
+    """Let SIGURG make this process act on a SIGTERM that it has missed; nothing else is known to use that signal.
+
+    Python misses it in two ways, and both were seen. A handler is called between two of Python's own steps: when the
+    signal arrives just before a call that blocks, not until that returns. Another signal that has a handler interrupts
+    the call. And what a handler raises is dropped when it comes up in a finalizer or the callback of a weak reference.
+    """
+    dropped = False
+
+    def note(unraisable: sys.UnraisableHookArgs) -> None:
+        nonlocal dropped
+        dropped = dropped or not issubclass(unraisable.exc_type, Exception)
+        sys.__unraisablehook__(unraisable)
+
+    def look(*_: object) -> None:
+        nonlocal dropped
+        if dropped:
+            dropped = False
+            signal.raise_signal(signal.SIGTERM)
+
+    sys.unraisablehook = note
+    signal.signal(signal.SIGURG, look)
 
 
 def _enter(env: dict[str, str], cwd: str) -> None:

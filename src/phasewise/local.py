@@ -305,7 +305,7 @@ class LocalFlowRuns:
     async def _stop(self, process: ForkedProcess) -> None:
         _signal_group(process, signal.SIGTERM)
         with suppress(TimeoutError):
-            await asyncio.wait_for(process.wait(), self._cancel_grace_seconds)
+            await asyncio.wait_for(process.wait_signalled(), self._cancel_grace_seconds)
         if process.returncode is None:
             _signal_group(process, signal.SIGKILL)
             await process.wait()

@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
+import anyio
 import httpx
 from prefect.client.orchestration import PrefectClient
 from prefect.events import Event
@@ -169,7 +170,9 @@ class Intake:
         assert self._sending is not None
         self._is_closing = True
         self._has_logs.set()
-        await asyncio.wait([self._sending], timeout=_LAST_SECONDS)
+        # A worker ends by a cancellation, which would end this wait at once.
+        with anyio.CancelScope(shield=True):
+            await asyncio.wait([self._sending], timeout=_LAST_SECONDS)
         self._sending.cancel()
 
     def take(self, message: dict[str, Any]) -> None:

@@ -470,7 +470,20 @@ class WarmProcessWorker(ProcessWorker):
         if self._executors.is_running(flow_run_id):
             self._executors.cancel_soon(flow_run_id)
         elif flow_run_id in self._submitting_flow_run_ids:
-            self._services.start_soon(self._cancel_run, flow_run_id)
+            self._services.start_soon(self._cancel_submitting, flow_run_id)
+
+    async def _cancel_submitting(self, flow_run_id: UUID) -> None:
+        """Cancel a run that is not in the table of processes: it never starts, or began before we noted its process."""
+        try:
+            await self._cancel_run(flow_run_id)  # does nothing to a run that has begun
+            while flow_run_id in self._submitting_flow_run_ids:  # noqa: ASYNC110 - a set that empties by itself
+                await anyio.sleep(0.05)
+            state = (await self.client.read_flow_run(flow_run_id)).state
+        except Exception as exc:  # noqa: BLE001 - it is looked for again, see _check_for_cancelling
+            self._logger.warning("Could not cancel flow run %s: %s", flow_run_id, exc)
+            return
+        if state is not None and state.is_cancelling() and self._executors.is_running(flow_run_id):
+            self._executors.cancel_soon(flow_run_id)
 
     async def _check_for_cancelling(self) -> None:
         """Look for cancellations whose event was lost, on a slow clock."""
@@ -724,7 +737,7 @@ class _ForkStarter:
         except BaseException:  # the worker is ending
             with contextlib.suppress(ProcessLookupError), anyio.move_on_after(_END_SECONDS, shield=True):
                 scope.graceful_kill(process.pid)
-                await process.wait()
+                await process.wait_signalled()
             raise
 
 
@@ -765,7 +778,7 @@ class _Processes(ProcessManager):
         with contextlib.suppress(ProcessLookupError):
             handle.graceful_kill()
             with anyio.move_on_after(min(grace_seconds, self._grace_seconds)):
-                await process.wait()
+                await process.wait_signalled()
                 # What the flow itself started, in the same process group: nobody tells us when it ends.
                 while handle.is_alive():  # noqa: ASYNC110
                     await anyio.sleep(0.02)

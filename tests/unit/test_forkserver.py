@@ -19,7 +19,7 @@ from phasewise.forkserver import ForkedProcess, ForkRefused, Forkserver, Forkser
 SOURCE = Path(__file__).resolve().parents[2] / "src"
 
 TARGETS = """
-import os, random, signal, sys, time
+import os, random, signal, sys, threading, time
 
 def code(value):
     return value
@@ -33,6 +33,24 @@ def say():
     print("to stderr", file=sys.stderr)
 
 def forever():
+    time.sleep(600)
+
+def drop_what_sigterm_raises(path):
+    class Finalized:
+        def __del__(self):
+            open(path, "w").close()
+            time.sleep(600)
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(5))
+    Finalized()
+    time.sleep(600)
+
+def sleep_through_sigterm(path):
+    # Another thread takes the signal, so that the main one stays in its sleep.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(5))
+    threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    open(path, "w").close()
     time.sleep(600)
 
 def die():
@@ -104,6 +122,18 @@ async def test_a_child_has_the_environment_and_folder_that_it_was_given(server: 
     colour, home, cwd, _ = (folder / "out").read_text().split()
 
     assert (colour, home, cwd) == ("blue", "None", str(folder))
+
+
+@pytest.mark.parametrize("target", ["sleep_through_sigterm", "drop_what_sigterm_raises"])
+async def test_a_child_that_has_missed_sigterm_is_told_to_notice_it(
+    server: Forkserver, folder: Path, target: str
+) -> None:
+    process = await fork(server, folder, f"targets:{target}", arguments={"path": "ready"})
+    await until((folder / "ready").exists)
+    await asyncio.sleep(0.1)
+    os.kill(process.pid, signal.SIGTERM)
+
+    assert await asyncio.wait_for(process.wait_signalled(), 10) == 5
 
 
 async def test_children_draw_different_random_numbers(server: Forkserver, folder: Path) -> None:

@@ -7,6 +7,7 @@ import socket
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import anyio
 import httpx
 import pytest
 from prefect.events import Event, Resource
@@ -29,6 +30,7 @@ class Client:
     async def create_logs(self, logs: list[dict[str, Any]]) -> None:
         if self.failures:
             raise self.failures.pop(0)
+        await asyncio.sleep(0.01)
         self.batches.append(logs)
 
     @property
@@ -122,6 +124,16 @@ async def test_logs_wait_for_a_server_that_is_away(monkeypatch: pytest.MonkeyPat
         intake.take({"log": log("second")})
 
     assert client.messages == ["first", "second"]
+
+
+async def test_a_worker_that_is_cancelled_sends_the_last_logs() -> None:
+    client = Client()
+    with anyio.CancelScope() as scope:
+        async with Intake(client) as intake:  # type: ignore[arg-type]
+            intake.take({"log": log("last")})
+            scope.cancel()
+
+    assert client.messages == ["last"]
 
 
 async def test_logs_that_the_server_refuses_do_not_keep_the_others_waiting() -> None:

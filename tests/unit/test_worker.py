@@ -5,11 +5,17 @@ import contextlib
 import re
 import tomllib
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime
 from pathlib import Path
-from uuid import uuid4
+from types import SimpleNamespace
+from unittest.mock import AsyncMock
+from uuid import UUID, uuid4
 
+import anyio
 import pytest
 from packaging.specifiers import SpecifierSet
+from prefect.client.schemas.objects import FlowRun
+from prefect.states import Cancelling
 
 from phasewise import worker
 
@@ -65,6 +71,28 @@ async def test_a_freed_slot_is_asked_for_again_while_runs_hold_the_slots_of_a_li
     one._slot_freed()
 
     assert len(asked) == 1
+
+
+async def test_a_run_that_began_before_its_process_was_noted_is_cancelled_as_soon_as_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one = worker.WarmProcessWorker(work_pool_name="pool")
+    run = FlowRun(id=uuid4(), flow_id=uuid4(), state=Cancelling(), start_time=datetime.now(UTC))
+    processes: set[UUID] = set()
+    cancelled: list[UUID] = []
+    executors = SimpleNamespace(is_running=processes.__contains__, cancel_soon=cancelled.append)
+    monkeypatch.setattr(one, "_executors", executors, raising=False)
+    monkeypatch.setattr(one, "_client", SimpleNamespace(read_flow_run=AsyncMock(return_value=run)))
+    monkeypatch.setattr(one, "get_flow_run_logger", lambda _: None)
+    one._submitting_flow_run_ids.add(run.id)
+
+    async with anyio.create_task_group() as one._services:
+        one._cancel_soon(run.id)
+        await anyio.sleep(0.1)
+        processes.add(run.id)
+        one._submitting_flow_run_ids.remove(run.id)
+
+    assert cancelled == [run.id]
 
 
 async def test_an_idle_worker_does_not_ask_after_every_run_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
