@@ -11,12 +11,13 @@ from time import perf_counter
 
 import duckdb
 
+from phasewise.drift import holds_all
 from phasewise.errors import AuditFailed, PhasewiseError, ProjectError, StagingError
 from phasewise.lake import normalize_type, quote_identifier
 from phasewise.lake import read_parquet as read_parquet
 from phasewise.loads import HISTORY
 from phasewise.merge import Increment, describe_increment, select_result
-from phasewise.project import Audit, Project, Reference, Severity
+from phasewise.project import Audit, Project, Reference, Severity, Table
 from phasewise.quarantine import BAD_ROWS
 from phasewise.queries import JsonValue, check_select, fetch_int, fetch_rows, find_missing_tables, first_line
 from phasewise.snapshots import list_columns, list_keys, list_tables
@@ -246,7 +247,9 @@ def _audit_table(
     declared = project.find_table(table)
     results: list[AuditResult] = []
     if declared.columns:
-        compare = partial(_compare_types, connection, table, declared.columns, name="contract", promised_by="contract")
+        compare = partial(
+            _compare_types, connection, table, declared.columns, name="contract", promised_by="contract", of=declared
+        )
         results.append(_guard("contract", table, compare))
     is_history = (
         declared.mode == "snapshot" and HISTORY.keys() <= list_columns(connection, quote_identifier(table)).keys()
@@ -387,17 +390,32 @@ def _compare_types(
     promised_by: str,
     is_complete: bool = False,
     relation: str | None = None,
+    of: Table | None = None,
 ) -> AuditResult:
-    """Compare the table's columns with *expected*; with *is_complete* there must be no others."""
+    """Compare the table's columns with *expected*; with *is_complete* there must be no others.
+
+    With *of*, what the project says of the table, it is said where the warehouse keeps a type that it has.
+    """
     actual = list_columns(connection, relation or quote_identifier(table))
     problems = [
         f'column "{column}" is {actual.get(column, "missing")}, its {promised_by} says {type_}'
+        + (_explain_kept_type(table, of, actual.get(column), type_) if of else "")
         for column, type_ in expected.items()
         if actual.get(column) != _canonical_type(type_)
     ]
     if is_complete:
         problems += [f'column "{column}" is not in its {promised_by}' for column in actual if column not in expected]
     return AuditResult(name=name, table=table, bad_rows=len(problems), detail="; ".join(problems))
+
+
+def _explain_kept_type(table: str, declared: Table, actual: str | None, type_: str) -> str:
+    """Return why a column has a wider type than its contract, and what to do; empty where it does not."""
+    is_kept = declared.mode != "full" or declared.drift == "discard"
+    if actual is None or not is_kept or not holds_all(actual, _canonical_type(type_)):
+        return ""
+    is_replaceable = declared.mode in ("append", "merge") and declared.drift != "discard"
+    anew = f', or raise [table."{table}"] version to load the table anew' if is_replaceable else ""
+    return f" (the warehouse keeps the wider type that it has: write {actual} into the contract{anew})"
 
 
 def _canonical_type(type_: str) -> str:

@@ -17,6 +17,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 import duckdb
 
 from phasewise.errors import LakeError, ProjectError, WarehouseBusy
+from phasewise.passwords import find_own_password
 from phasewise.project import redact_url
 from phasewise.quoting import quote_identifier, quote_literal
 
@@ -34,13 +35,12 @@ _SERVER = "catalog"
 def create_catalog_secret(connection: duckdb.DuckDBPyConnection, url: str) -> None:
     """Let *connection* log in to the catalog *url*."""
     parts = urlsplit(url)
-    query = dict(parse_qsl(parts.query))
     login = {
         "host": parts.hostname,
         "port": str(parts.port) if parts.port else None,
         "database": find_database(url),
         "user": unquote(parts.username) if parts.username else None,
-        "password": query.get("password") or (unquote(parts.password) if parts.password else None),
+        "password": _find_password(url),
     }
     fields = "".join(f", {name} {quote_literal(value)}" for name, value in login.items() if value)
     connection.execute(f"CREATE OR REPLACE SECRET {SECRET} (TYPE postgres{fields})")
@@ -60,6 +60,12 @@ def find_database(url: str) -> str:
     return database
 
 
+def _find_password(url: str) -> str | None:
+    parts = urlsplit(url)
+    given = dict(parse_qsl(parts.query)).get("password") or (unquote(parts.password) if parts.password else None)
+    return given or find_own_password("PGPASSWORD")
+
+
 def find_schema(url: str) -> str:
     """Return the schema of the catalog *url*."""
     return dict(parse_qsl(urlsplit(url).query)).get("schema", "public")
@@ -75,6 +81,8 @@ def list_options(url: str, *, is_writer: bool = False) -> str:
         query["application_name"] = _name_writer(url)
     for name in ("schema", "password"):
         query.pop(name, None)
+    if _find_password(url) is None:
+        query["password"] = ""  # else libpq would take the one that a source has put into the environment
     escaped = {name: value.replace("\\", "\\\\").replace("'", "\\'") for name, value in query.items()}
     return " ".join(f"{name}='{value}'" for name, value in escaped.items())
 

@@ -255,6 +255,8 @@ def _run_distributed(settings: Settings, root: Path) -> int:
     report = project.reports / f"{outcome.run_id}.html"
     if report.is_file():
         print(f"Report: {report}")
+    elif outcome.is_completed:
+        print("The report is missing; the log of final-etl-job says why.", file=sys.stderr)
     if outcome.is_completed:
         print("The warehouse was published.")
         return 0

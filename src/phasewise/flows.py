@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import asdict, replace
+from datetime import datetime
 from functools import partial
 from typing import Any, Literal, ParamSpec, TypeVar, cast
 from uuid import uuid4
@@ -25,13 +26,12 @@ from prefect.exceptions import Abort
 from prefect.flow_engine import run_flow_async
 from prefect.settings import get_current_settings
 
-from phasewise import audit, cleanup, isolation, lake, marts, publish, sources, staging
+from phasewise import audit, cleanup, isolation, lake, marts, publish, snapshots, sources, staging
 from phasewise.batch_report import BatchData, describe_moments, write_batch_report
 from phasewise.batches import resume_batch
 from phasewise.claim import claiming_project, ending_when_cancelled, hold_project, identify_process
 from phasewise.deployments import plan_deployments
 from phasewise.errors import (
-    AuditFailed,
     BatchCancelled,
     FlowRunsFailed,
     NothingStaged,
@@ -466,7 +466,7 @@ def final_etl(batch_id: str | None = None) -> dict[str, Any]:
 @task(name="final-etl-task", tags={"post-processing"})
 def final_etl_task(batch_id: str | None) -> dict[str, Any]:
     project, settings = _load()
-    batch = batch_id or staging.find_publishable_batch(project)
+    batch = batch_id or staging.find_publishable_batch(project, since=_find_start(project, settings))
     if batch is not None:
         return _publish(project, settings, batch, is_partial=batch_id is None)
     if not lake.has_lake(project):
@@ -478,33 +478,28 @@ def final_etl_task(batch_id: str | None) -> dict[str, Any]:
 
 
 def _publish(project: Project, settings: Settings, batch: str, *, is_partial: bool) -> dict[str, Any]:
-    """Audit *batch*, publish it and write its report; when an audit fails write the report alone.
+    """Audit *batch*, publish it and write its report; when that fails write the report alone.
 
     With *is_partial* (single tables, staged by hand) audits and marts that need other tables may wait for them.
     """
-    manifests = staging.list_manifests(project, batch)
+    plan, manifests = staging.read_plan(project, batch), staging.list_manifests(project, batch)
     given_up = staging.read_given_up(project, batch)
-    with _open_warehouse(project, settings) as connection:
-        plan = staging.read_plan(project, batch)
-        found = isolation.audit_staged(connection, project, manifests, plan, without=given_up, is_partial=is_partial)
-    results = found.results
-    _log_audits(results)
-    data = BatchData(
-        project=project,
-        batch=batch,
-        manifests=manifests,
-        audits=results,
-        given_up=given_up,
-        set_aside=found.set_aside,
-    )
+    data = BatchData(project=project, batch=batch, manifests=manifests, audits=[], given_up=given_up)
     try:
-        audit.raise_for(results)
-    except AuditFailed as exc:
-        _write_report(replace(data, runs=_batch_runs(batch)), status="failed", message=str(exc))
+        with _open_warehouse(project, settings) as connection:
+            found = isolation.audit_staged(
+                connection, project, manifests, plan, without=given_up, is_partial=is_partial
+            )
+        _log_audits(found.results)
+        data = replace(data, audits=found.results, set_aside=found.set_aside)
+        audit.raise_for(found.results)
+        publication = publish.publish_batch(
+            project, settings, batch, without=given_up, is_partial=is_partial, set_aside=found.set_aside
+        )
+    except Exception as exc:
+        if plan or manifests:  # else there is no such batch
+            _report_failure(data, exc)
         raise
-    publication = publish.publish_batch(
-        project, settings, batch, without=given_up, is_partial=is_partial, set_aside=found.set_aside
-    )
     current_logger().info("Published %d tables as snapshot %d", len(publication.tables), publication.snapshot)
     return _report(
         project,
@@ -513,6 +508,13 @@ def _publish(project: Project, settings: Settings, batch: str, *, is_partial: bo
         status="published",
         message=describe_moments(manifests),
     )
+
+
+def _find_start(project: Project, settings: Settings) -> datetime | None:
+    """Return when the batch began that readers see; None when nothing was published."""
+    with _open_warehouse(project, settings) as connection:
+        latest = snapshots.latest_publication(connection) if lake.has_lake(project) else None
+    return latest.staged_at if latest else None
 
 
 def _renew(project: Project, settings: Settings) -> dict[str, Any]:
@@ -534,16 +536,27 @@ def _report(
     status: Literal["published", "renewed"],
     message: str = "",
 ) -> dict[str, Any]:
-    """Write the report and return what the flow returns."""
-    with _open_warehouse(project, settings) as connection:
-        built = data.publication.marts if data.publication else ()
-        mart_data = [marts.read_mart(connection, mart) for mart in project.marts if mart.name in built]
-    html = _write_report(replace(data, marts=mart_data, runs=_batch_runs(data.batch)), status=status, message=message)
+    """Write the report and return what the flow returns.
+
+    Readers see the batch already: a report that cannot be written does not make it a failed one.
+    """
     publication = data.publication
     assert publication is not None  # both callers have published
+    html, report_error = None, None
+    try:
+        with _open_warehouse(project, settings) as connection:
+            mart_data = [marts.read_mart(connection, mart) for mart in project.marts if mart.name in publication.marts]
+        data = replace(data, marts=mart_data, runs=_batch_runs(data.batch))
+        html = _write_report(data, status=status, message=message)
+    except Exception as exc:  # noqa: BLE001 - whatever it is, the batch is published
+        report_error = (
+            f'The batch "{data.batch}" is published, as snapshot {publication.snapshot}. Its report is missing: '
+            f"{_describe_error(exc)}"
+        )
+        current_logger().error(report_error, exc_info=not isinstance(exc, PhasewiseError))
     return {
         "status": "final_etl_complete",
-        "reports_generated": True,
+        "reports_generated": html is not None,
         "batch_id": data.batch,
         "snapshot": publication.snapshot,
         "tables": len(publication.tables),
@@ -553,7 +566,21 @@ def _report(
         "warnings": sum(not result.passed and result.severity == "warning" for result in data.audits),
         "quarantined": sum(table.quarantined for table in publication.tables),
         "report": html,
+        **({"report_error": report_error} if report_error else {}),
     }
+
+
+def _report_failure(data: BatchData, failure: Exception) -> None:
+    """Write the report of a batch that was not published, whatever *failure* is; that is raised in any case."""
+    try:
+        _write_report(replace(data, runs=_batch_runs(data.batch)), status="failed", message=_describe_error(failure))
+    except Exception:  # noqa: BLE001 - the failure itself is what must be seen
+        current_logger().exception("The report of batch %s is missing", data.batch)
+
+
+def _describe_error(exc: Exception) -> str:
+    """Return the message of *exc*; not that of one that is not ours, which may quote a login."""
+    return str(exc) if isinstance(exc, PhasewiseError) else f"{type(exc).__name__}, see the log of final-etl-job."
 
 
 def _write_report(data: BatchData, *, status: Literal["published", "failed", "renewed"], message: str = "") -> str:

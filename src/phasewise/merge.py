@@ -22,7 +22,7 @@ from phasewise.errors import PublishConflict, SchemaDrift
 from phasewise.lake import quote_identifier, quote_literal, read_parquet
 from phasewise.loads import Load, drop_history
 from phasewise.project import DriftRule, Project
-from phasewise.queries import fetch_int, first_line
+from phasewise.queries import fetch_int
 from phasewise.snapshots import TableState, latest_publication, list_columns, list_tables
 from phasewise.staging import Manifest, read_plan, staged_files, staged_key_files
 from phasewise.storage import File
@@ -134,7 +134,7 @@ def describe_increment(connection: duckdb.DuckDBPyConnection, project: Project, 
     """Compare what was staged of one table, in *parts*, with the attached lake.
 
     Raises:
-        SchemaDrift: the lake's table cannot take the columns that were staged.
+        SchemaDrift: the lake's table cannot take the columns that were staged, or their values.
         PublishConflict: the lake's table is not the one that the batch began with.
     """
     table, load, rule = parts[0].table, parts[0].load, project.find_table(parts[0].table).drift
@@ -146,7 +146,7 @@ def describe_increment(connection: duckdb.DuckDBPyConnection, project: Project, 
     present = list_columns(connection, f"lake.main.{quote_identifier(table)}") if is_there else staged
     drift = compare_columns(drop_history(present, now), staged, rule)
     refuse_drift(table, drift, rule, is_replaced=load.is_replaced)
-    return Increment(
+    increment = Increment(
         table=table,
         load=load,
         files=files,
@@ -157,6 +157,9 @@ def describe_increment(connection: duckdb.DuckDBPyConnection, project: Project, 
         rule=rule,
         is_published=is_published,
     )
+    if increment.is_cast and not is_published:
+        _refuse_misfits(connection, increment)
+    return increment
 
 
 def select_result(connection: duckdb.DuckDBPyConnection, increment: Increment) -> str:
@@ -223,13 +226,7 @@ def find_touched(connection: duckdb.DuckDBPyConnection, increment: Increment) ->
             f" union all select {keys}, 'gone' as {_CHANGE} from {present} l "
             f"where not exists (select 1 from ({all_keys}) k where {_equal(increment.load.key, 'l', 'k')})"
         )
-    try:
-        connection.execute(f"create or replace temp table {increment.touched} as {found}")
-    except duckdb.InvalidInputException as exc:  # of _cast_column
-        raise SchemaDrift(
-            f'Table "{increment.table}": {first_line(exc)}.',
-            hint=f'Take the wider type: [table."{increment.table}"] drift = "evolve".',
-        ) from exc
+    connection.execute(f"create or replace temp table {increment.touched} as {found}")
 
 
 def _preview(increment: Increment) -> str:
@@ -337,11 +334,32 @@ def _cast_column(name: str, type_: str, present: str | None, alias: str) -> str:
         return f"cast(null as {type_})"
     if holds_all(type_, present):
         return f"cast({value} as {type_})"
-    # A cast rounds without a word, and names no column where it fails. The value is part of the message only so that
-    # it is not evaluated beforehand.
-    failure = f"error({quote_literal(f'column {name} is {type_} in the warehouse, which does not hold ')} || {value})"
-    cast = f"try_cast({value} as {type_})"
-    return f"case when try_cast({cast} as {present}) is distinct from {value} then {failure} else {cast} end"
+    # A cast rounds without a word. describe_increment has refused such values; the query must not rely on it.
+    # The value is part of the message only so that it is not evaluated beforehand.
+    failure = f"error({quote_literal(f'column {name} does not fit: ')} || {value})"
+    return f"case when {_is_misfit(value, type_, present)} then {failure} else try_cast({value} as {type_}) end"
+
+
+def _is_misfit(value: str, type_: str, present: str) -> str:
+    return f"try_cast(try_cast({value} as {type_}) as {present}) is distinct from {value}"
+
+
+def _refuse_misfits(connection: duckdb.DuckDBPyConnection, increment: Increment) -> None:
+    """Refuse values that are not in the type that the lake's table keeps for their column."""
+    staged = {name.casefold(): type_ for name, type_ in increment.staged.items()}
+    for name, type_ in increment.drift.columns.items():
+        present = staged.get(name.casefold())
+        if present is None or holds_all(type_, present):
+            continue
+        value = quote_identifier(name)
+        row = connection.execute(
+            f"select cast({value} as varchar) from {increment.read} where {_is_misfit(value, type_, present)} limit 1"
+        ).fetchone()
+        if row is not None:
+            raise SchemaDrift(
+                f'Table "{increment.table}": column {name} is {type_} in the warehouse, which does not hold {row[0]}.',
+                hint=f'Take the wider type: [table."{increment.table}"] drift = "evolve".',
+            )
 
 
 def _equal(key: Iterable[str], left: str, right: str) -> str:

@@ -45,6 +45,7 @@ from phasewise.snapshots import (
     find_publication,
     latest_publication,
     list_columns,
+    list_keys,
     list_tables,
     require_publication,
 )
@@ -179,7 +180,9 @@ def _publish(
             publish_quarantine(connection, table.name, increment, planned)
         build_marts(connection, project, schema=f"lake.{MARTS_SCHEMA}", only=only)
         states = _find_states(connection, batch, staged)
-        _sign(connection, replace(planned, tables=tuple(tables), states=states), message)
+        keys = list_keys(connection) | {table.name: table.key for table in tables}
+        known = {table: key for table, key in keys.items() if key}
+        _sign(connection, replace(planned, tables=tuple(tables), states=states, keys=known), message)
         if not (only or any(table.added or table.changed or table.removed for table in tables)):
             _change_something(connection, planned)
     return require_publication(connection, project)

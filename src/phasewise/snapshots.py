@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -74,6 +74,8 @@ class Publication:
     kind: Kind = "publish"
     #: Of all tables that are not loaded whole, also those that the batch did not bring.
     states: tuple[TableState, ...] = ()
+    #: The key of each table that has one, also of those that the batch did not bring: its snapshot may be gone.
+    keys: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     #: True: this call found the batch published and changed nothing.
     was_published: bool = False
 
@@ -222,13 +224,18 @@ def _read_publication(snapshot: int, at: datetime, extra_info: str | None) -> Pu
             marts=tuple(data["marts"]),
             kind=data["kind"],
             states=tuple(TableState.from_json(state) for state in data.get("states", ())),
+            keys={table: tuple(key) for table, key in data.get("keys", {}).items()},
         )
     except (ValueError, KeyError, TypeError):
         return None  # maintenance, or a commit that somebody else made in the lake
 
 
 def list_keys(connection: duckdb.DuckDBPyConnection) -> dict[str, tuple[str, ...]]:
-    """Return the key of each table as the newest publication that brought it says."""
+    """Return the key of each table that has one, as the newest publication that brought it says."""
+    latest = latest_publication(connection)
+    if latest is not None and latest.keys:
+        return dict(latest.keys)
+    # One that was published before they were kept says nothing of other tables.
     publications = list_publications(connection)
     return {table.name: table.key for publication in publications for table in publication.tables}
 

@@ -479,13 +479,14 @@ def list_batches(project: Project) -> list[Batch]:
     return sorted(found, key=lambda batch: (batch.created_at, batch.id))
 
 
-def find_publishable_batch(project: Project) -> str | None:
+def find_publishable_batch(project: Project, *, since: datetime | None = None) -> str | None:
     """Return the newest batch that is staged completely and not published, None when there is none.
 
-    A batch older than a published one does not count: publishing it would take the warehouse back in time.
+    A batch older than a published one does not count: publishing it would take the warehouse back in time. *since* is
+    when the batch began that readers see, whose staging may be gone.
     """
     for batch in reversed(list_batches(project)):
-        if batch.is_published:
+        if batch.is_published or (since is not None and batch.created_at < since):
             return None
         if batch.is_complete:
             return batch.id

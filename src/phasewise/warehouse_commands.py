@@ -135,15 +135,21 @@ def _audit(project: Project, settings: Settings, batch: str | None) -> list[Audi
     from phasewise.audit import audit_published
     from phasewise.isolation import audit_staged
     from phasewise.lake import attach_lake, has_lake, list_extensions, open_session, reach_warehouse
+    from phasewise.snapshots import latest_publication
     from phasewise.staging import list_batches, list_manifests, read_given_up, read_plan
 
-    staged = [entry.id for entry in list_batches(project) if not entry.is_published]
-    batch = batch or (staged[-1] if staged else None)
     with open_session(settings, extensions=list_extensions(project)) as connection:
         reach_warehouse(connection, project)
         if has_lake(project):
             attach_lake(connection, project, read_only=True)
-        elif batch is None:
+        batches = list_batches(project)
+        staged = [entry.id for entry in batches if not entry.is_published]
+        if batch is None and staged:
+            # What is older than what readers see is not of interest; the staging of that may be gone already.
+            latest = latest_publication(connection) if has_lake(project) else None
+            is_newest = not batches[-1].is_published and not (latest and batches[-1].created_at < latest.staged_at)
+            batch = staged[-1] if is_newest else None
+        if batch is None and not has_lake(project):
             raise NothingStaged("Nothing is staged and nothing was published.", hint="Run: make run-distributed")
         if batch is None:
             print("Auditing what is published.")

@@ -19,7 +19,7 @@ from phasewise.project import Project, Table, load_project
 from phasewise.publish import publish_batch, rollback_batch
 from phasewise.samples import SAMPLE_SETTINGS as SETTINGS
 from phasewise.samples import change_source, stage_batch, write_project
-from phasewise.snapshots import Publication, TableState, diff_batches, list_publications, open_reader
+from phasewise.snapshots import Publication, TableState, diff_batches, list_keys, list_publications, open_reader
 from phasewise.sources import Column, SourceTable
 
 SOURCE = """
@@ -431,6 +431,19 @@ def test_published_incremental_tables_pass_the_audits_again(tmp_path: Path):
     assert all(result.passed for result in results)
 
 
+def test_the_keys_of_tables_that_batches_do_not_bring_survive_retention(tmp_path: Path):
+    project = begin(tmp_path, MERGE, SOURCE + "create table u (id integer primary key); insert into u values (1);")
+    for number in range(2):
+        staging.extract_table(project, SETTINGS, batch=f"alone{number}", table="u")
+        publish_batch(project, SETTINGS, f"alone{number}")
+        maintain_lake(project, SETTINGS.model_copy(update={"snapshot_retention_days": 0}))
+
+    assert [publication.batch for publication in publications(project)] == ["alone1"]
+    with lake.open_session(SETTINGS) as connection:
+        lake.attach_lake(connection, project, read_only=True)
+        assert list_keys(connection) == {"t": ("id",), "u": ("id",)}
+
+
 def test_marts_see_the_whole_table(tmp_path: Path):
     project = write_project(tmp_path, source=SOURCE, toml=APPEND, marts={"n": "select count(*) as n from t"})
     load(project, "b0")
@@ -532,6 +545,35 @@ def test_a_value_that_is_too_large_for_a_kept_type_fails_and_names_the_column(tm
 
     with pytest.raises(SchemaDrift, match=r"column n is DECIMAL\(4,2\) in the warehouse, which does not hold 12345"):
         load(project, "b1", declare("decimal(18,2)", "1, 12345, 10"))
+
+
+@pytest.mark.parametrize("toml", ["", 'mode = "append"\ncursor = "at"\n'])
+def test_a_value_that_does_not_fit_is_found_by_the_audit_where_no_key_is_compared(tmp_path: Path, toml: str):
+    source = "create table t (n {}, at integer);"
+    project = begin(tmp_path, f'[table.t]\n{toml}drift = "discard"\n', source.format("decimal(10,2)"))
+    change_source(
+        tmp_path, f"drop table t; {source.format('decimal(18,4)')} insert into t values (1.5, 1), (1.1234, 2)"
+    )
+    stage_batch(project, batch="b1")
+
+    for run in (lambda: audit(project, "b1"), lambda: publish_batch(project, SETTINGS, "b1")):
+        with pytest.raises(
+            SchemaDrift, match=r"column n is DECIMAL\(10,2\) in the warehouse, which does not hold 1\.1234"
+        ):
+            run()
+
+
+def test_a_contract_narrower_than_what_the_warehouse_keeps_says_so_and_what_to_do(tmp_path: Path):
+    project = begin(tmp_path, MERGE, declare("decimal(18,4)", "1, 1.25, 10"))
+    project = change(project, "[table.t]", '[table.t]\ncolumns = { n = "DECIMAL(10,2)" }')
+
+    with pytest.raises(
+        AuditFailed, match=r"the warehouse keeps the wider type that it has: write DECIMAL\(18,4\) into"
+    ):
+        load(project, "b1", declare("decimal(10,2)", "1, 1.25, 10"))
+
+    load(change(project, "[table.t]", "[table.t]\nversion = 2"), "b2")
+    assert rows(project, "select typeof(n) from t") == [("DECIMAL(10,2)",)]
 
 
 def test_freeze_fails_and_names_the_columns(tmp_path: Path):

@@ -13,7 +13,7 @@ from phasewise.project import Project
 from phasewise.publish import open_writer, publish_batch
 from phasewise.samples import SAMPLE_SETTINGS, change_source, stage_batch, write_project
 from phasewise.snapshots import query_warehouse
-from phasewise.staging import begin_batch, extract_table, give_up_tables, list_manifests
+from phasewise.staging import begin_batch, extract_table, find_batch_folder, give_up_tables, list_manifests
 from phasewise.warehouse_commands import audit, diff, plan, rollback, snapshots
 
 SOURCE = "create table people (id integer, name text); insert into people values (1, 'Babe'), (2, 'Hank')"
@@ -81,6 +81,18 @@ def test_plan_shows_each_table_and_ends_with_what_could_not_be_loaded(
 def test_audit_without_staging_looks_at_what_is_published(project: Project, capsys: pytest.CaptureFixture[str]):
     publish(project)
 
+    audit()
+
+    assert "Auditing what is published." in capsys.readouterr().out
+
+
+def test_audit_does_not_take_a_batch_older_than_what_is_published(project: Project, capsys: pytest.CaptureFixture[str]):
+    stage_batch(project, batch="forgotten")
+    newer = publish(project)
+    audit()
+    assert "Auditing what is published." in capsys.readouterr().out
+
+    find_batch_folder(project, newer).rename(project.root / "cleaned up")
     audit()
 
     assert "Auditing what is published." in capsys.readouterr().out

@@ -11,7 +11,6 @@ several tables are not.
 
 from __future__ import annotations
 
-import os
 import platform
 import re
 import uuid
@@ -24,6 +23,7 @@ import duckdb
 
 from phasewise.errors import PhasewiseError, ProjectError, SourceError, SourceUnavailable, TableMissing, UnfaithfulValue
 from phasewise.lake import open_session, quote_identifier, quote_literal
+from phasewise.passwords import lend_password
 from phasewise.project import redact_url
 from phasewise.settings import Settings
 from phasewise.sources import Column, SnapshotToken, SourceTable
@@ -137,8 +137,7 @@ class MysqlSource:
         for name, value in (_SETTINGS | lent).items():
             connection.execute(f"SET {name} = {quote_literal(value) if isinstance(value, str) else value}")
         # The scanner quotes the whole DSN in its messages; the client library takes the password from here.
-        if self._login.password is not None:
-            os.environ["MYSQL_PWD"] = self._login.password
+        lend_password("MYSQL_PWD", self._login.password)
         dsn = self._name_lent(snapshot["socket"]) if snapshot else self._dsn
         try:
             connection.execute(f"ATTACH {quote_literal(dsn)} AS source (TYPE mysql, READ_ONLY)")

@@ -14,7 +14,6 @@ query up. Logging in to the server is PyMySQL's.
 from __future__ import annotations
 
 import itertools
-import os
 import re
 import secrets
 import selectors
@@ -33,6 +32,8 @@ from typing import Any
 
 import pymysql
 from pymysql.constants import CLIENT
+
+from phasewise.passwords import find_own_password
 
 _CHUNK = 256 * 1024
 _FOLDER = "phasewise-mysql-"
@@ -140,7 +141,7 @@ def _remove_leftovers() -> None:
 
 
 def _connect(login: Login, idle_seconds: float) -> pymysql.connections.Connection:
-    password = login.password if login.password is not None else os.environ.get("MYSQL_PWD", "")
+    password = login.password if login.password is not None else find_own_password("MYSQL_PWD") or ""
     connection = pymysql.connect(
         host=login.host,
         port=login.port,

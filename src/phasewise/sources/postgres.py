@@ -8,7 +8,6 @@ query, in which the server prints what has no faithful type. Values that the bin
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ import duckdb
 
 from phasewise.errors import PhasewiseError, ProjectError, SourceError, SourceUnavailable, TableMissing, UnfaithfulValue
 from phasewise.lake import open_session, quote_identifier, quote_literal
+from phasewise.passwords import lend_password
 from phasewise.project import redact_url
 from phasewise.settings import Settings
 from phasewise.sources import Column, SnapshotToken, SourceTable
@@ -152,8 +152,7 @@ class PostgresSource:
     def attach(self, connection: duckdb.DuckDBPyConnection, snapshot: SnapshotToken | None = None) -> None:
         # The scanner quotes the whole DSN in its messages, also later when a scan thread connects. libpq takes
         # the password from the environment, where no message finds it.
-        if self._password is not None:
-            os.environ["PGPASSWORD"] = self._password
+        lend_password("PGPASSWORD", self._password)
         schema = quote_literal(self._schema)
         try:
             connection.execute(
