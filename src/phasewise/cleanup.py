@@ -21,13 +21,16 @@ from phasewise.project import Project
 from phasewise.publish import File, open_writer
 from phasewise.queries import first_line
 from phasewise.settings import Settings
-from phasewise.snapshots import latest_publication, list_tables
+from phasewise.snapshots import latest_publication, list_columns, list_tables
 from phasewise.staging import Batch, find_batch_folder, list_batches, list_files
 from phasewise.storage import FILE_PREFIX, StoredFile, list_stored
 
 #: Files below this size are merged with their neighbours; what a full refresh registers is mostly larger, and is
 #: replaced as a whole by the next batch, so that rewriting it would be for nothing.
 MERGE_BELOW_BYTES = 4 * 1024 * 1024
+
+#: A larger file is written anew when this share of its rows was deleted.
+REWRITE_SHARE = 0.2
 
 #: A Parquet file that no snapshot knows may belong to a transaction of somebody else's that is still open.
 ORPHAN_GRACE = timedelta(hours=1)
@@ -203,6 +206,7 @@ def _delete_unneeded(connection: duckdb.DuckDBPyConnection, retention: timedelta
 
 
 def _merge_small_files(connection: duckdb.DuckDBPyConnection) -> int:
+    """Merge files that are smaller than ``MERGE_BELOW_BYTES``; return how many took their place."""
     # DuckLake keeps a few rows in its catalog rather than in a file; of a table that grows by a few rows each night
     # they would pile up there.
     latest = latest_publication(connection)
@@ -211,10 +215,62 @@ def _merge_small_files(connection: duckdb.DuckDBPyConnection) -> int:
         connection.execute(
             f"call ducklake_flush_inlined_data('lake', schema_name => 'main', table_name => {quote_literal(table)})"
         )
+        _rewrite_files(connection, table)
     rows = connection.execute(
         f"call ducklake_merge_adjacent_files('lake', max_file_size => {MERGE_BELOW_BYTES})"
     ).fetchall()
     return sum(int(row[-1]) for row in rows)
+
+
+def _rewrite_files(connection: duckdb.DuckDBPyConnection, table: str) -> None:
+    """Write the rows of small files anew of which some were deleted, and of larger ones of which many were.
+
+    DuckLake does not merge a file with deleted rows, so that those of a table that is merged into each night would grow
+    in number without end, and readers read what is deleted too. Its own ``ducklake_rewrite_data_files`` knows no
+    difference between a small and a large file, and breaks off where the rows fill more than one (DuckDB 1.5).
+    """
+    name = f"lake.main.{quote_identifier(table)}"
+    if "filename" in {column.casefold() for column in list_columns(connection, name)}:
+        return  # it hides the name of the file
+    sizes: dict[str, int] = dict(
+        connection.execute(
+            f"select data_file, data_file_size_bytes from ducklake_list_files('lake', {quote_literal(table)}, "
+            "schema => 'main') where delete_file is not null"
+        ).fetchall()
+    )
+    if not sizes:
+        return
+    written = connection.execute(
+        f"select file_name, num_rows from parquet_file_metadata([{_list_literals(sizes)}])"
+    ).fetchall()
+    present = dict(
+        connection.execute(
+            f"select filename, count(*) from {name} where filename in ({_list_literals(sizes)}) group by 1"
+        ).fetchall()
+    )
+    doomed = [
+        file
+        for file, rows in written
+        if sizes[file] < MERGE_BELOW_BYTES or present.get(file, 0) < (1 - REWRITE_SHARE) * rows
+    ]
+    if doomed:
+        among = f"filename in ({_list_literals(doomed)})"
+        # Deleted rows that are noted in the catalog would leave a file in place of which none is left.
+        connection.execute("set ducklake_default_data_inlining_row_limit = 0")
+        connection.execute("begin")
+        connection.execute(f"insert into {name} by name select * from {name} where {among}")
+        connection.execute(f"delete from {name} where {among}")
+        connection.execute("commit")
+        connection.execute("reset ducklake_default_data_inlining_row_limit")
+    if len(present) < len(written):
+        # Batches have left such files too.
+        connection.execute(
+            f"call ducklake_rewrite_data_files('lake', {quote_literal(table)}, schema => 'main', delete_threshold => 1)"
+        )
+
+
+def _list_literals(texts: Iterable[str]) -> str:
+    return ", ".join(quote_literal(text) for text in texts)
 
 
 def _list_orphans(connection: duckdb.DuckDBPyConnection) -> list[str]:

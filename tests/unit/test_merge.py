@@ -402,6 +402,46 @@ def test_small_files_of_many_batches_are_merged_and_a_merged_table_goes_on_and_b
     assert rows(project) == before[3]
 
 
+def test_files_of_which_rows_were_deleted_do_not_pile_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    source = """create table t (id integer primary key, v text, at integer); insert into t with recursive
+        n(i) as (select 1 union all select i + 1 from n where i < 200) select i, 'a', 0 from n;"""
+    project = begin(tmp_path, MERGE, source)
+    expected = {}
+    for number in range(1, 7):
+        # Each night some of the rows that the last one changed, and some of the first file.
+        load(
+            project,
+            f"b{number}",
+            f"update t set v = v || 'x', at = {number} where id between {number * 4} and 200 - {number}",
+        )
+        expected[f"b{number}"] = rows(project)
+        maintain_lake(project, SETTINGS)
+
+        assert count_files(project) <= (2, 1)
+    assert rows(project) == expected["b6"]
+    assert {batch: rows(project, at=batch) for batch in expected} == expected
+
+    # A large file is written anew when it is worth it.
+    monkeypatch.setattr("phasewise.cleanup.MERGE_BELOW_BYTES", 1)
+    load(project, "b7", "update t set v = 'few', at = 8 where id < 20")
+    maintain_lake(project, SETTINGS)
+    assert count_files(project)[1] > 0
+    load(project, "b8", "update t set v = 'many', at = 9 where id < 150")
+    maintain_lake(project, SETTINGS)
+    assert rows(project, "select count(*) from t where v = 'many'") == [(149,)]
+    rollback_batch(project, SETTINGS, "b5")
+    assert rows(project) == expected["b5"]
+
+
+def count_files(project: Project) -> tuple[int, int]:
+    """Return of how many files the table is made, and how many of them have deleted rows."""
+    with lake.open_session(SETTINGS) as connection:
+        lake.attach_lake(connection, project, read_only=True)
+        return connection.execute(
+            "select count(*), count(delete_file) from ducklake_list_files('lake', 't')"
+        ).fetchone()
+
+
 @pytest.mark.parametrize("toml", [MERGE, SNAPSHOT])
 def test_maintenance_between_batches_changes_no_row_of_any_snapshot(tmp_path: Path, toml: str):
     project = begin(tmp_path, toml + "deletes = true\n")

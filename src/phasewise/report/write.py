@@ -48,7 +48,7 @@ def write_report(report: BatchReport, folder: Path) -> ReportFiles:
     except OSError as exc:
         raise ReportError(
             f"The report of batch {report.batch} could not be written to {folder}: {exc.strerror}.",
-            hint="Make room or allow writing there; final-etl-job, run again without a batch, writes one.",
+            hint="Make room or allow writing there, then run final-etl-job again without a batch; it writes one.",
         ) from exc
     return files
 
