@@ -15,10 +15,12 @@ import pytest
 from phasewise import lake
 from phasewise.cleanup import maintain_lake
 from phasewise.errors import LakeError, WarehouseBusy, WarehouseTooNew
+from phasewise.isolation import audit_staged
 from phasewise.project import Project, load_project
 from phasewise.publish import publish_batch, rollback_batch
 from phasewise.samples import SAMPLE_SETTINGS, change_source, stage_batch, write_project
 from phasewise.snapshots import diff_batches, query_warehouse
+from phasewise.staging import list_manifests, read_manifest
 from tests.integration.warehouses import HOST, is_postgres_reachable, postgres_catalog, psql
 
 SETTINGS = SAMPLE_SETTINGS
@@ -166,3 +168,47 @@ def test_the_password_comes_from_the_environment(project: Project, catalog: str,
     monkeypatch.setenv("LAKE_PASSWORD", "a%20secret")
 
     assert load_project(project.root).catalog == catalog
+
+
+def publish(project: Project, batch: str, sql: str = "") -> None:
+    change_source(project.root, sql)
+    stage_batch(project, batch=batch)
+    with lake.open_session(SETTINGS, extensions=lake.list_extensions(project)) as connection:
+        lake.reach_warehouse(connection, project)
+        if lake.has_lake(project):
+            lake.attach_lake(connection, project, read_only=True)
+        found = audit_staged(connection, project, list_manifests(project, batch))
+    publish_batch(project, SETTINGS, batch, set_aside=found.set_aside)
+
+
+def test_increments_go_on_and_back_and_their_quarantine_with_them(tmp_path: Path, catalog: str):
+    modes = ("append", "merge")
+    table = '[table.{0}]\nmode = "{0}"\ncursor = "at"\nquarantine_limit = 9\n[[audit]]\nname = "{0} positive"\n'
+    table += 'table = "{0}"\nseverity = "quarantine"\nsql = "from {0} where n < 0"\n'
+    project = write_project(
+        tmp_path,
+        source="".join(
+            f"create table {mode} (id integer primary key, n int, at integer); insert into {mode} values (1, 10, 1);"
+            for mode in modes
+        ),
+        toml=f'[warehouse]\ncatalog = "{catalog}"\n' + "".join(map(table.format, modes)),
+    )
+
+    def look() -> list[tuple[list[int], list[int]]]:
+        sql = "select (select list(id order by id) from {0}), (select list(id) from lake._quarantine.{0})"
+        return [query_warehouse(project, SETTINGS, sql.format(mode))[1][0] for mode in modes]
+
+    publish(project, "b0")
+    publish(project, "b1", "".join(f"insert into {mode} values (2, 20, 2), (3, -1, 3);" for mode in modes))
+    change = (
+        "update {0} set n = 30, at = 4 where id = 3; insert into {0} values (4, -1, 5); alter table {0} add x text;"
+    )
+    publish(project, "b2", "".join(map(change.format, modes)))
+    maintain_lake(project, SETTINGS)
+    assert look() == [([1, 2, 3], [4])] * 2
+    rollback_batch(project, SETTINGS, "b1")
+
+    assert look() == [([1, 2], [3])] * 2
+    publish(project, "b3")
+    assert look() == [([1, 2, 3], [4])] * 2
+    assert {read_manifest(project, "b3", mode).load.since for mode in modes} == {"3"}

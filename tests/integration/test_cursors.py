@@ -1,11 +1,13 @@
-"""Cursors of servers are compared as the lake would, whatever the server's collation and the session's time zone."""
+"""Cursors are compared as the lake would, whatever a server's collation and time zone are, and what a file knows."""
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
+import duckdb
 import pytest
 
 from phasewise import lake
@@ -18,9 +20,10 @@ from phasewise.staging import read_manifest
 from tests.integration import test_source_mysql as mysql
 from tests.integration import test_source_postgres as postgres
 
+Case = tuple[str, list[str], list[str]]
 #: Type, the values of the first batch (the second is the last), those that come later, which of these are new: the
 #: first of them has a value below the last one.
-CASES = {
+CASES: Mapping[str, Case] = {
     "bigint": ("bigint", ["-5", "9007199254740993"], ["9007199254740992", "9007199254740994"]),
     "decimal": ("decimal(20,4)", ["-1.5", "10.2501"], ["10.2500", "10.2502"]),
     "date": ("date", ["'2024-02-28'", "'2024-02-29'"], ["'2024-02-27'", "'2024-03-01'"]),
@@ -75,15 +78,57 @@ def test_mariadb_gives_what_is_beyond_the_cursor(tmp_path: Path, mode: str):
         mysql.mariadb(f"DROP DATABASE {database}")
 
 
-def check(root: Path, mode: str, url: str, names: dict[str, str], execute: Callable[[str], str]) -> None:
+#: Of the formats that know no types, or of which a reader guesses them: what the contract says.
+_TYPES = {"timestamp": "TIMESTAMP", "text": "VARCHAR"}
+
+
+@pytest.mark.parametrize(
+    ("format_", "mode"),
+    [
+        ("duckdb", "merge"),
+        ("csv", "append"),
+        ("json", "merge"),
+        ("parquet", "append"),
+    ],
+)
+def test_files_give_what_is_beyond_the_cursor(tmp_path: Path, format_: str, mode: str):
+    cases = {name: CASES[name] for name in _TYPES}
+    file = tmp_path / "source.duckdb"
+    folder = tmp_path / "data"
+    folder.mkdir()
+
+    def execute(sql: str) -> str:
+        with duckdb.connect(str(file)) as database:
+            database.execute(sql)
+            for (table,) in database.execute("select table_name from duckdb_tables()").fetchall():
+                database.execute(f"copy {table} to '{folder / table}.{format_}'" if format_ != "duckdb" else "select 1")
+        return ""
+
+    url = "duckdb:///source.duckdb" if format_ == "duckdb" else "file:///data"
+    key = 'key = ["id"]\n' if mode == "merge" else ""
+    untyped = 'id = "BIGINT", ' if format_ in ("csv", "json") else ""
+    more = {name: f'columns = {{ {untyped}c = "{type_}" }}\n{key}' for name, type_ in _TYPES.items()}
+    check(tmp_path, mode, url, {"moment": "timestamp"}, execute, cases=cases, more=more)
+
+
+def check(
+    root: Path,
+    mode: str,
+    url: str,
+    names: dict[str, str],
+    execute: Callable[[str], str],
+    *,
+    cases: Mapping[str, Case] = CASES,
+    more: Mapping[str, str] = MappingProxyType({}),
+) -> None:
     # An append without a key takes what is strictly beyond the last cursor, a merge rows with the same one too.
     key = " primary key" if mode == "merge" else ""
-    for case, (declared, first, _) in CASES.items():
+    for case, (declared, first, _) in cases.items():
         execute(f"CREATE TABLE {case}_case (id integer{key}, c {declared.format(**names)}); {insert(case, 1, first)}")
-    project = write(root, url, mode)
+    project = write(root, url, mode, {case: more.get(case, "") for case in cases})
     load(project, "b0")
 
-    for case, (_, first, later) in CASES.items():
+    for case, (_, first, later) in cases.items():
         last = "NULL" if mode == "merge" else first[1]
         execute(f"{insert(case, 3, later)}; {insert(case, 5, [last])}")
     load(project, "b1")
@@ -91,7 +136,7 @@ def check(root: Path, mode: str, url: str, names: dict[str, str], execute: Calla
 
     expected = {"merge": [1, 2, 4, 5], "append": [1, 2, 4]}[mode]
     with open_reader(project, SETTINGS) as connection:
-        for case in CASES:
+        for case in cases:
             loaded, again = (read_manifest(project, batch, f"{case}_case") for batch in ("b1", "b2"))
             assert loaded.rows == loaded.source_rows == {"merge": 3, "append": 1}[mode], case
             assert again.rows == {"merge": 2, "append": 0}[mode], case
@@ -103,8 +148,8 @@ def insert(case: str, start: int, values: list[str]) -> str:
     return f"INSERT INTO {case}_case VALUES {rows}"
 
 
-def write(root: Path, url: str, mode: str) -> Project:
-    tables = "".join(f'[table.{case}_case]\nmode = "{mode}"\ncursor = "c"\n' for case in CASES)
+def write(root: Path, url: str, mode: str, more: Mapping[str, str]) -> Project:
+    tables = "".join(f'[table.{case}_case]\nmode = "{mode}"\ncursor = "c"\n{text}' for case, text in more.items())
     text = f'[project]\nname = "t"\n[source]\nurl = "{url}"\n{tables}'
     (root / "phasewise.toml").write_text(text, encoding="utf-8")
     return load_project(root)

@@ -15,10 +15,12 @@ import pytest
 
 from phasewise import lake
 from phasewise.cleanup import maintain_lake
+from phasewise.isolation import audit_staged
 from phasewise.project import Project
 from phasewise.publish import publish_batch
 from phasewise.samples import SAMPLE_SETTINGS, change_source, stage_batch, write_project
 from phasewise.snapshots import list_publications, open_reader
+from phasewise.staging import list_manifests, read_plan
 from tests.integration.warehouses import HOST, drop_catalog, fork, is_postgres_reachable, postgres_catalog
 
 SETTINGS = SAMPLE_SETTINGS
@@ -206,3 +208,89 @@ def test_of_two_publishers_at_the_same_time_the_newer_batch_wins(project: Projec
     # The older one came first, or was refused.
     assert codes[0] == 0
     assert batches.count(older) == (codes[1] == 0)
+
+
+INCREMENT = """[table.t]
+{mode}
+quarantine_limit = 100
+[[audit]]
+name = "positive"
+table = "t"
+severity = "quarantine"
+sql = "from t where generation < 0"
+"""
+MODES = {
+    "full": "",
+    "append": 'mode = "append"\ncursor = "at"',
+    "merge": 'mode = "merge"\ncursor = "at"',
+}
+
+
+def stage_increment(project: Project, generation: int) -> str:
+    """Change all rows of the source, add a good and a bad one, and stage the batch of that name."""
+    change_source(
+        project.root,
+        f"update t set generation = {generation}, at = {generation} where id <= 300; insert into t values "
+        f"({1000 + generation}, {generation}, {generation}), ({2000 + generation}, -1, {generation})",
+    )
+    return stage_batch(project, batch=f"b{generation}")
+
+
+def publish_increment(project: Project, batch: str) -> None:
+    with lake.open_session(SETTINGS) as connection:
+        lake.attach_lake(connection, project)
+        manifests = list_manifests(project, batch)
+        found = audit_staged(connection, project, manifests, read_plan(project, batch))
+    publish_batch(project, SETTINGS, batch, set_aside=found.set_aside)
+
+
+def look_at_increment(project: Project) -> tuple[int, int, int, str | None, list[str]]:
+    """Return how many rows are good, the highest generation, how many rows are set aside, the cursor, the batches."""
+    with open_reader(project, SETTINGS) as connection:
+        good, highest = connection.execute("select count(*) filter (id > 300), max(generation) from t").fetchone()
+        aside = connection.execute("select count(*) from lake._quarantine.t").fetchone()[0]
+        publications = list_publications(connection)
+        mark = publications[-1].states[0].mark if publications[-1].states else None
+        return good, highest, aside, mark, [publication.batch for publication in publications]
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("mode", MODES)
+def test_rows_quarantine_and_cursor_of_a_publisher_that_is_killed_are_all_old_or_all_new(
+    tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch
+):
+    source = """create table t (id integer primary key, generation integer, at integer); insert into t with recursive
+        n(i) as (select 1 union all select i + 1 from n where i < 300) select i, 0, 0 from n;"""
+    project = write_project(tmp_path, source=source, toml=INCREMENT.format(mode=MODES[mode]))
+    started = time.monotonic()
+    publish_increment(project, stage_increment(project, 1))
+    seconds = time.monotonic() - started
+    random_source = random.Random(f"20261125 {mode}")
+
+    def kill_within(batch: str, name: str | None) -> None:
+        """Kill the publisher in the function *name*, or at any instant."""
+        with monkeypatch.context() as patch:
+            if name is not None:
+                patch.setattr(f"phasewise.publish.{name}", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+            pid = fork(lambda: publish_increment(project, batch))
+            if name is None:
+                # The sleep is the test's input: the instant of the kill.
+                time.sleep(random_source.uniform(0, seconds))
+                os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+    # In the transaction, when the table is changed; when its quarantine is, too; and when all is committed.
+    for generation, name in enumerate(["publish_quarantine", None, "build_marts", "mark_published"], start=2):
+        batch = stage_increment(project, generation)
+        kill_within(batch, name)
+
+        good, highest, aside, mark, batches = look_at_increment(project)
+        shown = generation if batch in batches else generation - 1
+        assert (good, aside) == (shown, shown), f"killed in {name}"
+        assert highest == shown
+        assert mark == (None if mode == "full" else str(shown))
+        assert name is None or (batch in batches) == (name == "mark_published")
+
+        publish_increment(project, batch)
+        assert look_at_increment(project)[:3] == (generation, generation, generation)
+        assert look_at_increment(project)[4].count(batch) == 1

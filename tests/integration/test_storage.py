@@ -22,6 +22,7 @@ from phasewise.publish import publish_batch, rollback_batch
 from phasewise.samples import SAMPLE_SETTINGS, change_source, stage_batch, write_project
 from phasewise.snapshots import open_reader, query_warehouse
 from phasewise.storage import create_storage_secret, list_stored
+from phasewise.warehouse_commands import diff, rollback, snapshots
 from tests.integration.warehouses import HOST, fork, is_postgres_reachable, postgres_catalog, s3_bucket
 
 SETTINGS = SAMPLE_SETTINGS
@@ -270,6 +271,46 @@ def test_rows_are_set_aside(tmp_path: Path, bucket: str, catalog: str):
 
     assert query_warehouse(project, SETTINGS, "select n from t order by n")[1] == [(1,)]
     assert query_warehouse(project, SETTINGS, "select n from _quarantine.t order by n")[1] == [(2,), (3,)]
+
+
+def test_batches_are_listed_read_compared_and_gone_back_to(
+    tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("PHASEWISE_PROJECT", str(tmp_path))
+    project = write_project(
+        tmp_path,
+        source="create table t (id integer primary key, n integer); insert into t values (1, 1);"
+        "create table grown (id integer primary key, n integer); insert into grown values (1, 1);",
+        toml=f'[warehouse]\ndata = "{bucket}/{tmp_path.name}"\n'
+        '[table.grown]\nmode = "append"\ncursor = "id"\nquarantine_limit = 9\n[[audit]]\nname = "positive"\n'
+        'table = "grown"\nseverity = "quarantine"\nsql = "from grown where n < 0"\n',
+    )
+    ids = "select list(n order by n) from {}"
+    for number in range(3):
+        batch = stage_batch(project, batch=f"b{number}")
+        with lake.open_session(SETTINGS, extensions=lake.list_extensions(project)) as connection:
+            lake.reach_warehouse(connection, project)
+            if number:
+                lake.attach_lake(connection, project, read_only=True)
+            found = audit_staged(connection, project, staging.list_manifests(project, batch))
+        publish_batch(project, SETTINGS, batch, set_aside=found.set_aside)
+        change_source(
+            tmp_path, f"update t set n = {number + 2}; insert into grown values ({number + 2}, {number + 2});"
+        )
+        change_source(tmp_path, f"insert into grown values ({number + 100}, -{number + 1});" if number else "")
+    maintain_lake(project, SETTINGS, orphan_grace=timedelta(0))
+
+    assert query_warehouse(project, SETTINGS, ids.format("grown"), at="b1")[1] == [([1, 2],)]
+    assert query_warehouse(project, SETTINGS, ids.format("t"), at="b0")[1] == [([1],)]
+    diff("b0", "b2")
+    shown = [line.split()[:4] for line in capsys.readouterr().out.splitlines()]
+    assert ["grown", "2", "0", "0"] in shown
+    assert ["t", "0", "0", "1"] in shown
+    rollback("b1")
+    snapshots()
+    assert ["rollback", "b1"] in [line.split()[3:5] for line in capsys.readouterr().out.splitlines()]
+    assert query_warehouse(project, SETTINGS, ids.format("grown"))[1] == [([1, 2],)]
+    assert query_warehouse(project, SETTINGS, ids.format("t"))[1] == [([2],)]
 
 
 def test_storage_that_does_not_answer_is_named_without_the_credentials(

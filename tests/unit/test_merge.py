@@ -564,6 +564,31 @@ def test_a_widened_type_is_widened_and_a_narrowed_one_stays_wide(tmp_path: Path,
     assert [float(n) for (n,) in rows(project, f"select n from t order by id{history}")] == expected[mode]
 
 
+@pytest.mark.parametrize("mode", ["append", "merge", "snapshot"])
+def test_a_column_that_becomes_text_keeps_its_old_values_as_text(tmp_path: Path, mode: str):
+    project = begin(tmp_path, f'[table.t]\nmode = "{mode}"\ncursor = "at"\n', declare("integer", "1, 7, 10"))
+
+    load(project, "b1", declare("text", "1, '7', 10), (2, 'seven', 20"))
+
+    assert rows(project, "select distinct id, n from t order by id") == [(1, "7"), (2, "seven")]
+    assert rows(project, "select count(*) from t") == [(2,)]  # 7 is the text 7: no new version of it
+    assert staging.read_manifest(project, "b1", "t").load.drift == (
+        'The column "n" was BIGINT and is VARCHAR: widened.',
+    )
+
+
+@pytest.mark.parametrize("key", ["", 'key = ["id"]\n'])
+def test_an_append_that_discards_takes_no_new_column_and_no_wider_type(tmp_path: Path, key: str):
+    toml = f'[table.t]\nmode = "append"\ncursor = "at"\ndrift = "discard"\n{key}'
+    project = begin(tmp_path, toml, declare("decimal(10,2)", "1, 1.25, 10").replace(" primary key", ""))
+
+    wider = declare("decimal(18,4)", "1, 1.25, 10), (2, 1.5, 20").replace(" primary key", "")
+    load(project, "b1", f"{wider} alter table t add x text; update t set x = 'new'")
+
+    assert rows(project, "select id, n::varchar from t order by id") == [(1, "1.25"), (2, "1.50")]
+    assert rows(project, "select column_name from (describe t)") == [("id",), ("n",), ("at",)]
+
+
 def declare(type_: str, values: str) -> str:
     """Return the SQL that makes the source's table anew, with a column *n* of another type."""
     return f"""drop table if exists t; create table t (id integer primary key, n {type_}, at integer);

@@ -250,7 +250,7 @@ def apply_contract(source: Source, table: SourceTable, contract: Table) -> Sourc
             f'Table "{table.name}" does not fit its contract: {"; ".join(problems)}.',
             hint=f'Change the source, or the section [table."{table.name}"] of phasewise.toml.',
         )
-    columns = tuple(_carry(column, types.get(column.name, column.type)) for column in table.columns)
+    columns = tuple(_carry(column, types.get(column.name)) for column in table.columns)
     conditions = (*table.conditions, *((contract.where,) if contract.where else ()))
     return dataclasses.replace(
         table, columns=columns, key=contract.key or table.key, cursor=contract.cursor, conditions=conditions
@@ -325,8 +325,14 @@ def _find_drift(source: Source, table: SourceTable, name: str, wanted: str) -> s
     return f'the column "{name}" is {declared}, not {wanted}'
 
 
-def _carry(column: Column, wanted: str) -> Column:
-    if wanted == column.type:
+#: Formats without types: all that is known of a column is that it can be read as a text.
+_UNTYPED = {"csv", "json"}
+
+
+def _carry(column: Column, wanted: str | None) -> Column:
+    if wanted == column.type and column.source_type in _UNTYPED:
+        return dataclasses.replace(column, note=None)  # the contract says that it is a text indeed
+    if wanted is None or wanted == column.type:
         return column
     note = f"carried as {wanted} because the contract says so; naturally {column.type}"
     return dataclasses.replace(column, type=wanted, note=note)
