@@ -308,6 +308,62 @@ def test_a_duckdb_file_is_divided_by_rowid_and_its_views_are_not(tmp_path: Path)
     assert max(rows) <= 2 * min(rows)
 
 
+def stage_files(tmp_path: Path) -> list[staging.Manifest]:
+    """Stage the table ``t`` of the folder ``files`` in parts of about 10,000 rows, and compare it with the files."""
+    (tmp_path / "phasewise.toml").write_text('[project]\nname = "t"\n[source]\nurl = "file:///files"\n')
+    project = load_project(tmp_path)
+    settings = SAMPLE_SETTINGS.model_copy(update={"partition_rows": 10_000})
+    staging.begin_batch(project, "b1", ["t"])
+    with staging.open_snapshot(project, settings, "b1") as snapshot:
+        splits = staging.plan_partitions(project, settings, "b1", snapshot)
+        for name in splits["t"].list_names() if splits else [None]:
+            staging.extract_table(project, settings, batch="b1", table="t", partition=name)
+    parts = staging.list_manifests(project, "b1")
+    staged = [str(path) for part in parts for path in staging.staged_files(project, part)]
+    with duckdb.connect() as connection:
+        select = "SELECT count(*), sum(id), count(late), sum(late) FROM read_parquet(?, union_by_name = true)"
+        files = [str(path).replace("[", "[[]") for path in (tmp_path / "files").rglob("*.parquet")]
+        assert connection.execute(select, [staged]).fetchall() == connection.execute(select, [files]).fetchall()
+    return parts
+
+
+def test_a_folder_of_parquet_files_is_divided_by_files(tmp_path: Path):
+    (tmp_path / "files" / "t").mkdir(parents=True)
+    with duckdb.connect() as connection:
+        for number in range(20):
+            rows, late = 1000 + number * 200, ", range / 4 AS late" if number > 10 else ", 1::TINYINT AS late"
+            path = tmp_path / "files" / "t" / f"[{number:03}] it''s.parquet"
+            connection.execute(f"COPY (SELECT range AS id {late if number else ''} FROM range({rows})) TO '{path}'")
+
+    parts = stage_files(tmp_path)
+
+    rows = [part.rows for part in parts]
+    assert len(rows) == 6
+    assert max(rows) <= 2 * min(rows)
+    assert {tuple(column.type for column in part.columns) for part in parts} == {("BIGINT", "DOUBLE")}
+
+
+def test_one_parquet_file_is_divided_by_its_rows(tmp_path: Path):
+    (tmp_path / "files").mkdir()
+    with duckdb.connect() as connection:
+        select = "SELECT range AS id, 0.5::DOUBLE AS late FROM range(45000)"
+        connection.execute(f"COPY ({select}) TO '{tmp_path}/files/t.parquet' (ROW_GROUP_SIZE 5000)")
+
+    rows = [part.rows for part in stage_files(tmp_path)]
+
+    assert len(rows) == 5
+    assert max(rows) <= 2 * min(rows)
+
+
+def test_a_parquet_file_with_a_column_of_the_name_that_divides_it_is_staged_whole(tmp_path: Path):
+    (tmp_path / "files").mkdir()
+    with duckdb.connect() as connection:
+        select = "SELECT range AS id, 1 AS late, 7 AS FILE_row_number FROM range(20000)"
+        connection.execute(f"COPY ({select}) TO '{tmp_path}/files/t.parquet'")
+
+    assert [part.rows for part in stage_files(tmp_path)] == [20000]
+
+
 def test_parts_of_a_first_load_have_one_cursor_and_the_next_batch_is_read_from_it(tmp_path: Path):
     source = "".join(f"create table {name} (id integer primary key, at integer);" for name in ("a", "b"))
     source += "".join(f"insert into {name} values (1, 30), (2, 20), (3, 10), (4, 5);" for name in ("a", "b"))

@@ -114,7 +114,7 @@ def test_without_a_key_the_cursor_is_used_where_it_is_a_number_or_a_moment():
     assert find_range_columns(SourceTable(name="t", columns=columns, cursor="DATE", key=("BIGINT",))) == (columns[0],)
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(
     counts=st.lists(st.integers(1, 30), min_size=40, max_size=120), nulls=st.integers(0, 200), parts=st.integers(2, 5)
 )

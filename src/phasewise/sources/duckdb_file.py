@@ -27,7 +27,7 @@ _PLAIN = re.compile(
 )
 
 #: Rows of a vector, and so the shortest stretch that a scan can skip.
-_BLOCK_ROWS = 2048
+BLOCK_ROWS = 2048
 
 
 def find_lake_type(declared: str) -> tuple[str, str | None]:
@@ -168,7 +168,7 @@ class DuckdbSource:
             return []
         # Deleted rows leave gaps: the rows of each stretch are counted.
         blocks = connection.execute(
-            f"SELECT rowid // {_BLOCK_ROWS} * {_BLOCK_ROWS}, count(*) FROM {self._qualify(table)}{table.where()} "
+            f"SELECT rowid // {BLOCK_ROWS} * {BLOCK_ROWS}, count(*) FROM {self._qualify(table)}{table.where()} "
             "GROUP BY 1 ORDER BY 1"
         ).fetchall()
         return divide(["rowid"], [[str(start)] for start in find_bounds(blocks, limit)])

@@ -27,7 +27,8 @@ from phasewise.project import redact_url
 from phasewise.settings import Settings
 from phasewise.sources import Column, SnapshotToken, SourceTable
 from phasewise.sources.decoding import MOMENTS, decode_text, explain_unfaithful, fail_where_null
-from phasewise.sources.duckdb_file import compare_typed, find_lake_type, find_local_path
+from phasewise.sources.duckdb_file import BLOCK_ROWS, compare_typed, find_lake_type, find_local_path
+from phasewise.sources.ranges import divide, find_bounds
 from phasewise.storage import create_storage_secret, is_stored, list_stored
 
 _NAME = re.compile(r"(?P<table>.+?)\.(?P<kind>csv|tsv|parquet|json|ndjson|jsonl)(?:\.(?:gz|zst))?", re.IGNORECASE)
@@ -128,9 +129,25 @@ class FilesSource:
         return int(row[0])
 
     def split(self, connection: duckdb.DuckDBPyConnection, table: SourceTable, limit: int) -> list[str]:
-        """Divide nothing: a condition finds no rows of a file without reading all of it."""
-        del connection, table, limit
-        return []
+        """Divide Parquet: several files by their names, one by the numbers of its rows; no others.
+
+        DuckDB then reads the files, or row groups, that are asked for. CSV and JSON files it reads from their start.
+        """
+        files = self._find_files(table.name)
+        by = "filename" if len(files.entries) > 1 else "file_row_number"
+        # DuckDB's own columns of these names give way to those of the file.
+        is_taken = any(column.name.lower() == by for column in self.describe_table(table.name).columns)
+        if files.kind != "parquet" or is_taken:
+            return []
+        footers = f"SELECT sum(num_rows) FROM parquet_file_metadata({_quote_paths(files)})"
+        if (connection.execute(footers).fetchone() or (0,))[0] <= limit:
+            return []
+        start = by if by == "filename" else f"{by} // {BLOCK_ROWS} * {BLOCK_ROWS}"
+        counted = connection.execute(
+            f"SELECT {start}, count(*) FROM {self._read(table)}{table.where()} GROUP BY 1 ORDER BY 1"
+        ).fetchall()
+        bounds = find_bounds([(number, rows) for number, (_, rows) in enumerate(counted)], limit)
+        return divide([by], [[quote_literal(str(counted[number][0]))] for number in bounds])
 
     def explain(self, connection: duckdb.DuckDBPyConnection, table: SourceTable, error: Exception) -> PhasewiseError:
         try:
