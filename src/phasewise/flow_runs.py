@@ -287,9 +287,9 @@ def _coalesce_pause(pending: int) -> float:
     """Return the seconds in which events are gathered for one read: siblings tend to end together.
 
     Longer where many are pending, of which some always end: it bounds the reads by the time that the runs take, to one
-    a second as long as 1,000 are pending. A parent has nothing to do with a single one of so many.
+    a second as long as 100 are pending. A parent has nothing to do with a single one of so many.
     """
-    return min(max(_COALESCE_PAUSE, pending / 1000), 1.0)
+    return min(max(_COALESCE_PAUSE, pending / 100), 1.0)
 
 
 async def _listen(run_ids: Sequence[str], hints: asyncio.Queue[str | None]) -> None:

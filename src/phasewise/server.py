@@ -31,6 +31,7 @@ from prefect.settings import PREFECT_API_DATABASE_CONNECTION_URL, get_current_se
 from sqlalchemy.engine import make_url
 from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
 
+from phasewise.inline_sqlite import DRIVER
 from phasewise.jobs import WARM_DESCRIPTION, WARM_NAME
 
 
@@ -38,9 +39,15 @@ class OneWriterAtATime(AioSqliteConfiguration):
     """SQLite with its transactions in a queue: each begins as the only writer, none is upgraded from a reader."""
 
     def __init__(self, connection_url: str, **options: Any) -> None:
-        super().__init__(connection_url, **options)
+        url = make_url(connection_url).set(drivername=DRIVER)
+        super().__init__(url.render_as_string(hide_password=False), **options)
         self._turn = asyncio.Lock()
         self._writer: asyncio.Task[Any] | None = None
+
+    def setup_sqlite(self, conn: Any, record: Any) -> None:
+        conn.isolation_level = None  # the server begins its transactions itself
+        super().setup_sqlite(conn, record)
+        conn.execute("PRAGMA busy_timeout = 0")  # the driver waits, and does not block the event loop meanwhile
 
     @asynccontextmanager
     async def begin_transaction(
@@ -116,7 +123,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Imported late: building the app reads the database configuration.
     from prefect.server.api.server import create_app
 
+    from phasewise.statements import spare_statements
+
     offer_warm_process()
+    spare_statements(sqlite=url.get_backend_name() == "sqlite")
     config = uvicorn.Config(
         create_app(final=True),
         timeout_keep_alive=settings.server.api.keepalive_timeout,

@@ -16,9 +16,10 @@ from phasewise.server import OneWriterAtATime, create_database
 async def database(tmp_path: Path) -> AsyncIterator[OneWriterAtATime]:
     database = OneWriterAtATime(f"sqlite+aiosqlite:///{tmp_path / 'test.db'}")
     engine = await database.engine()
-    async with engine.begin() as connection:
-        await connection.execute(sa.text("create table counter (value integer)"))
-        await connection.execute(sa.text("insert into counter values (0)"))
+    session = await database.session(engine)
+    async with session, database.begin_transaction(session):
+        await session.execute(sa.text("create table counter (value integer)"))
+        await session.execute(sa.text("insert into counter values (0)"))
     yield database
     await engine.dispose()
 

@@ -200,7 +200,7 @@ def test_news_that_come_together_cost_one_read() -> None:
 
     yielded = run_on_fake_clock(server.watch())
 
-    assert max(when for when, _ in yielded) < 100.6
+    assert max(when for when, _ in yielded) < 101.1
     assert sum(when >= 99.9 for when in server.reads) <= 2
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import pickle
 import re
 import tomllib
 from collections.abc import AsyncIterator
@@ -18,6 +19,7 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.states import Cancelling
 
 from phasewise import worker
+from phasewise.jobs import Job
 
 
 def test_the_range_of_prefect_is_the_same_wherever_it_is_named() -> None:
@@ -93,6 +95,39 @@ async def test_a_run_that_began_before_its_process_was_noted_is_cancelled_as_soo
         one._submitting_flow_run_ids.remove(run.id)
 
     assert cancelled == [run.id]
+
+
+async def test_slots_that_a_fan_out_frees_are_gathered_for_one_question(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = worker.WarmProcessWorker(work_pool_name="pool")
+    monkeypatch.setattr(worker, "_GATHER_SECONDS", 0.01)
+    job = Job(entrypoint="flows.py:table", cwd="/", env={}, stdio=(1, 2), known={})
+    one._jobs[uuid4()] = job
+    one._may_have_more = True
+
+    for _ in range(3):
+        one._slot_freed()
+    assert not one._claims.is_set()
+    async with asyncio.timeout(10):
+        await one._claims.wait()
+    one._claims.clear()
+    one._slot_freed()
+
+    async with asyncio.timeout(10):  # and the next ones again
+        await one._claims.wait()
+
+
+def test_what_a_run_does_not_use_of_its_file_is_not_made() -> None:
+    made: list[str] = []
+
+    def make(name: str, *, size: int) -> SimpleNamespace:
+        made.append(name)
+        return SimpleNamespace(name=name, size=size)
+
+    used, unused = (worker._Lazily(make, name, size=3) for name in ("used", "unused"))
+    assert (used.name, used.size) == ("used", 3)
+    assert made == ["used"]
+    assert pickle.loads(pickle.dumps(unused)) == SimpleNamespace(name="unused", size=3)  # noqa: S301
+    assert made == ["used", "unused"]
 
 
 async def test_an_idle_worker_does_not_ask_after_every_run_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
