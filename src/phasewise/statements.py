@@ -14,7 +14,7 @@ from typing import Any
 import orjson
 import sqlalchemy as sa
 from prefect.server.api import validation
-from prefect.server.database import orm_models
+from prefect.server.database import dependencies, orm_models
 from prefect.server.models import flow_runs
 from prefect.server.utilities import database
 from sqlalchemy.orm import Mapper, RelationshipDirection, joinedload
@@ -28,6 +28,8 @@ def spare_statements(*, sqlite: bool) -> None:
     """Make the server of this process answer with fewer statements; before its first one."""
     _declare_operators()
     _remember_valid_variables()
+    # Which database it is, is worked out from the URL at each use of it.
+    setattr(dependencies, "get_dialect", functools.cache(database.get_dialect))  # noqa: B010
     if sqlite:  # PostgreSQL refuses to lock the rows of an outer join, which the server asks it for
         _join_single_objects()
 
