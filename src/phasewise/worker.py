@@ -19,6 +19,8 @@ import contextlib
 import contextvars
 import copy
 import functools
+import io
+import logging
 import os
 import signal
 import socket
@@ -26,6 +28,7 @@ import ssl
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -89,6 +92,7 @@ from phasewise.jobs import (
     why_not_workspace,
 )
 from phasewise.memory import count_oom_kills, limit_memory
+from phasewise.reads import Reads
 from phasewise.relay import Inlet, Intake, Outlet
 from phasewise.settings import Settings
 from phasewise.turns import LEAVE_SECONDS, Turns
@@ -134,10 +138,13 @@ _NO_HOOKS = "no hooks"
 _BEGUN = "begun"
 #: Seconds after which a worker reports the process id of a run that has not yet done so itself.
 _BEGIN_SECONDS = 3.0
-#: Seconds between two questions for work, and those in which slots that become free are gathered for one, so that runs
-#: that end one by one are not a question each: it costs the server half as much as a state.
+#: Seconds between two questions for work, so that runs that end one by one are not a question each.
 _CLAIM_SECONDS = 0.15
-_GATHER_SECONDS = 0.4
+#: Seconds at most in which slots that a fan-out frees are gathered for one question: ten times what the last one took,
+#: so that a busy server does not spend its time on being asked.
+_GATHER_SECONDS = 1.0
+#: Seconds for which a worker takes the flow of a deployment, and the server's default for results, as it read them.
+_SETTLED_SECONDS = 5.0
 
 #: The settings that were in force at the last run, and the environment variables that set them.
 _environment: tuple[Any, dict[str, str]] | None = None
@@ -195,10 +202,11 @@ class WarmProcessWorker(ProcessWorker):
         self._claiming = asyncio.Lock()
         self._may_have_more = False
         self._gathering: asyncio.TimerHandle | None = None
+        self._question_seconds = 0.0
         self._turns = Turns(self.name)
         self._is_looking_again = False
         self._draining = False
-        self._reads: dict[Any, asyncio.Future[BaseModel]] = {}
+        self._reads = Reads()
         self._listening: anyio.abc.TaskGroup | None = None
         self._services: anyio.abc.TaskGroup
         self._caretaker: Caretaker
@@ -224,8 +232,8 @@ class WarmProcessWorker(ProcessWorker):
         await super().setup()
         # Prefect reads the deployment twice and the flow once for each run that it submits.
         client: Any = self.client
-        client.read_deployment = functools.partial(self._read_once, client.read_deployment)
-        client.read_flow = functools.partial(self._read_once, client.read_flow)
+        client.read_deployment = functools.partial(self._reads.share, client.read_deployment)
+        client.read_flow = functools.partial(self._reads.share, client.read_flow, seconds=_SETTLED_SECONDS)
         client.update_flow_run = functools.partial(self._update_flow_run, client.update_flow_run)
 
     async def _update_flow_run(self, update: Callable[..., Awaitable[Any]], flow_run_id: UUID, **changes: Any) -> None:
@@ -242,14 +250,6 @@ class WarmProcessWorker(ProcessWorker):
                 await update(flow_run_id, infrastructure_pid=pid)
             except Exception as exc:  # noqa: BLE001 - the run will report it
                 self._logger.warning("Could not report the process of flow run %s: %s", flow_run_id, exc)
-
-    async def _read_once(self, read: Callable[[UUID], Awaitable[BaseModel]], id_: UUID) -> BaseModel:
-        """Read an object once for all runs of a claim."""
-        key = (read, id_)
-        if key not in self._reads:
-            self._reads[key] = asyncio.ensure_future(read(id_))
-        found = await asyncio.shield(self._reads[key])
-        return found.model_copy(deep=True)  # Prefect merges the variables of a run into the deployment that it got
 
     async def __aexit__(self, *exc_info: Any) -> None:
         try:
@@ -354,7 +354,7 @@ class WarmProcessWorker(ProcessWorker):
     async def _read_result_storage(self) -> str | None:
         """Return the id of the server's default block for results, read once for all runs of a claim."""
         try:
-            found: Any = await self._read_once(self._read_default_storage, UUID(int=0))
+            found: Any = await self._reads.share(self._read_default_storage, UUID(int=0), seconds=_SETTLED_SECONDS)
         except (PrefectHTTPStatusError, httpx.HTTPError, RuntimeError, ValueError):  # as a run would take it
             return None
         block = found.default_result_storage_block_id
@@ -445,7 +445,8 @@ class WarmProcessWorker(ProcessWorker):
         if not self._may_have_more or self._gathering is not None:
             return
         if self._jobs:  # of a fan-out, others are about to end
-            self._gathering = asyncio.get_running_loop().call_later(_GATHER_SECONDS, self._claim_freed)
+            pause = min(max(_CLAIM_SECONDS, 10 * self._question_seconds), _GATHER_SECONDS)
+            self._gathering = asyncio.get_running_loop().call_later(pause, self._claim_freed)
         else:
             self._claims.set()
 
@@ -468,12 +469,19 @@ class WarmProcessWorker(ProcessWorker):
         async with self._claiming:
             return [] if self._draining else await super().get_and_submit_flow_runs()
 
+    async def _get_scheduled_flow_runs(self) -> list[WorkerFlowRunResponse]:
+        start = time.monotonic()
+        try:
+            return await super()._get_scheduled_flow_runs()
+        finally:
+            self._question_seconds = time.monotonic() - start
+
     async def _submit_scheduled_flow_runs(self, flow_run_response: list[WorkerFlowRunResponse]) -> list[FlowRun]:
         # An empty answer may mean that a limit is reached. Who holds its slots is likely one of ours, so as long as we
         # have any run the next slot that is freed is a reason to ask again: else what waits would wait for the poll.
         self._may_have_more = bool(flow_run_response or self._jobs or self._submitting_flow_run_ids)
         # What is read from here on is at least as new as these runs, so they may share it, but no older reads.
-        self._reads = {}
+        self._reads.begin()
         living = self._caretaker.living if self._listening else ()
         chosen = self._turns.choose([entry.flow_run.id for entry in flow_run_response], living)
         if self._turns.has_left:
@@ -851,6 +859,7 @@ def warm_up() -> None:
     import prefect._internal.websockets as websockets
     import prefect.client.orchestration as orchestration
     from prefect import flow_engine
+    from prefect.logging.handlers import PrefectConsoleHandler
 
     # Each client and socket reads the certificate authorities anew: five times a run, 22 ms and 1 MiB each.
     shared = _SharedContexts("ssl")
@@ -861,6 +870,9 @@ def warm_up() -> None:
         if model.__module__.startswith("prefect.") and not model.__pydantic_complete__:
             with contextlib.suppress(Exception):  # it stays as it was: pydantic tries again on first use
                 model.model_rebuild()
+    # The console's highlighter compiles its twenty patterns when it has something to show.
+    record = logging.LogRecord("prefect.flow_runs", logging.INFO, __file__, 1, "Warm.", None, None)
+    PrefectConsoleHandler(stream=io.StringIO()).emit(record)
     flow_engine._send_heartbeats = _send_heartbeats
     flow_engine.observe_flow_run_suspension = _observe_suspension  # type: ignore[attr-defined] # its import of it
 
