@@ -8,7 +8,7 @@ import pytest
 
 from phasewise.statements import _remembering
 
-READ_A_FLOW_RUN = """
+USE_A_SERVERS_DATABASE = """
 import asyncio, sys
 from pathlib import Path
 
@@ -22,6 +22,7 @@ set_database_config(OneWriterAtATime(f"sqlite+aiosqlite:///{path}"))
 
 import sqlalchemy as sa
 from prefect.server import models, schemas
+from prefect.server.schemas.states import AwaitingRetry, Completed, Pending, Running
 from prefect.server.database.dependencies import provide_database_interface
 
 spare_statements(sqlite=True)
@@ -48,17 +49,35 @@ async def main():
         print(found.state.message, found.work_queue.work_pool.name, len(statements))
 
 
+    async with db.session_context(begin_transaction=True) as session:
+        task_run = await models.task_runs.create_task_run(
+            session, schemas.core.TaskRun(flow_run_id=run.id, task_key="link", dynamic_key="0")
+        )
+        child = await models.flow_runs.create_flow_run(
+            session,
+            schemas.core.FlowRun(
+                flow_id=flow.id, parent_task_run_id=task_run.id, state=schemas.states.Scheduled(message="1")
+            ),
+        )
+        for number, state in enumerate([Pending, Pending, Running, AwaitingRetry, Pending, Running, Completed], 2):
+            await models.flow_runs.set_flow_run_state(session, child.id, state(message=str(number)), force=True)
+        shown = await models.task_run_states.read_task_run_states(session, task_run.id)
+        print(*sorted(f"{one.message} {one.name}" for one in shown), sep=", ")
+
+
 asyncio.run(main())
 """
 
 
 def test_a_flow_run_is_read_with_its_state_and_pool_in_one_statement(tmp_path: Path) -> None:
     # In a process of its own: it changes how the server of its process reads.
-    command = [sys.executable, "-c", READ_A_FLOW_RUN, str(tmp_path / "prefect.db")]
+    command = [sys.executable, "-c", USE_A_SERVERS_DATABASE, str(tmp_path / "prefect.db")]
 
     done = subprocess.run(command, capture_output=True, text=True, check=False)
 
-    assert done.stdout.splitlines() == ["soon the-pool 1", "soon the-pool 2"], done.stderr
+    assert done.stdout.splitlines()[:2] == ["soon the-pool 1", "soon the-pool 2"], done.stderr
+    # And the task run of its parent is told of its child's states but for those between Scheduled and Running.
+    assert done.stdout.splitlines()[2:] == ["1 Scheduled, 4 Running, 5 AwaitingRetry, 7 Running, 8 Completed"]
 
 
 def test_what_was_valid_is_not_validated_again() -> None:
