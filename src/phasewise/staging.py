@@ -34,7 +34,7 @@ import duckdb
 from phasewise.disk import explain_os_error, explain_write, sync_path
 from phasewise.errors import NothingStaged, PhasewiseError, SourceUnavailable, StagingError
 from phasewise.exchange import fetch_staging, remove_shared, write_shared, write_shared_once
-from phasewise.lake import open_session, quote_literal, read_parquet
+from phasewise.lake import open_session, quote_literal, read_parquet, use_one_thread
 from phasewise.loads import (
     FULL_LOAD,
     LakeView,
@@ -582,9 +582,7 @@ def _extract(
         whole = drop_new_columns(project.find_table(name), whole, view.find(name))
         if part is not None:
             whole = replace(whole, conditions=(*whole.conditions, part.condition))
-            # The parts are read beside one another, each by one scan: a second thread only costs, up to as much
-            # processor time again on busy cores.
-            connection.execute("SET threads = 1")
+            use_one_thread(connection)  # the parts are read beside one another
         table = select_new_rows(source, whole, load)
         keys = _find_key_table(whole, load)
         rows, source_rows = _copy(connection, source, table, path, snapshot, keys=keys, keys_path=keys_path)

@@ -22,7 +22,7 @@ from urllib.parse import parse_qsl, quote, unquote, urlsplit
 import duckdb
 
 from phasewise.errors import PhasewiseError, ProjectError, SourceError, SourceUnavailable, TableMissing, UnfaithfulValue
-from phasewise.lake import open_session, quote_identifier, quote_literal
+from phasewise.lake import open_session, quote_identifier, quote_literal, use_one_thread
 from phasewise.passwords import lend_password
 from phasewise.project import redact_url
 from phasewise.settings import Settings
@@ -136,6 +136,7 @@ class MysqlSource:
         lent = {"mysql_pool_size": 1, "mysql_pool_acquire_mode": "wait"} if snapshot else {}
         for name, value in (_SETTINGS | lent).items():
             connection.execute(f"SET {name} = {quote_literal(value) if isinstance(value, str) else value}")
+        use_one_thread(connection)
         # The scanner quotes the whole DSN in its messages; the client library takes the password from here.
         lend_password("MYSQL_PWD", self._login.password)
         dsn = self._name_lent(snapshot["socket"]) if snapshot else self._dsn

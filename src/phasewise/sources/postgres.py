@@ -18,7 +18,7 @@ from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit, urlunsp
 import duckdb
 
 from phasewise.errors import PhasewiseError, ProjectError, SourceError, SourceUnavailable, TableMissing, UnfaithfulValue
-from phasewise.lake import open_session, quote_identifier, quote_literal
+from phasewise.lake import open_session, quote_identifier, quote_literal, use_one_thread
 from phasewise.passwords import lend_password
 from phasewise.project import redact_url
 from phasewise.settings import Settings
@@ -181,6 +181,8 @@ class PostgresSource:
         if self._is_scanned(table):
             names = ", ".join(quote_identifier(column.name) for column in table.columns)
             return f"SELECT {names} FROM source.{self._qualify(table)}"
+        if self._attached is not None:
+            use_one_thread(self._attached)
         printed = ", ".join(f"{_print_column(column)} AS {quote_identifier(column.name)}" for column in table.columns)
         return _query(f"SELECT {printed} FROM {self._qualify(table)}{table.where()}")
 

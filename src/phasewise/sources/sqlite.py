@@ -30,7 +30,7 @@ from phasewise.errors import (
     TableMissing,
     UnfaithfulValue,
 )
-from phasewise.lake import quote_identifier, quote_literal
+from phasewise.lake import quote_identifier, quote_literal, use_one_thread
 from phasewise.project import redact_url
 from phasewise.settings import Settings
 from phasewise.sources import Column, SnapshotToken, SourceTable
@@ -146,8 +146,7 @@ class SqliteSource:
         path = quote_literal(str(self._path))
         # Two scan threads saw two states of the database within one transaction.
         connection.execute("SET sqlite_disable_multithreaded_scans = true")
-        # So one thread does all the work, and a second one that waits for it takes up to as much processor time again.
-        connection.execute("SET threads = 1")
+        use_one_thread(connection)
         milliseconds = int(self._timeout * 1000)
         connection.execute(f"ATTACH {path} AS source (TYPE sqlite, READ_ONLY, BUSY_TIMEOUT {milliseconds})")
         self._attached = connection
