@@ -139,11 +139,6 @@ async def surroundings_of_the_job(runs: Runs, file: Path) -> Shown:
     return await show(runs, run, extra={key: found[key] for key in ("cwd", "colour", "path")})
 
 
-@case
-async def says(runs: Runs, file: Path) -> Shown:
-    return await show(runs, await finish(runs, "says"))
-
-
 # ── how a case is run and looked at ──────────────────────────────────────────────────────────────────────────────
 
 

@@ -46,12 +46,6 @@ def a_moment() -> None:
     time.sleep(0.3)
 
 
-@flow
-def says() -> None:
-    print("said on stdout", flush=True)
-    print("said on stderr", file=sys.stderr, flush=True)
-
-
 @task
 def double(value: int) -> int:
     return 2 * value
@@ -59,6 +53,8 @@ def double(value: int) -> int:
 
 @flow
 def with_tasks() -> list[int]:
+    print("said on stdout", flush=True)
+    print("said on stderr", file=sys.stderr, flush=True)
     return [double(value) for value in range(3)]
 
 
