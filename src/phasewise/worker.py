@@ -60,6 +60,7 @@ from prefect.events.clients import get_events_subscriber
 from prefect.events.filters import EventAnyResourceFilter, EventFilter, EventNameFilter
 from prefect.events.related import RESOURCE_CACHE, object_as_related_resource
 from prefect.exceptions import Abort, Pause, PrefectHTTPStatusError
+from prefect.logging import get_logger
 from prefect.runner._cancellation_manager import CancellationManager
 from prefect.runner._control_channel import ControlChannel, ControlSignalStatus
 from prefect.runner._event_emitter import EventEmitter
@@ -668,11 +669,26 @@ class _Executors:
         # Hooks need the run's folder and environment: stay until a cancellation of this run is through.
         if cancelling := self._cancelling.get(flow_run.id):
             await asyncio.wait([cancelling])
+        if cancelling or (execution and execution.status_code):
+            await self._end_cancelling(flow_run.id)
         if execution is None or execution.status_code is None:
             raise RuntimeError("Failed to start flow run process.")
         code = 0 if flow_run.id in self._proposer.released else execution.status_code
         self._proposer.released.discard(flow_run.id)
         return ProcessWorkerResult(status_code=code, identifier=str(execution.handle.pid))
+
+    async def _end_cancelling(self, flow_run_id: UUID) -> None:
+        """See to the end of a run whose process ended before its cancellation came to it, and found no process.
+
+        One that is cancelled just before it begins is not allowed to, and ends by itself.
+        """
+        try:
+            flow_run = await self._client.read_flow_run(flow_run_id)
+            if flow_run.state is not None and flow_run.state.is_cancelling():
+                await self._hooks.run_cancellation_hooks(flow_run, flow_run.state)
+                await self._cancellation._finalize_cancelled_state(flow_run)
+        except Exception as exc:  # noqa: BLE001 - what the process ended with must be reported all the same
+            get_logger("phasewise.worker").warning("Could not end flow run %s: %s", flow_run_id, exc)
 
     @property
     def reported(self) -> set[UUID]:
