@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 
+from phasewise.isolation import Findings, audit_staged
+from phasewise.lake import attach_lake, has_lake, open_session
 from phasewise.project import Project, load_project
 from phasewise.settings import Settings
 from phasewise.sources import list_project_tables, open_source
-from phasewise.staging import begin_batch, extract_table, new_batch_id
+from phasewise.staging import begin_batch, extract_table, list_manifests, new_batch_id, read_plan
 
 #: One thread and little memory: what small data needs.
 SAMPLE_SETTINGS = Settings(threads=1, memory_limit="256MB", min_free_bytes=0, lock_timeout=20)
@@ -45,3 +47,25 @@ def stage_batch(project: Project, settings: Settings = SAMPLE_SETTINGS, *, batch
     for table in plan.tables:
         extract_table(project, settings, batch=batch, table=table)
     return batch
+
+
+def change_project(project: Project, old: str, new: str) -> Project:
+    """Replace *old* in the file of *project*; return the project as it is then.
+
+    Raises:
+        ValueError: *old* is not there.
+    """
+    path = project.root / "phasewise.toml"
+    text = path.read_text(encoding="utf-8")
+    if old not in text:
+        raise ValueError(f"{path} does not say {old!r}.")
+    path.write_text(text.replace(old, new), encoding="utf-8")
+    return load_project(project.root)
+
+
+def audit_sample(project: Project, batch: str) -> Findings:
+    """Audit *batch* as ``final_etl`` does."""
+    with open_session(SAMPLE_SETTINGS) as connection:
+        if has_lake(project):
+            attach_lake(connection, project, read_only=True)
+        return audit_staged(connection, project, list_manifests(project, batch), read_plan(project, batch))

@@ -15,10 +15,10 @@ from phasewise.cleanup import maintain_lake
 from phasewise.errors import AuditFailed, ProjectError, PublishConflict, SchemaDrift
 from phasewise.forecast import forecast_tables
 from phasewise.loads import LakeTable, plan_load
-from phasewise.project import Project, Table, load_project
+from phasewise.project import Project, Table
 from phasewise.publish import publish_batch, rollback_batch
 from phasewise.samples import SAMPLE_SETTINGS as SETTINGS
-from phasewise.samples import change_source, stage_batch, write_project
+from phasewise.samples import change_project, change_source, stage_batch, write_project
 from phasewise.snapshots import Publication, TableState, diff_batches, list_keys, list_publications, open_reader
 from phasewise.sources import Column, SourceTable
 
@@ -70,15 +70,6 @@ _EXPECTED: dict[str, list[tuple[Any, ...]]] = {}
 def rows(project: Project, sql: str = "from t order by all", *, at: str | None = None) -> list[tuple[Any, ...]]:
     with open_reader(project, SETTINGS, at=at) as connection:
         return connection.execute(sql).fetchall()
-
-
-def change(project: Project, old: str, new: str) -> Project:
-    """Change the project's file."""
-    path = project.root / "phasewise.toml"
-    text = path.read_text()
-    assert old in text
-    path.write_text(text.replace(old, new))
-    return load_project(project.root)
 
 
 def list_files(project: Project) -> list[str]:
@@ -156,7 +147,7 @@ def test_deleted_rows_are_found_by_comparing_all_keys_and_only_when_asked(tmp_pa
     load(project, "b1", "delete from t where id = 1")
     assert [row[0] for row in rows(project)] == [1, 2]
 
-    load(change(project, "[table.t]", "[table.t]\ndeletes = true"), "b2", "insert into t values (3, 'c', 30)")
+    load(change_project(project, "[table.t]", "[table.t]\ndeletes = true"), "b2", "insert into t values (3, 'c', 30)")
 
     assert [row[0] for row in rows(project)] == [2, 3]
 
@@ -298,7 +289,7 @@ def test_a_resumed_batch_reads_from_where_it_began(tmp_path: Path):
 
 
 def test_a_table_whose_name_changes_by_case_only_goes_on(tmp_path: Path):
-    project = change(begin(tmp_path, APPEND), "[table.t]", "[table.T]")
+    project = change_project(begin(tmp_path, APPEND), "[table.t]", "[table.T]")
 
     first = load(
         project, "b1", "alter table t rename to u; alter table u rename to T; insert into T values (3, 'c', 30)"
@@ -508,7 +499,7 @@ def test_a_table_is_loaded_whole_where_what_the_project_says_of_it_has_changed(
 ):
     project = begin(tmp_path, MERGE)
 
-    project = change(project, old, new)
+    project = change_project(project, old, new)
     load(project, "b1", "delete from t where id = 1")
 
     manifest = staging.read_manifest(project, "b1", "t")
@@ -520,7 +511,7 @@ def test_a_history_survives_a_change_of_its_cursor(tmp_path: Path):
     project = begin(tmp_path, SNAPSHOT)
     load(project, "b1", "update t set v = 'A', at = 30 where id = 1")
 
-    load(change(project, '"at"', '"id"'), "b2", "update t set v = 'AA' where id = 1")
+    load(change_project(project, '"at"', '"id"'), "b2", "update t set v = 'AA' where id = 1")
 
     assert rows(project, "select v from t where id = 1 order by valid_from") == [("a",), ("A",), ("AA",)]
 
@@ -630,14 +621,14 @@ def test_a_value_that_does_not_fit_is_found_by_the_audit_where_no_key_is_compare
 
 def test_a_contract_narrower_than_what_the_warehouse_keeps_says_so_and_what_to_do(tmp_path: Path):
     project = begin(tmp_path, MERGE, declare("decimal(18,4)", "1, 1.25, 10"))
-    project = change(project, "[table.t]", '[table.t]\ncolumns = { n = "DECIMAL(10,2)" }')
+    project = change_project(project, "[table.t]", '[table.t]\ncolumns = { n = "DECIMAL(10,2)" }')
 
     with pytest.raises(
         AuditFailed, match=r"the warehouse keeps the wider type that it has: write DECIMAL\(18,4\) into"
     ):
         load(project, "b1", declare("decimal(10,2)", "1, 1.25, 10"))
 
-    load(change(project, "[table.t]", "[table.t]\nversion = 2"), "b2")
+    load(change_project(project, "[table.t]", "[table.t]\nversion = 2"), "b2")
     assert rows(project, "select typeof(n) from t") == [("DECIMAL(10,2)",)]
 
 
@@ -678,7 +669,7 @@ def test_values_of_two_kinds_cannot_stand_in_one_column(tmp_path: Path):
     project = begin(tmp_path, toml, "create table t (id integer primary key, d date); insert into t values (1, null);")
 
     with pytest.raises(SchemaDrift, match='old and new values of "d"'):
-        load(change(project, '"DATE"', '"BIGINT"'), "b1")
+        load(change_project(project, '"DATE"', '"BIGINT"'), "b1")
 
 
 _TEN = "2024-01-01 10:00:00"
@@ -753,7 +744,9 @@ def test_a_forecast_says_what_would_be_read_and_what_changed_and_loads_nothing(t
         "create table y (id integer primary key); insert into y values (7);",
     )
 
-    t, u, w, y = forecast_tables(change(project, 'mode = "snapshot"', 'mode = "snapshot"\nversion = 2'), SETTINGS)
+    t, u, w, y = forecast_tables(
+        change_project(project, 'mode = "snapshot"', 'mode = "snapshot"\nversion = 2'), SETTINGS
+    )
 
     assert (t.mode, t.since, t.rows, t.notes) == ("merge", "20", 2, ('The column "x" (VARCHAR) is new.',))
     assert (u.mode, u.since, u.notes) == ("snapshot", None, ("read whole: version changed",))

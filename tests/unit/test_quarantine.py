@@ -12,11 +12,11 @@ from phasewise import lake, staging
 from phasewise.audit import AuditResult, raise_for
 from phasewise.cleanup import maintain_lake
 from phasewise.errors import AuditFailed, NothingStaged, ProjectError
-from phasewise.isolation import Findings, audit_staged
+from phasewise.isolation import Findings
 from phasewise.project import Project, load_project
 from phasewise.publish import Publication, open_writer, publish_batch, rollback_batch
 from phasewise.replay import Replay, replay_quarantine
-from phasewise.samples import SAMPLE_SETTINGS, change_source, stage_batch, write_project
+from phasewise.samples import SAMPLE_SETTINGS, audit_sample, change_source, stage_batch, write_project
 from phasewise.snapshots import diff_batches, query_warehouse
 
 SOURCE = """
@@ -54,17 +54,9 @@ def project(tmp_path: Path) -> Project:
     return write_project(tmp_path, source=SOURCE, toml=TOML, marts=MARTS)
 
 
-def audit(project: Project, batch: str) -> Findings:
-    manifests = staging.list_manifests(project, batch)
-    with lake.open_session(SAMPLE_SETTINGS) as connection:
-        if lake.has_lake(project):
-            lake.attach_lake(connection, project, read_only=True)
-        return audit_staged(connection, project, manifests, staging.read_plan(project, batch))
-
-
 def publish(project: Project, batch: str | None = None) -> Publication:
     batch = batch or stage_batch(project)
-    found = audit(project, batch)
+    found = audit_sample(project, batch)
     raise_for(found.results)
     return publish_batch(project, SAMPLE_SETTINGS, batch, set_aside=found.set_aside)
 
@@ -104,7 +96,7 @@ def test_bad_rows_are_set_aside_with_their_reasons_and_the_rest_is_published_wit
 
 
 def test_the_results_say_how_many_rows_were_set_aside_and_why(project: Project):
-    found = audit(project, stage_batch(project))
+    found = audit_sample(project, stage_batch(project))
 
     references = find(found, "references(customer → customer)")
     assert (references.severity, references.bad_rows) == ("quarantine", 2)
@@ -272,7 +264,7 @@ def test_rows_that_an_audit_does_not_identify_stop_the_batch(tmp_path: Path, tom
         toml=f'{toml}\n[[audit]]\nname = "small"\ntable = "notes"\nseverity = "quarantine"\n{sql}',
     )
 
-    result = find(audit(project, stage_batch(project)), "small")
+    result = find(audit_sample(project, stage_batch(project)), "small")
 
     assert result.severity == "blocking"
     assert problem.replace("\\", "") in (result.error or "")
@@ -287,7 +279,7 @@ def test_a_key_that_the_audit_changed_stops_the_batch(tmp_path: Path, returned: 
         f'sql = "select {returned} from notes where size > 1"',
     )
 
-    result = find(audit(project, stage_batch(project)), "small")
+    result = find(audit_sample(project, stage_batch(project)), "small")
 
     assert result.severity == "blocking"
     assert result.error is not None
@@ -329,7 +321,7 @@ def test_a_column_whose_name_the_quarantine_needs_is_refused(tmp_path: Path):
     )
 
     with pytest.raises(ProjectError, match='has a column "filename"'):
-        audit(project, stage_batch(project))
+        audit_sample(project, stage_batch(project))
 
 
 @pytest.mark.parametrize(

@@ -7,16 +7,16 @@ from typing import Any
 
 import pytest
 
-from phasewise import lake, staging
+from phasewise import lake
 from phasewise.audit import AuditResult, raise_for
 from phasewise.cleanup import maintain_lake
 from phasewise.errors import AuditFailed
-from phasewise.isolation import Findings, audit_staged
-from phasewise.project import Project, load_project
+from phasewise.isolation import Findings
+from phasewise.project import Project
 from phasewise.publish import Publication, open_writer, publish_batch, rollback_batch
 from phasewise.replay import replay_quarantine
 from phasewise.samples import SAMPLE_SETTINGS as SETTINGS
-from phasewise.samples import change_source, stage_batch, write_project
+from phasewise.samples import audit_sample, change_project, change_source, stage_batch, write_project
 from phasewise.snapshots import query_warehouse
 
 SOURCE = """
@@ -55,17 +55,9 @@ def load(project: Project, batch: str, sql: str = "") -> Publication:
     """Change the source, then stage, audit and publish a batch."""
     change_source(project.root, sql)
     stage_batch(project, batch=batch)
-    found = audit(project, batch)
+    found = audit_sample(project, batch)
     raise_for(found.results)
     return publish_batch(project, SETTINGS, batch, set_aside=found.set_aside)
-
-
-def audit(project: Project, batch: str) -> Findings:
-    manifests = staging.list_manifests(project, batch)
-    with lake.open_session(SETTINGS) as connection:
-        if lake.has_lake(project):
-            lake.attach_lake(connection, project, read_only=True)
-        return audit_staged(connection, project, manifests, staging.read_plan(project, batch))
 
 
 def rows(project: Project, mode: str = "", *, at: str | None = None) -> list[tuple[Any, ...]]:
@@ -84,15 +76,6 @@ def quarantined(project: Project) -> list[tuple[Any, ...]]:
 def mend(project: Project, sql: str) -> None:
     with open_writer(project, SETTINGS) as connection:
         connection.execute(sql)
-
-
-def change(project: Project, old: str, new: str) -> Project:
-    """Change the project's file."""
-    path = project.root / "phasewise.toml"
-    text = path.read_text()
-    assert old in text
-    path.write_text(text.replace(old, new))
-    return load_project(project.root)
 
 
 def find(found: Findings, name: str) -> AuditResult:
@@ -246,7 +229,7 @@ def test_the_same_batch_twice_gives_the_same_lake_and_says_the_same(tmp_path: Pa
 
     assert again.was_published
     assert (rows(project), quarantined(project)) == before
-    [aside] = audit(project, "b1").set_aside
+    [aside] = audit_sample(project, "b1").set_aside
     assert aside.describe() == "1 row is in quarantine: positive 1"
 
 
@@ -275,7 +258,7 @@ def test_rows_that_are_published_already_stop_the_batch_when_they_break_an_audit
         create table t (id integer, n integer, at integer); insert into t values (1, 5, 10);
         create table u (id integer primary key); insert into u values (5);""",
     )
-    project = change(project, '["key"]', '["key", "references"]')
+    project = change_project(project, '["key"]', '["key", "references"]')
 
     with pytest.raises(AuditFailed, match=r"references.*1 rows that are not among those that can be set aside"):
         load(project, "b1", "delete from u; insert into t values (2, 6, 20)")
@@ -283,18 +266,18 @@ def test_rows_that_are_published_already_stop_the_batch_when_they_break_an_audit
 
 def test_a_bad_version_with_a_published_one_that_is_bad_too_stops_the_batch(tmp_path: Path):
     project = begin(tmp_path, "merge")
-    project = change(project, "from t where n < 0", "select id from t where n > 5 or n < 0")
+    project = change_project(project, "from t where n < 0", "select id from t where n > 5 or n < 0")
 
     change_source(project.root, "update t set n = -6, at = 30 where id = 2")
     stage_batch(project, batch="b1")
 
-    result = find(audit(project, "b1"), "positive")
+    result = find(audit_sample(project, "b1"), "positive")
     assert (result.severity, result.passed) == ("blocking", False)
 
 
 def test_the_limit_counts_the_rows_that_the_batch_read(tmp_path: Path):
     project = begin(tmp_path, "append")
-    project = change(project, '"100%"', '"40%"')
+    project = change_project(project, '"100%"', '"40%"')
 
     with pytest.raises(AuditFailed, match="1 rows would be set aside, and quarantine_limit = 40% allows 0"):
         load(project, "b1", "insert into t values (3, -1, 30)")  # and the last row again
@@ -344,7 +327,7 @@ def test_the_quarantine_gets_the_columns_that_the_table_gets(tmp_path: Path):
 def test_a_table_that_is_loaded_whole_once_more_gets_a_new_quarantine(tmp_path: Path, mode: str):
     project = begin(tmp_path, mode)
     load(project, "b1", "insert into t values (3, -1, 30), (4, -7, 40)")
-    project = change(project, "[table.t]", "[table.t]\nversion = 2")
+    project = change_project(project, "[table.t]", "[table.t]\nversion = 2")
 
     load(project, "b2", "update t set n = 3 where id = 3")
 

@@ -90,6 +90,7 @@ def test_the_users_own_prefect_does_not_reach_the_stack(tmp_path: Path, monkeypa
     ):
         monkeypatch.setenv(name, "foreign")
     monkeypatch.setenv("PREFECT_LOGGING_LEVEL", "DEBUG")
+    monkeypatch.setenv("PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL", "3")
 
     environment = supervisor.stack_environment(tmp_path, 4711, {"PHASEWISE_PROJECT": "/p"})
 
@@ -97,6 +98,7 @@ def test_the_users_own_prefect_does_not_reach_the_stack(tmp_path: Path, monkeypa
     assert environment["PREFECT_API_URL"] == environment["PREFECT_UI_API_URL"] == "http://127.0.0.1:4711/api"
     assert environment["PREFECT_SERVER_ANALYTICS_ENABLED"] == "false"
     assert environment["PREFECT_LOGGING_LEVEL"] == "DEBUG"
+    assert environment["PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL"] == "3"
     assert environment["PHASEWISE_PROJECT"] == "/p"
 
 
