@@ -60,7 +60,9 @@ class _Cursor(sqlite3.Cursor):
             try:
                 self.connection.run(statement, run)
             except sqlite3.OperationalError as exc:
-                if exc.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                # A transaction that has read what is outdated by now (SQLITE_BUSY_SNAPSHOT) would wait for nothing.
+                is_locked = exc.sqlite_errorcode in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_BUSY_RECOVERY)
+                if not is_locked or time.monotonic() > deadline:
                     raise
                 await_only(asyncio.sleep(_LOOK_SECONDS))
             else:

@@ -69,6 +69,17 @@ async def test_what_stays_locked_is_given_up(
             await ask(engine, "update counter set value = 7")
 
 
+async def test_a_transaction_that_read_what_is_outdated_is_not_waited_with(engine: AsyncEngine, tmp_path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(tmp_path / "test.db", isolation_level=None)) as other:
+        other.execute("pragma journal_mode = wal")
+        async with asyncio.timeout(20), AsyncSession(engine) as session:
+            await session.execute(sa.text("begin"))
+            await session.execute(sa.text("select value from counter"))
+            other.execute("update counter set value = 1")
+            with pytest.raises(sa.exc.OperationalError, match="database is locked"):
+                await session.execute(sa.text("update counter set value = 2"))
+
+
 async def test_a_statement_that_was_slow_goes_to_a_thread(engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inline_sqlite, "_SLOW_SECONDS", -1.0)
     here = threading.get_ident()
