@@ -10,13 +10,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import pytest
 
 from phasewise.project import load_project
 from phasewise.samples import SAMPLE_SETTINGS
 from phasewise.snapshots import query_warehouse
 from phasewise.stack import StackInfo, running_stack
-from tests.acceptance.conftest import POOL, SHOP
+from tests.acceptance.conftest import POOL, SHOP, wait_for
 from tests.integration.warehouses import HOST, is_postgres_reachable, postgres_catalog, psql, s3_bucket
 
 
@@ -63,10 +64,19 @@ def on_machine(folder: Path, path: Path, *command: str) -> list[str]:
     return [*mounted, sys.executable, *command]
 
 
+def list_online(stack: StackInfo) -> set[str]:
+    body = {"workers": {"status": {"any_": ["ONLINE"]}}}
+    found = httpx.post(f"{stack.api_url}/work_pools/{POOL}/workers/filter", json=body, timeout=30)
+    if found.status_code == httpx.codes.NOT_FOUND:
+        return set()  # The first worker makes the pool.
+    return {one["name"] for one in found.raise_for_status().json()}
+
+
 @contextmanager
 def worker(stack: StackInfo, folder: Path, path: Path, queue: str) -> Iterator[None]:
     """Run a worker of one queue on a machine."""
-    options = ["--pool", POOL, "--type", "warm-process", "--work-queue", queue, "--name", f"on-{folder.name}"]
+    name = f"on-{folder.name}"
+    options = ["--pool", POOL, "--type", "warm-process", "--work-queue", queue, "--name", name]
     environment = {**os.environ, "PREFECT_API_URL": stack.api_url, "PHASEWISE_PROJECT": str(path)}
     log = folder.with_suffix(".log")
     with log.open("w") as output:
@@ -77,6 +87,8 @@ def worker(stack: StackInfo, folder: Path, path: Path, queue: str) -> Iterator[N
             stderr=subprocess.STDOUT,
         )
         try:
+            # A batch is refused while no worker is online.
+            wait_for(lambda: name in list_online(stack) or process.poll() is not None, 60)
             yield
         finally:
             process.terminate()
