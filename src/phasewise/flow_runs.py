@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from contextvars import ContextVar
@@ -28,19 +29,20 @@ from prefect.client.schemas.filters import (
     FlowRunFilterIdempotencyKey,
     FlowRunFilterParentFlowRunId,
 )
-from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.context import FlowRunContext
 from prefect.events.clients import get_events_subscriber
 from prefect.events.filters import EventFilter, EventNameFilter, EventResourceFilter
 from prefect.exceptions import ObjectNotFound
 from prefect.logging import get_logger
-from prefect.states import AwaitingRetry, Cancelling, Pending
+from prefect.states import AwaitingRetry, Cancelling, Completed, Failed, Pending, Running
 from prefect.types import KeyValueLabels
 from prefect.utilities.urls import url_for
 
 from phasewise.errors import DeploymentMissing, OrchestrationError, ServerUnreachable
 from phasewise.outcomes import FINAL_TYPES, StepOutcome
+from phasewise.pipeline import FAN_OUT_TAG
 
 #: Label prefix under which a flow run keeps its summary on the server.
 SUMMARY_PREFIX = "phasewise."
@@ -148,6 +150,7 @@ class PrefectFlowRuns:
         self._patience_seconds = patience_seconds
         self._job_variables = {"env": dict(environment)} if environment else {}
         self._deployment_ids: dict[str, UUID] = {}
+        self._fan_outs: list[_FanOut] = []
 
     async def submit(self, requests: Sequence[RunRequest]) -> list[str]:
         # With a key of its own even a request without one is safe to send again.
@@ -161,8 +164,11 @@ class PrefectFlowRuns:
         known = await _settle_cancelling(client, known)
         await asyncio.gather(*(_restart(client, run) for run in known.values() if _must_restart(run)))
         missing = [request for request in requests if request.key not in known]
-        created = iter(await self._create(client, missing))
-        return [str(known[r.key].id) if r.key in known else next(created) for r in requests]
+        links = await _link_to_parent(client, requests)
+        created = iter(await self._create(client, missing, links))
+        run_ids = [str(known[r.key].id) if r.key in known else next(created) for r in requests]
+        self._fan_outs += _find_fan_outs(requests, links, run_ids)
+        return run_ids
 
     async def _find_deployment(self, client: PrefectClient, name: str) -> UUID:
         if name not in self._deployment_ids:
@@ -174,15 +180,19 @@ class PrefectFlowRuns:
                 ) from exc
         return self._deployment_ids[name]
 
-    async def _create(self, client: PrefectClient, requests: Sequence[RunRequest]) -> list[str]:
+    async def _create(
+        self, client: PrefectClient, requests: Sequence[RunRequest], links: Mapping[str, UUID]
+    ) -> list[str]:
         """Create the runs in bulk, per deployment, and return their ids in the order of *requests*."""
-        parents = await _link_to_parent(client, requests)
         run_ids: dict[int, str] = {}
         for deployment in dict.fromkeys(request.deployment for request in requests):
             mine = [index for index, request in enumerate(requests) if request.deployment == deployment]
             for start in range(0, len(mine), _BULK_SIZE):
                 chunk = mine[start : start + _BULK_SIZE]
-                bodies = [_describe(requests[index], parents[index], index, self._job_variables) for index in chunk]
+                bodies = [
+                    _describe(requests[index], links.get(_group(requests[index])), index, self._job_variables)
+                    for index in chunk
+                ]
                 created = await _create_bulk(client, self._deployment_ids[deployment], bodies)
                 run_ids.update(zip(chunk, created, strict=True))
         return [run_ids[index] for index in range(len(requests))]
@@ -196,9 +206,14 @@ class PrefectFlowRuns:
 
             listen = partial(_listen, run_ids)
             async for outcome in watch_runs(run_ids, read=read, listen=listen, poll_seconds=self._poll_seconds):
+                for fan_out in self._fan_outs:
+                    await fan_out.note(outcome, client)
                 yield outcome
 
     async def restart(self, run_ids: Collection[str]) -> None:
+        for fan_out in self._fan_outs:
+            fan_out.reopen(run_ids)
+
         async def restart(client: PrefectClient) -> None:
             runs = await read_runs(client, run_ids)
             await asyncio.gather(*(_restart(client, run) for run in runs if _must_restart(run)))
@@ -386,30 +401,80 @@ def current_logger() -> logging.Logger | logging.LoggerAdapter[logging.Logger]:
     return flow_run_logger(context.flow_run, context.flow)
 
 
-async def _link_to_parent(client: PrefectClient, requests: Sequence[RunRequest]) -> list[UUID | None]:
-    """Return for each request the task run of the current flow run that stands for it, creating what is missing.
+def _group(request: RunRequest) -> str:
+    """Return what names the node of *request* among the task runs of its parent; each of ``_submit`` has a key."""
+    return request.group or request.key or request.deployment
+
+
+async def _link_to_parent(client: PrefectClient, requests: Sequence[RunRequest]) -> dict[str, UUID]:
+    """Return for each group the task run of the current flow run that stands for it, creating what is missing.
 
     The server nests a child below the flow run of its parent task run. A fan-out needs only one of them: the graph
     draws every flow run that points to it. The dynamic key is the group, so a retry finds the one it made before.
     """
     context = FlowRunContext.get()
     if context is None or context.flow_run is None:
-        return [None] * len(requests)
-    flow_run_id = context.flow_run.id
-    groups = [request.group or request.key or f"{request.deployment}:{index}" for index, request in enumerate(requests)]
-    task_runs: dict[str, UUID] = {}
-    for group, request in zip(groups, requests, strict=True):
-        if group not in task_runs:
-            task: Task[..., None] = Task(name=request.deployment, fn=_stand_in)
-            task_run = await client.create_task_run(
-                task, flow_run_id=flow_run_id, dynamic_key=group, name=request.deployment, state=Pending()
-            )
-            task_runs[group] = task_run.id
-    return [task_runs[group] for group in groups]
+        return {}
+    links: dict[str, UUID] = {}
+    for group, count in Counter(map(_group, requests)).items():
+        deployment = next(request.deployment for request in requests if _group(request) == group)
+        task: Task[..., None] = Task(name=deployment, fn=_stand_in)
+        link = await client.create_task_run(
+            task,
+            flow_run_id=context.flow_run.id,
+            dynamic_key=group,
+            name=deployment,
+            state=Running() if count > 1 else Pending(),
+            extra_tags=[FAN_OUT_TAG] if count > 1 else [],
+        )
+        links[group] = link.id
+    return links
 
 
 def _stand_in() -> None:
     """The body of the task run that stands for a child; the child's own states are copied to it by the server."""
+
+
+def _find_fan_outs(requests: Sequence[RunRequest], links: Mapping[str, UUID], run_ids: Sequence[str]) -> list[_FanOut]:
+    members: dict[str, list[str]] = {group: [] for group in links}
+    for request, run_id in zip(requests, run_ids, strict=True):
+        if links:
+            members[_group(request)].append(run_id)
+    return [_FanOut(links[group], frozenset(ids)) for group, ids in members.items() if len(ids) > 1]
+
+
+@dataclass
+class _FanOut:
+    """The task run that stands for a whole fan-out, and what is known of its flow runs.
+
+    The server copies each state of a child to its parent's task run: of twenty children, forty states that replace
+    each other. Ours leaves that to the parent (``phasewise.statements``), which says once how all of them have ended.
+    """
+
+    link: UUID
+    run_ids: frozenset[str]
+    _completed: dict[str, bool] = field(default_factory=dict)
+
+    async def note(self, outcome: StepOutcome, client: PrefectClient) -> None:
+        """Note how a run has ended; after the last one, set the state of the task run."""
+        if outcome.run_id not in self.run_ids:
+            return
+        self._completed[outcome.run_id] = outcome.is_completed
+        if len(self._completed) < len(self.run_ids):
+            return
+        failed = list(self._completed.values()).count(False)
+        state: State[None] = Completed(message=f"All {len(self.run_ids)} flow runs completed.")
+        if failed:
+            state = Failed(message=f"{failed} of {len(self.run_ids)} flow runs did not complete.")
+        try:
+            await client.set_task_run_state(self.link, state, force=True)
+        except httpx.HTTPError as exc:  # what it shows is also to be seen of the flow runs
+            get_logger("phasewise.flow_runs").warning("Could not update the task run of a fan-out: %s", exc)
+
+    def reopen(self, run_ids: Collection[str]) -> None:
+        """Forget how runs have ended that are run again."""
+        for run_id in run_ids:
+            self._completed.pop(run_id, None)
 
 
 def _describe(

@@ -48,7 +48,20 @@ class _Cursor(sqlite3.Cursor):
         return self._execute(super().execute, statement, parameters)
 
     def executemany(self, statement: str, parameters: Iterable[Any], /) -> _Cursor:
-        return self._execute(super().executemany, statement, parameters)
+        return self._execute(self._execute_all, statement, parameters)
+
+    def _execute_all(self, statement: str, parameters: Iterable[Any]) -> None:
+        """Execute *statement* for all *parameters* or for none: the server writes events outside of transactions."""
+        if self.connection.in_transaction:
+            super().executemany(statement, parameters)
+            return
+        super().execute("BEGIN IMMEDIATE")
+        try:
+            super().executemany(statement, parameters)
+        except BaseException:
+            self.connection.rollback()
+            raise
+        self.connection.commit()
 
     def _execute(self, execute: Callable[..., Any], statement: str, parameters: Any) -> _Cursor:
         def run() -> None:

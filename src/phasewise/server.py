@@ -48,6 +48,8 @@ class OneWriterAtATime(AioSqliteConfiguration):
         conn.isolation_level = None  # the server begins its transactions itself
         super().setup_sqlite(conn, record)
         conn.execute("PRAGMA busy_timeout = 0")  # the driver waits, and does not block the event loop meanwhile
+        # Pages. A checkpoint waits for the disk, and writes a page once however often it has changed since the last.
+        conn.execute("PRAGMA wal_autocheckpoint = 10000")
 
     @asynccontextmanager
     async def begin_transaction(
@@ -123,12 +125,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Imported late: building the app reads the database configuration.
     from prefect.server.api.server import create_app
 
+    from phasewise.server_events import share_events
+    from phasewise.server_requests import shorten_requests
     from phasewise.statements import spare_statements
 
     offer_warm_process()
-    spare_statements(sqlite=url.get_backend_name() == "sqlite")
+    share_events()
+    spare_statements(on_sqlite=url.get_backend_name() == "sqlite")
+    app = create_app(final=True)
+    shorten_requests(app)
     config = uvicorn.Config(
-        create_app(final=True),
+        app,
         timeout_keep_alive=settings.server.api.keepalive_timeout,
         timeout_graceful_shutdown=3,
         log_level="warning",

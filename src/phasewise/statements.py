@@ -7,36 +7,58 @@ these and 105 with them.
 from __future__ import annotations
 
 import functools
+import time
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
+from uuid import UUID
 
+import jsonschema
 import orjson
 import sqlalchemy as sa
+from docket import Docket
+from jsonschema.exceptions import best_match
+from jsonschema.validators import validator_for
 from prefect.server.api import validation
 from prefect.server.database import dependencies, orm_models
-from prefect.server.models import flow_runs
+from prefect.server.database.query_components import AioSqliteQueryComponents
+from prefect.server.models import flow_runs, task_runs
+from prefect.server.models.deployments import mark_deployments_ready
+from prefect.server.models.work_queues import mark_work_queues_ready
 from prefect.server.orchestration.global_policy import UpdateSubflowParentTask
 from prefect.server.schemas.states import StateType
 from prefect.server.utilities import database
-from sqlalchemy.orm import Mapper, RelationshipDirection, joinedload
+from sqlalchemy.dialects import sqlite
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Mapper, ORMExecuteState, RelationshipDirection, Session, joinedload
 from sqlalchemy.orm.interfaces import ORMOption
+
+from phasewise.pipeline import FAN_OUT_TAG
 
 #: Valid job variables that are remembered: one for each deployment and set of variables.
 _REMEMBERED = 256
-#: Types of the states of a run that has not begun.
-_WAITING = {StateType.SCHEDULED, StateType.PENDING}
+#: Types of the states of a run that has not begun; None before the first.
+_WAITING = {None, StateType.SCHEDULED, StateType.PENDING}
+#: Types of the states of a run with which nothing is wrong.
+_AS_PLANNED = {*_WAITING, StateType.RUNNING, StateType.COMPLETED}
+#: Seconds for which queues and deployments that a worker has asked about count as marked ready. The server forgets it
+#: after 60.
+_READY_SECONDS = 5.0
 
 
-def spare_statements(*, sqlite: bool) -> None:
+def spare_statements(*, on_sqlite: bool) -> None:
     """Make the server of this process answer with fewer statements; before its first one."""
     _declare_operators()
     _remember_valid_variables()
+    _check_schemas_once()
     _skip_what_a_parent_need_not_see()
     # Which database it is, is worked out from the URL at each use of it.
     setattr(dependencies, "get_dialect", functools.cache(database.get_dialect))  # noqa: B010
-    if sqlite:  # PostgreSQL refuses to lock the rows of an outer join, which the server asks it for
-        _join_single_objects()
+    _mark_ready_seldom()
+    if on_sqlite:
+        _join_single_objects()  # PostgreSQL refuses to lock the rows of an outer join, which the server asks it for
+        setattr(AioSqliteQueryComponents, "insert", lambda _, model: _Insert.into(model))  # noqa: B010
+        sa.event.listen(Session, "do_orm_execute", _insert_rows)
 
 
 def _join_single_objects() -> None:
@@ -61,6 +83,40 @@ class _Joined:
         return joinedload(self._attribute).joinedload(attribute)
 
 
+class _Insert(sqlite.Insert):
+    """An INSERT to which many rows are parameters.
+
+    Prefect writes events, logs and states of task runs as one statement with all their values in it, which SQLAlchemy
+    compiles anew for each: for events alone a sixth of what the server did.
+    """
+
+    inherit_cache = True
+    _table: sa.Table
+    rows: list[dict[str, Any]] | None = None
+
+    @classmethod
+    def into(cls, model: Any) -> Self:
+        statement = cls(model)
+        statement._table = model.__table__
+        return statement
+
+    def values(self, *args: Any, **kwargs: Any) -> Self:
+        rows = args[0] if len(args) == 1 else None
+        if not isinstance(rows, list) or not rows or any(row.keys() != rows[0].keys() for row in rows):
+            return super().values(*args, **kwargs)
+        # Of the table and not of the model: the unit of work would look at each row, and leave out what is None.
+        statement = type(self)(self._table)
+        statement.rows = rows
+        return statement
+
+
+def _insert_rows(execution: ORMExecuteState) -> sa.Result[Any] | None:
+    if not isinstance(execution.statement, _Insert) or execution.statement.rows is None:
+        return None
+    execution.parameters = execution.statement.rows
+    return execution.invoke_statement()
+
+
 def _declare_operators() -> None:
     """Say which operators Prefect's column types have: SQLAlchemy 2.1 warns at each use of one that does not."""
     operators = getattr(sa.sql.operators, "OperatorClass", None)
@@ -75,18 +131,77 @@ def _remember_valid_variables() -> None:
         setattr(validation, name, _remembering(getattr(validation, name)))
 
 
-def _skip_what_a_parent_need_not_see() -> None:
-    """Do not copy to the task run of a parent how its child goes from Scheduled to Pending to Submitting.
+def _check_schemas_once() -> None:
+    """Do not check the schema of a deployment's parameters for the parameters of each run."""
+    checks = functools.cache(lambda validator: _remembering(validator.check_schema))
 
-    Prefect copies each state, which is a fifth of what a state costs; this task run does not run either way.
+    # As jsonschema's own, but for the memory.
+    def validate(instance: Any, schema: Any, cls: Any = None, *args: Any, **options: Any) -> None:
+        validator = cls or validator_for(schema)
+        checks(validator)(schema)
+        if error := best_match(validator(schema, *args, **options).iter_errors(instance)):
+            raise error
+
+    setattr(jsonschema, "validate", validate)  # noqa: B010
+
+
+def _skip_what_a_parent_need_not_see() -> None:
+    """Do not copy to the task run of a parent how its child waits, nor how one of a fan-out begins and completes.
+
+    Prefect copies each state, which is a fifth of what a state costs. This task run does not run while its child
+    waits; the one of a fan-out runs while any of them does, and its parent sets its state at the end.
     """
     copy_state = UpdateSubflowParentTask.after_transition
+    read_task_run: Any = task_runs.read_task_run
+    fan_outs: OrderedDict[UUID, bool] = OrderedDict()
+
+    async def stands_for_many(session: AsyncSession, task_run_id: UUID) -> bool:
+        if task_run_id not in fan_outs:
+            task_run = await read_task_run(session, task_run_id)
+            fan_outs[task_run_id] = task_run is not None and FAN_OUT_TAG in task_run.tags
+            if len(fan_outs) > _REMEMBERED:
+                fan_outs.popitem(last=False)
+        return fan_outs[task_run_id]
 
     async def after_transition(self: UpdateSubflowParentTask, context: Any) -> None:
-        if not {context.initial_state_type, context.validated_state_type} <= _WAITING:
-            await copy_state(self, context)
+        link: UUID | None = context.run.parent_task_run_id
+        states = {context.initial_state_type, context.validated_state_type}
+        if link is None or states <= _WAITING:
+            return
+        if states <= _AS_PLANNED and await stands_for_many(context.session, link):
+            return
+        await copy_state(self, context)
 
     setattr(UpdateSubflowParentTask, "after_transition", after_transition)  # noqa: B010
+
+
+def _mark_ready_seldom() -> None:
+    """Mark queues and their deployments as ready every few seconds, not each time that a worker asks for work.
+
+    The server does that in the background, for each by a task of its own with two transactions.
+    """
+    add = Docket.add
+    marked: OrderedDict[tuple[str | None, bytes], float] = OrderedDict()
+
+    @functools.wraps(add)
+    def add_seldom(self: Docket, function: Any, when: Any = None, key: str | None = None) -> Any:
+        schedule: Any = add(self, function, when, key)
+        if function not in (mark_deployments_ready, mark_work_queues_ready):
+            return schedule
+
+        async def schedule_seldom(**which: Any) -> Any:
+            asked = key, orjson.dumps(which)
+            now = time.monotonic()
+            if marked.get(asked, 0) > now:
+                return None
+            marked[asked] = now + _READY_SECONDS
+            if len(marked) > _REMEMBERED:
+                marked.popitem(last=False)
+            return await schedule(**which)
+
+        return schedule_seldom
+
+    setattr(Docket, "add", add_seldom)  # noqa: B010
 
 
 def _remembering(check: Callable[..., Any]) -> Callable[..., Any]:

@@ -62,6 +62,13 @@ class Server:
             level = [run["id"] for run in runs]
         return found
 
+    def read_fan_out(self, run_id: str) -> tuple[str, str]:
+        """Return name and message of the state of the one task run below *run_id* that stands for a fan-out."""
+        runs = [run_id, *(run["id"] for run in self.below(run_id).values())]
+        body = {"task_runs": {"flow_run_id": {"any_": runs}, "tags": {"all_": ["fan-out"]}}}
+        [found] = self.call("/task_runs/filter", body)
+        return found["state"]["name"], found["state"]["message"]
+
     def wait(self, run_id: str, state: str, seconds: float = 90) -> dict[str, Any]:
         wait_for(lambda: self.read(run_id)["state_type"] == state, seconds)
         return self.read(run_id)
@@ -482,12 +489,14 @@ def test_g04_a_retry_runs_only_what_did_not_complete(server: Server) -> None:
     server.fail("b")
     run = server.start("top", names=["a", "b", "c"], levels=2)
     server.wait(run, "FAILED")
+    assert server.read_fan_out(run) == ("Failed", "1 of 3 flow runs did not complete.")
     server.mend("b")
 
     server.retry(run)
 
     server.wait(run, "COMPLETED")
     assert [server.attempts(name) for name in ("a", "b", "c", "last")] == [1, 2, 1, 1]
+    assert server.read_fan_out(run) == ("Completed", "All 3 flow runs completed.")
 
 
 def test_g04_a_retry_of_prefect_itself_runs_only_what_did_not_complete(server: Server) -> None:

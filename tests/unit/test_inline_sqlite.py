@@ -117,3 +117,15 @@ async def test_a_session_that_is_cancelled_leaves_its_thread_in_order(
     with pytest.raises(asyncio.CancelledError):
         await waiting
     assert await ask(engine, "select value from counter") == [(0,)]
+
+
+async def test_many_rows_are_written_or_none(engine: AsyncEngine) -> None:
+    statement = sa.text("insert into counter values (json(:value))")
+    async with AsyncSession(engine) as session:
+        with pytest.raises(sa.exc.OperationalError, match="malformed JSON"):
+            await session.execute(statement, [{"value": "1"}, {"value": "broken"}])
+    assert await ask(engine, "select value from counter") == [(0,)]
+
+    async with AsyncSession(engine) as session:
+        await session.execute(statement, [{"value": "1"}, {"value": "2"}])
+    assert await ask(engine, "select count(*) from counter") == [(3,)]

@@ -22,10 +22,12 @@ set_database_config(OneWriterAtATime(f"sqlite+aiosqlite:///{path}"))
 
 import sqlalchemy as sa
 from prefect.server import models, schemas
-from prefect.server.schemas.states import AwaitingRetry, Completed, Pending, Running
+from prefect.server.schemas.actions import LogCreate
+from prefect.server.schemas.states import AwaitingRetry, Completed, Failed, Pending, Running
+from prefect.types._datetime import now
 from prefect.server.database.dependencies import provide_database_interface
 
-spare_statements(sqlite=True)
+spare_statements(on_sqlite=True)
 
 
 async def main():
@@ -50,19 +52,36 @@ async def main():
 
 
     async with db.session_context(begin_transaction=True) as session:
-        task_run = await models.task_runs.create_task_run(
-            session, schemas.core.TaskRun(flow_run_id=run.id, task_key="link", dynamic_key="0")
-        )
-        child = await models.flow_runs.create_flow_run(
-            session,
-            schemas.core.FlowRun(
-                flow_id=flow.id, parent_task_run_id=task_run.id, state=schemas.states.Scheduled(message="1")
-            ),
-        )
-        for number, state in enumerate([Pending, Pending, Running, AwaitingRetry, Pending, Running, Completed], 2):
-            await models.flow_runs.set_flow_run_state(session, child.id, state(message=str(number)), force=True)
-        shown = await models.task_run_states.read_task_run_states(session, task_run.id)
-        print(*sorted(f"{one.message} {one.name}" for one in shown), sep=", ")
+        states = [Pending, Pending, Running, AwaitingRetry, Pending, Running, Failed, AwaitingRetry, Running, Completed]
+        for tags in [[], ["fan-out"]]:
+            task_run = await models.task_runs.create_task_run(
+                session, schemas.core.TaskRun(flow_run_id=run.id, task_key="link", dynamic_key=str(tags), tags=tags)
+            )
+            child = await models.flow_runs.create_flow_run(
+                session,
+                schemas.core.FlowRun(
+                    flow_id=flow.id, parent_task_run_id=task_run.id, state=schemas.states.Scheduled(message="0")
+                ),
+            )
+            for number, state in enumerate(states, 1):
+                await models.flow_runs.set_flow_run_state(session, child.id, state(message=str(number)), force=True)
+            shown = await models.task_run_states.read_task_run_states(session, task_run.id)
+            by_number = sorted(shown, key=lambda one: int(one.message))
+            print(*(f"{one.message} {one.name}" for one in by_number), sep=", ")
+
+    statements.clear()
+    async with db.session_context() as session:
+        logs = [LogCreate(name="a", level=20, message=text, timestamp=now("UTC"), flow_run_id=run.id) for text in "xyz"]
+        await models.logs.create_logs(session, logs)
+        await models.logs.create_logs(session, logs[:2])
+        print(len(set(statements)), len(await models.logs.read_logs(session, None)))
+        try:
+            twice = schemas.core.Log(**logs[0].model_dump()).model_dump(exclude={"created", "updated"})
+            await session.execute(db.queries.insert(db.Log).values([twice, twice]))
+        except Exception as exc:
+            print(type(exc).__name__)
+    async with db.session_context() as session:
+        print(len(await models.logs.read_logs(session, None)))
 
 
 asyncio.run(main())
@@ -76,8 +95,14 @@ def test_a_flow_run_is_read_with_its_state_and_pool_in_one_statement(tmp_path: P
     done = subprocess.run(command, capture_output=True, text=True, check=False)
 
     assert done.stdout.splitlines()[:2] == ["soon the-pool 1", "soon the-pool 2"], done.stderr
-    # And the task run of its parent is told of its child's states but for those between Scheduled and Running.
-    assert done.stdout.splitlines()[2:] == ["1 Scheduled, 4 Running, 5 AwaitingRetry, 7 Running, 8 Completed"]
+    # And the task run of its parent is told of its child's states but for those before Running; that of a fan-out,
+    # which its parent keeps, is told of what went wrong.
+    assert done.stdout.splitlines()[2:4] == [
+        "3 Running, 4 AwaitingRetry, 6 Running, 7 Failed, 8 AwaitingRetry, 9 Running, 10 Completed",
+        "7 Failed, 8 AwaitingRetry",
+    ]
+    # And rows of any number are one statement, outside of transactions too, where all or none are written.
+    assert done.stdout.splitlines()[4:] == ["1 5", "IntegrityError", "5"], done.stderr
 
 
 def test_what_was_valid_is_not_validated_again() -> None:
