@@ -1,7 +1,7 @@
 """What a Prefect server in our hands need not ask its database for, or do again, at each request.
 
-Nothing of it changes what the server answers. Measured with Prefect 3.8.8: a flow run takes 170 statements without
-these and 105 with them.
+Nothing of it changes what the server answers, but for the states of the task runs that stand for flow runs. Measured
+with Prefect 3.8.8: a flow run takes 170 statements without these and 50 with them.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class _Insert(sqlite.Insert):
     """An INSERT to which many rows are parameters.
 
     Prefect writes events, logs and states of task runs as one statement with all their values in it, which SQLAlchemy
-    compiles anew for each: for events alone a sixth of what the server did.
+    compiles anew for each: a seventh of what the server did.
     """
 
     inherit_cache = True
@@ -97,7 +97,7 @@ class _Insert(sqlite.Insert):
     @classmethod
     def into(cls, model: Any) -> Self:
         statement = cls(model)
-        statement._table = model.__table__
+        statement._table = getattr(model, "__table__", model)
         return statement
 
     def values(self, *args: Any, **kwargs: Any) -> Self:
