@@ -6,7 +6,9 @@ with Prefect 3.8.8: a flow run takes 170 statements without these and 50 with th
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import sqlite3
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -22,11 +24,13 @@ from jsonschema.validators import validator_for
 from prefect.server.api import validation
 from prefect.server.database import dependencies, orm_models
 from prefect.server.database.query_components import AioSqliteQueryComponents
+from prefect.server.events.storage import database as storage
 from prefect.server.models import flow_runs, task_runs
 from prefect.server.models.deployments import mark_deployments_ready
 from prefect.server.models.work_queues import mark_work_queues_ready
 from prefect.server.orchestration.global_policy import UpdateSubflowParentTask
 from prefect.server.schemas.states import StateType
+from prefect.server.services import task_run_recorder
 from prefect.server.utilities import database
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -59,6 +63,8 @@ def spare_statements(*, on_sqlite: bool) -> None:
         _join_single_objects()  # PostgreSQL refuses to lock the rows of an outer join, which the server asks it for
         setattr(AioSqliteQueryComponents, "insert", lambda _, model: _Insert.into(model))  # noqa: B010
         sa.event.listen(Session, "do_orm_execute", _insert_rows)
+        for module in (storage, task_run_recorder):  # that split the rows of one INSERT by what SQLite took before 3.32
+            setattr(module, "get_max_query_parameters", functools.cache(_count_parameters))  # noqa: B010
 
 
 def _join_single_objects() -> None:
@@ -115,6 +121,12 @@ def _insert_rows(execution: ORMExecuteState) -> sa.Result[Any] | None:
         return None
     execution.parameters = execution.statement.rows
     return execution.invoke_statement()
+
+
+def _count_parameters() -> int:
+    """Return how many parameters a statement may have."""
+    with contextlib.closing(sqlite3.connect(":memory:")) as connection:
+        return connection.getlimit(sqlite3.SQLITE_LIMIT_VARIABLE_NUMBER)
 
 
 def _declare_operators() -> None:

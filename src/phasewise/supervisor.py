@@ -392,11 +392,14 @@ def stack_environment(home: Path, port: int, project_env: Mapping[str, str]) -> 
     own = {key: value for key, value in os.environ.items() if not key.startswith(_FOREIGN)}
     api_url = f"http://127.0.0.1:{port}/api"
     return {
-        # The task runs of a second are written together, and not each state of each in a transaction of its own;
-        # unless whoever starts the stack says otherwise.
+        # The task runs of a second are written together, and so are its events, not each state of each in a transaction
+        # of its own; unless whoever starts the stack says otherwise.
         "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_READ_BATCH_SIZE": "100",
         "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "100",
         "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": "1",
+        "PREFECT_SERVER_SERVICES_EVENT_PERSISTER_READ_BATCH_SIZE": "100",
+        "PREFECT_SERVER_SERVICES_EVENT_PERSISTER_BATCH_SIZE": "100",
+        "PREFECT_SERVER_SERVICES_EVENT_PERSISTER_FLUSH_INTERVAL": "1",
         **own,
         **client_environment(home, api_url),
         "PREFECT_SERVER_API_HOST": "127.0.0.1",
