@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -126,6 +128,47 @@ async def test_a_limit_of_the_worker_holds(runs: Runs, stack: StackInfo) -> None
     assert most_at_once(await spans_of(limited, ended)) == 2
 
 
+async def test_a_forkserver_that_dies_takes_along_its_own_runs_alone(
+    runs: Runs, stack: StackInfo, tmp_path: Path
+) -> None:
+    pair = Runs(client=runs.client, pool="pair")
+    await runs.client.create_work_pool(WorkPoolCreate(name=pair.pool, type="warm-process"))
+    deployment = await pair.deploy("held")
+    with started(stack, *worker_command("pair", "left")), started(stack, *worker_command("pair", "right")):
+        created = [
+            await runs.client.create_flow_run_from_deployment(deployment, parameters={"folder": str(tmp_path)})
+            for _ in range(12)
+        ]
+        running = [await pair.until(run, "Running", seconds=60) for run in created]
+        forkservers = await asyncio.to_thread(read_forkservers, tmp_path, len(created))
+        of_worker = {
+            str(run.labels["prefect.worker.name"]): forkservers[str(run.infrastructure_pid)] for run in running
+        }
+        assert of_worker.keys() == {"left", "right"}
+
+        os.kill(of_worker["left"], signal.SIGKILL)
+
+        for run in running:
+            if run.labels["prefect.worker.name"] == "left":
+                lost = await pair.until(run, "Crashed", seconds=30)
+                assert "SIGKILL" in (lost.state.message or "")
+        (tmp_path / "release").touch()
+        after = [await runs.client.create_flow_run_from_deployment(deployment, parameters={"folder": str(tmp_path)})]
+        for run in [run for run in running if run.labels["prefect.worker.name"] == "right"] + after:
+            assert (await pair.until(run, seconds=60)).state.name == "Completed"
+
+
+def read_forkservers(folder: Path, count: int) -> dict[str, int]:
+    """Wait until *count* runs have left the id of their forkserver; return them by the id of the run's process."""
+    deadline = time.monotonic() + 30
+    while True:
+        found = {path.name: path.read_text() for path in folder.iterdir() if path.name.isdigit()}
+        if len(found) == count and all(found.values()):
+            return {name: int(text) for name, text in found.items()}
+        assert time.monotonic() < deadline, found
+        time.sleep(0.05)
+
+
 async def test_a_run_is_claimed_on_the_event_of_its_scheduling(runs: Runs, stack: StackInfo) -> None:
     heard = Runs(client=runs.client, pool="heard")
     await runs.client.create_work_pool(WorkPoolCreate(name="heard", type="warm-process"))
@@ -158,9 +201,14 @@ async def test_a_worker_without_events_claims_by_polling(runs: Runs, stack: Stac
     assert run.state.name == "Completed"
 
 
-async def messages(runs: Runs, run: FlowRun) -> str:
-    logs = await runs.client.read_logs(LogFilter.model_validate({"flow_run_id": {"any_": [run.id]}}))
-    return "\n".join(log.message for log in logs)
+async def says(runs: Runs, run: FlowRun, text: str) -> bool:
+    """Tell whether the log of *run* has *text* within the seconds for which workers gather logs."""
+    for _ in range(100):
+        logs = await runs.client.read_logs(LogFilter.model_validate({"flow_run_id": {"any_": [run.id]}}))
+        if any(text in log.message for log in logs):
+            return True
+        await asyncio.sleep(0.1)
+    return False
 
 
 async def test_code_from_git_is_fetched_by_a_new_python_and_the_log_says_so(runs: Runs, tmp_path: Path) -> None:
@@ -177,7 +225,7 @@ async def test_code_from_git_is_fetched_by_a_new_python_and_the_log_says_so(runs
     run = await runs.until(await runs.client.create_flow_run_from_deployment(deployment), seconds=60)
 
     assert run.state.name == "Completed", run.state.message
-    assert "Starting a new Python for this run: its pull steps do more" in await messages(runs, run)
+    assert await says(runs, run, "Starting a new Python for this run: its pull steps do more")
 
 
 async def test_a_command_with_another_interpreter_is_started_as_such(runs: Runs, tmp_path: Path) -> None:
@@ -187,4 +235,4 @@ async def test_a_command_with_another_interpreter_is_started_as_such(runs: Runs,
     run = await runs.until(await runs.start("surroundings", job_variables=job, file=str(file)), seconds=60)
 
     assert run.state.name == "Completed", run.state.message
-    assert "Starting a new Python for this run: it has a command of its own." in await messages(runs, run)
+    assert await says(runs, run, "Starting a new Python for this run: it has a command of its own.")
