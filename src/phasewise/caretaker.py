@@ -69,6 +69,7 @@ class Caretaker:
         self._silence = Silence()
         self._ended: asyncio.Queue[UUID] = asyncio.Queue()
         self._without_process: set[UUID] = set()
+        self._unnamed: set[UUID] = set()
         #: Names of the workers of the pool that were heard of lately.
         self.living: frozenset[str] = frozenset()
         self._logger = get_logger("phasewise.caretaker")
@@ -82,6 +83,13 @@ class Caretaker:
             if was_waiting(event):
                 self._without_process.add(run_id)
             asyncio.get_running_loop().call_later(delay, self._ended.put_nowait, run_id)
+            if was_claimed(event):
+                asyncio.get_running_loop().call_later(_NAMING_SECONDS, self._look_for_worker, run_id)
+
+    def _look_for_worker(self, run_id: UUID) -> None:
+        if run_id not in self._own_runs():
+            self._unnamed.add(run_id)
+            self._ended.put_nowait(run_id)
 
     async def cascade(self) -> None:
         """Cancel, for ever, what is below the runs that were noted."""
@@ -105,9 +113,16 @@ class Caretaker:
         ended = [run.id for run in runs if run.state and (run.state.is_final() or run.state.is_cancelling())]
         await cancel_below(self._client, ended, on_asked=self._on_cancelling)
         for run in runs:
-            if run.id in self._without_process and run.state and run.state.is_cancelling():
+            if run.state is None or not run.state.is_cancelling():
+                continue
+            if run.id in self._without_process:
                 await self._client.set_flow_run_state(run.id, Cancelled(message="Cancelled before it ran again."))
+            elif run.id in self._unnamed and _LABEL not in run.labels:
+                await self._client.set_flow_run_state(
+                    run.id, Cancelled(message="Cancelled before a worker started it.")
+                )
         self._without_process -= set(run_ids)
+        self._unnamed -= set(run_ids)
 
     async def find_lost(self) -> None:
         """Look, for ever, for runs whose worker died: those of our own name at first, then those of the others."""
@@ -191,8 +206,20 @@ def was_waiting(event: Event) -> bool:
     The server ends one that never ran by itself. One that did might still have a process, as far as it knows, and is
     left in Cancelling.
     """
-    before = (event.payload.get("initial_state") or {}).get("type")
-    return event.event == "prefect.flow-run.Cancelling" and before == "SCHEDULED"
+    return _cancelled_from(event) == "SCHEDULED"
+
+
+def was_claimed(event: Event) -> bool:
+    """Tell whether the event's flow run was cancelled when a worker had claimed it, which may have died since."""
+    return _cancelled_from(event) == "PENDING"
+
+
+def _cancelled_from(event: Event) -> str | None:
+    """Return the type of the state in which the event's flow run was cancelled; None for any other event."""
+    if event.event != "prefect.flow-run.Cancelling":
+        return None
+    before: str | None = (event.payload.get("initial_state") or {}).get("type")
+    return before
 
 
 class Silence:

@@ -24,7 +24,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import LogFilter, TaskRunFilter, TaskRunFilterFlowRunId
 from prefect.client.schemas.objects import FlowRun
 from prefect.settings import PREFECT_API_URL, temporary_settings
-from prefect.states import Cancelling, Pending, Suspended
+from prefect.states import Cancelling, Suspended
 
 from phasewise.stack import StackInfo
 from tests.integration.conftest import Runs
@@ -119,14 +119,6 @@ async def cancelled_while_it_starts(runs: Runs, file: Path) -> Shown:
     await until(lambda: has_pid(runs, run))
     await runs.client.set_flow_run_state(run.id, Cancelling())
     return await show(runs, await runs.until(run, seconds=SECONDS), file)
-
-
-@case
-async def cancelled_while_pending(runs: Runs, file: Path) -> Shown:
-    """Claimed by a worker that was gone before it started a process."""
-    run = await runs.client.create_flow_run_from_deployment(await runs.deploy("completed"), state=Pending())
-    await runs.client.set_flow_run_state(run.id, Cancelling())
-    return await show(runs, await runs.until(run, seconds=SECONDS))
 
 
 @case
