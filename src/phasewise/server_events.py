@@ -16,6 +16,8 @@ from prefect.server.utilities.messaging.memory import MemoryMessage
 
 #: Events that are remembered for the services that have not come to them yet, which parse them again after that.
 _REMEMBERED = 256
+#: Bytes of JSON from which an event is parsed for each service: an event may have 1.5 MB, and Prefect's own have 2 kB.
+_LARGE = 32_768
 
 
 def share_events() -> None:
@@ -32,7 +34,9 @@ def _sharing(parse: Callable[[str | bytes], ReceivedEvent]) -> Callable[[str | b
     def parse_once(data: str | bytes) -> ReceivedEvent:
         event = known.get(data)
         if event is None:
-            event = known[data] = parse(data)
+            event = parse(data)
+            if len(data) < _LARGE:
+                known[data] = event
             if len(known) > _REMEMBERED:
                 known.popitem(last=False)
         return event

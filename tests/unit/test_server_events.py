@@ -5,7 +5,7 @@ import sys
 
 from prefect.server.events.schemas.events import ReceivedEvent
 
-from phasewise.server_events import _REMEMBERED, _sharing
+from phasewise.server_events import _LARGE, _REMEMBERED, _sharing
 
 PUBLISH_TO_TWO_SERVICES = """
 import asyncio
@@ -57,7 +57,7 @@ def test_services_get_one_event_and_each_its_own_message() -> None:
     assert done.stdout.split() == ["True", "True", "0"], done.stderr
 
 
-def test_only_the_latest_events_are_remembered() -> None:
+def test_only_the_latest_events_that_are_not_large_are_remembered() -> None:
     parsed = []
 
     def parse(data: str | bytes) -> ReceivedEvent:
@@ -72,3 +72,6 @@ def test_only_the_latest_events_are_remembered() -> None:
     share(texts[0])
 
     assert parsed == [*texts, texts[0]]
+
+    large = "x" * _LARGE
+    assert share(large) is not share(large)
