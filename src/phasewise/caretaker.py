@@ -8,7 +8,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
+from typing import Any
 from uuid import UUID
 
 import httpx
@@ -20,8 +22,9 @@ from prefect.client.schemas.filters import (
     WorkPoolFilter,
     WorkPoolFilterName,
 )
-from prefect.client.schemas.objects import FlowRun, StateType, Worker
+from prefect.client.schemas.objects import FlowRun, State, StateType, Worker
 from prefect.events import Event
+from prefect.exceptions import ObjectNotFound
 from prefect.logging import get_logger
 from prefect.states import AwaitingRetry, Cancelled, Crashed
 
@@ -33,6 +36,8 @@ _LABEL = "prefect.worker.name"
 _PAGE = 200
 #: Seconds between two looks at the heartbeats of the other workers.
 _LOOK_SECONDS = 3.0
+#: Seconds between two looks at the runs that are being cancelled.
+_CANCELLING_SECONDS = 15.0
 #: Seconds in which events are gathered, so that a burst of them costs one read.
 _GATHER_SECONDS = 0.03
 #: Seconds that the worker which has a run in hand gets to end what is below it, before the others look after it.
@@ -69,22 +74,25 @@ class Caretaker:
         self._silence = Silence()
         self._ended: asyncio.Queue[UUID] = asyncio.Queue()
         self._without_process: set[UUID] = set()
+        #: Runs that were cancelled when a worker had claimed them, which by now should have put its name to them.
         self._unnamed: set[UUID] = set()
+        #: Runs of ours that were being cancelled at the last look, and that we had not in hand.
+        self._left_in_cancelling: set[UUID] = set()
         #: Names of the workers of the pool that were heard of lately.
         self.living: frozenset[str] = frozenset()
         self._logger = get_logger("phasewise.caretaker")
 
     def on_event(self, event: Event) -> None:
         """Note that a flow run ended in a way that must end what is below it, or was cancelled while it waited."""
+        run_id = UUID(event.resource.id.removeprefix("prefect.flow-run."))
         if must_cascade(event) or was_waiting(event):
-            run_id = UUID(event.resource.id.removeprefix("prefect.flow-run."))
             # All workers hear of it. If all of them did the same at once, the server would be busy with that.
             delay = 0 if run_id in self._own_runs() else _TURN_SECONDS
             if was_waiting(event):
                 self._without_process.add(run_id)
             asyncio.get_running_loop().call_later(delay, self._ended.put_nowait, run_id)
-            if was_claimed(event):
-                asyncio.get_running_loop().call_later(_NAMING_SECONDS, self._look_for_worker, run_id)
+        if was_claimed(event):
+            asyncio.get_running_loop().call_later(_NAMING_SECONDS, self._look_for_worker, run_id)
 
     def _look_for_worker(self, run_id: UUID) -> None:
         if run_id not in self._own_runs():
@@ -116,11 +124,9 @@ class Caretaker:
             if run.state is None or not run.state.is_cancelling():
                 continue
             if run.id in self._without_process:
-                await self._client.set_flow_run_state(run.id, Cancelled(message="Cancelled before it ran again."))
+                await self._set_state(run, Cancelled(message="Cancelled before it ran again."))
             elif run.id in self._unnamed and _LABEL not in run.labels:
-                await self._client.set_flow_run_state(
-                    run.id, Cancelled(message="Cancelled before a worker started it.")
-                )
+                await self._set_state(run, Cancelled(message="Cancelled before a worker started it."))
         self._without_process -= set(run_ids)
         self._unnamed -= set(run_ids)
 
@@ -143,16 +149,38 @@ class Caretaker:
         if is_first:
             # A worker that starts under our name again has none of the runs of the one before.
             dead[self._name] = "it was started again"
-        runs = await self._read_running() if dead or is_first else []
+        running = [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING]
+        runs = await self._read(running) if dead or is_first else []
         own = self._own_runs()
         for run in runs:
             worker = str(run.labels.get(_LABEL, ""))
             if worker in dead and run.id not in own and (worker == self._name or not _is_just_claimed(run)):
                 await self._give_up(run, f"Its worker {worker} died: {dead[worker]}.")
             elif not worker and _is_left_behind(run):
-                await self._client.set_flow_run_state(
-                    run.id, AwaitingRetry(message="Its worker died before it started.")
-                )
+                await self._set_state(run, AwaitingRetry(message="Its worker died before it started."))
+
+    async def find_cancelling(self) -> None:
+        """Look, for ever, for runs that are being cancelled and nobody ends: what their event would do was lost."""
+        while True:
+            await asyncio.sleep(_CANCELLING_SECONDS)
+            try:
+                await self._find_cancelling()
+            except httpx.HTTPError as exc:
+                self._logger.warning("Could not look for cancelled flow runs (%s); again.", exc)
+
+    async def _find_cancelling(self) -> None:
+        """Cancel those that we have in hand; end those of ours that we had not in hand at two looks in a row."""
+        own = self._own_runs()  # before the read: what we end meanwhile has ended
+        left: set[UUID] = set()
+        for run in await self._read([StateType.CANCELLING]):
+            if run.id in own:
+                self._on_cancelling(run.id)
+            elif run.labels.get(_LABEL) == self._name:
+                left.add(run.id)
+                # Not at the first look: the worker that runs it now may not have put its name to it yet.
+                if run.id in self._left_in_cancelling:
+                    await self._give_up(run, "Cancelled; its process had ended before.")
+        self._left_in_cancelling = left
 
     async def _find_orphans(self) -> None:
         """Crash the batches whose process, one of a user's on this machine, is gone: no worker watches those."""
@@ -165,16 +193,19 @@ class Caretaker:
     async def _give_up(self, run: FlowRun, message: str) -> None:
         self._logger.warning("Flow run %s (%s) is lost. %s", run.name, run.id, message)
         is_cancelling = run.state is not None and run.state.is_cancelling()
-        await self._client.set_flow_run_state(
-            run.id, Cancelled(message=message) if is_cancelling else Crashed(message=message)
-        )
+        await self._set_state(run, Cancelled(message=message) if is_cancelling else Crashed(message=message))
 
-    async def _read_running(self) -> list[FlowRun]:
-        types = [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING]
+    async def _set_state(self, run: FlowRun, state: State[Any]) -> None:
+        with suppress(ObjectNotFound):  # deleted meanwhile: that must not end the looks of a worker
+            await self._client.set_flow_run_state(run.id, state)
+
+    async def _read(self, types: Sequence[StateType]) -> list[FlowRun]:
+        """Return the runs of the work pool whose state is of one of *types*."""
+        wanted = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=list(types))))
         runs: list[FlowRun] = []
         while True:
             page = await self._client.read_flow_runs(
-                flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=types))),
+                flow_run_filter=wanted,
                 work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[self._pool])),
                 limit=_PAGE,
                 offset=len(runs),

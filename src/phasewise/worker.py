@@ -49,10 +49,6 @@ from prefect.client.orchestration import PrefectClient, SyncPrefectClient, get_c
 from prefect.client.schemas.filters import (
     DeploymentFilter,
     DeploymentFilterId,
-    FlowRunFilter,
-    FlowRunFilterId,
-    FlowRunFilterState,
-    FlowRunFilterStateType,
 )
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.events import Event, RelatedResource
@@ -198,6 +194,8 @@ class WarmProcessWorker(ProcessWorker):
         self._versions: dict[UUID, str] = {}
         self._had_terminal = _has_terminal()
         self._jobs: dict[UUID, Job] = {}
+        #: Those that run, whether forked or in a new Python.
+        self._in_hand: set[UUID] = set()
         self._executors: _Executors
         self._claims = asyncio.Event()
         self._claiming = asyncio.Lock()
@@ -268,6 +266,18 @@ class WarmProcessWorker(ProcessWorker):
     ) -> ProcessWorkerResult:
         if limit := Settings().run_memory_limit:
             task_status = _LimitsMemory(task_status or anyio.TASK_STATUS_IGNORED, limit)
+        self._in_hand.add(flow_run.id)
+        try:
+            return await self._run(flow_run, configuration, task_status)
+        finally:
+            self._in_hand.discard(flow_run.id)
+
+    async def _run(
+        self,
+        flow_run: FlowRun,
+        configuration: ProcessJobConfiguration,
+        task_status: anyio.abc.TaskStatus[int] | None,
+    ) -> ProcessWorkerResult:
         reason = await self._why_not_warm(configuration)
         if reason is not None:
             self.get_flow_run_logger(flow_run).info("Starting a new Python for this run: %s", reason)
@@ -395,17 +405,17 @@ class WarmProcessWorker(ProcessWorker):
             self._listening = self._services
             self._services.start_soon(self._listen, self._work_pool.id)
             self._services.start_soon(self._claim)
-            self._services.start_soon(self._check_for_cancelling)
             self._caretaker = Caretaker(
                 self.client,
                 pool=self._work_pool_name,
                 name=self.name,
-                own_runs=lambda: {*self._jobs, *self._submitting_flow_run_ids},
+                own_runs=lambda: {*self._in_hand, *self._submitting_flow_run_ids},
                 on_cancelling=self._cancel_soon,
                 lost_after_seconds=Settings().lost_after_seconds,
             )
             self._services.start_soon(self._caretaker.cascade)
             self._services.start_soon(self._caretaker.find_lost)
+            self._services.start_soon(self._caretaker.find_cancelling)
 
     async def _listen(self, work_pool_id: UUID) -> None:
         names = [f"prefect.flow-run.{name}" for name in ("Cancelling", *_CLAIM_ON, *_FREES_A_SLOT)]
@@ -512,28 +522,11 @@ class WarmProcessWorker(ProcessWorker):
             while flow_run_id in self._submitting_flow_run_ids:  # noqa: ASYNC110 - a set that empties by itself
                 await anyio.sleep(0.05)
             state = (await self.client.read_flow_run(flow_run_id)).state
-        except Exception as exc:  # noqa: BLE001 - it is looked for again, see _check_for_cancelling
+        except Exception as exc:  # noqa: BLE001 - it is looked for again, see find_cancelling
             self._logger.warning("Could not cancel flow run %s: %s", flow_run_id, exc)
             return
         if state is not None and state.is_cancelling() and self._executors.is_running(flow_run_id):
             self._executors.cancel_soon(flow_run_id)
-
-    async def _check_for_cancelling(self) -> None:
-        """Look for cancellations whose event was lost, on a slow clock."""
-        while True:
-            await anyio.sleep(15)
-            ids = [*self._executors.running(), *self._submitting_flow_run_ids]
-            if not ids:
-                continue
-            wanted = FlowRunFilter(
-                id=FlowRunFilterId(any_=ids),
-                state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.CANCELLING])),
-            )
-            try:
-                for flow_run in await self.client.read_flow_runs(flow_run_filter=wanted):
-                    self._cancel_soon(flow_run.id)
-            except Exception as exc:  # noqa: BLE001 - the next look is as good
-                self._logger.warning("Could not look for cancelled flow runs: %s", exc)
 
 
 def _known(configuration: WarmProcessJobConfiguration, flow_run: FlowRun) -> list[dict[str, Any]]:

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
 from prefect.client.schemas.objects import FlowRun, State, Worker
+from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelled, Cancelling, Failed, Pending, Running, Scheduled
 
 from phasewise import caretaker
 from phasewise.caretaker import Caretaker, Silence
 
 
-def create_caretaker(client: Any) -> Caretaker:
-    return Caretaker(
-        client, pool="pool", name="own", own_runs=lambda: (), on_cancelling=lambda _: None, lost_after_seconds=15
-    )
+def create_caretaker(client: Any, **options: Any) -> Caretaker:
+    others: dict[str, Any] = {"own_runs": tuple, "on_cancelling": lambda _: None, "lost_after_seconds": 15, **options}
+    return Caretaker(client, pool="pool", name="own", **others)
 
 
 @pytest.mark.parametrize(
@@ -85,6 +86,71 @@ async def test_a_run_that_another_worker_has_just_claimed_is_not_lost_with_the_o
     await one._find_lost(is_first=False)
 
     assert client.crashed == ([client.run.id] if is_lost else [])
+
+
+class CancellingRuns:
+    """A client of a server on which *runs* are being cancelled; ``end`` is called with each that is ended."""
+
+    def __init__(self, *runs: FlowRun, end: Callable[[FlowRun, State[Any]], None]) -> None:
+        self._runs = {run.id: run for run in runs}
+        self._end = end
+        self.looks = 0
+
+    async def read_flow_runs(self, **_: object) -> list[FlowRun]:
+        self.looks += 1
+        return list(self._runs.values())
+
+    async def set_flow_run_state(self, run_id: UUID, state: State[Any]) -> None:
+        self._end(self._runs.pop(run_id), state)
+
+
+def create_cancelling(worker: str) -> FlowRun:
+    return FlowRun(id=uuid4(), flow_id=uuid4(), state=Cancelling(), labels={"prefect.worker.name": worker})
+
+
+async def test_a_run_of_ours_that_is_in_cancelling_without_a_process_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: asyncio.Queue[tuple[UUID, State[Any]]] = asyncio.Queue()
+    ours, in_hand, of_another = create_cancelling("own"), create_cancelling("own"), create_cancelling("other")
+    client = CancellingRuns(ours, in_hand, of_another, end=lambda run, state: ended.put_nowait((run.id, state)))
+    asked: list[UUID] = []
+    one = create_caretaker(client, own_runs=lambda: {in_hand.id}, on_cancelling=asked.append)
+    monkeypatch.setattr(caretaker, "_CANCELLING_SECONDS", 0.01)
+
+    looking = asyncio.create_task(one.find_cancelling())
+    async with asyncio.timeout(10):
+        run_id, state = await ended.get()
+        while client.looks < 5:  # and none of the others
+            await asyncio.sleep(0.01)
+    looking.cancel()
+
+    assert (run_id, state.name, state.message) == (ours.id, "Cancelled", "Cancelled; its process had ended before.")
+    assert ended.empty()
+    assert set(asked) == {in_hand.id}
+
+
+async def test_a_run_is_left_alone_that_was_in_hand_or_of_another_worker_at_the_look_before() -> None:
+    ended: list[UUID] = []
+    was_ours, was_of_another = create_cancelling("own"), create_cancelling("other")
+    client = CancellingRuns(was_ours, was_of_another, end=lambda run, _: ended.append(run.id))
+    in_hand = {was_ours.id}
+    one = create_caretaker(client, own_runs=lambda: in_hand)
+
+    await one._find_cancelling()
+    in_hand.clear()
+    was_of_another.labels["prefect.worker.name"] = "own"
+    await one._find_cancelling()
+
+    assert ended == []
+
+
+async def test_a_run_that_is_deleted_meanwhile_does_not_end_the_looks_of_a_worker() -> None:
+    def refuse(_run: FlowRun, _state: State[Any]) -> None:
+        raise ObjectNotFound(RuntimeError("404"))
+
+    one = create_caretaker(CancellingRuns(create_cancelling("own"), end=refuse))
+
+    await one._find_cancelling()
+    await one._find_cancelling()
 
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
