@@ -134,17 +134,17 @@ async def test_a_forkserver_that_dies_takes_along_its_own_runs_alone(
     pair = Runs(client=runs.client, pool="pair")
     await runs.client.create_work_pool(WorkPoolCreate(name=pair.pool, type="warm-process"))
     deployment = await pair.deploy("held")
+    folder = {"folder": str(tmp_path)}
+    running: list[FlowRun] = []
     with started(stack, *worker_command("pair", "left")), started(stack, *worker_command("pair", "right")):
-        created = [
-            await runs.client.create_flow_run_from_deployment(deployment, parameters={"folder": str(tmp_path)})
-            for _ in range(12)
-        ]
-        running = [await pair.until(run, "Running", seconds=60) for run in created]
-        forkservers = await asyncio.to_thread(read_forkservers, tmp_path, len(created))
+        async with asyncio.timeout(90):
+            while len({run.labels["prefect.worker.name"] for run in running}) < 2:
+                run = await runs.client.create_flow_run_from_deployment(deployment, parameters=folder)
+                running.append(await pair.until(run, "Running", seconds=60))
+        forkservers = await asyncio.to_thread(read_forkservers, tmp_path, len(running))
         of_worker = {
             str(run.labels["prefect.worker.name"]): forkservers[str(run.infrastructure_pid)] for run in running
         }
-        assert of_worker.keys() == {"left", "right"}
 
         os.kill(of_worker["left"], signal.SIGKILL)
 
@@ -153,7 +153,7 @@ async def test_a_forkserver_that_dies_takes_along_its_own_runs_alone(
                 lost = await pair.until(run, "Crashed", seconds=30)
                 assert "SIGKILL" in (lost.state.message or "")
         (tmp_path / "release").touch()
-        after = [await runs.client.create_flow_run_from_deployment(deployment, parameters={"folder": str(tmp_path)})]
+        after = [await runs.client.create_flow_run_from_deployment(deployment, parameters=folder)]
         for run in [run for run in running if run.labels["prefect.worker.name"] == "right"] + after:
             assert (await pair.until(run, seconds=60)).state.name == "Completed"
 
