@@ -34,7 +34,7 @@ import duckdb
 from phasewise.disk import explain_os_error, explain_write, sync_path
 from phasewise.errors import NothingStaged, PhasewiseError, SourceUnavailable, StagingError
 from phasewise.exchange import fetch_staging, remove_shared, write_shared, write_shared_once
-from phasewise.lake import open_session, quote_literal, read_parquet, use_one_thread
+from phasewise.lake import open_session, read_parquet, use_one_thread
 from phasewise.loads import (
     FULL_LOAD,
     LakeView,
@@ -45,6 +45,7 @@ from phasewise.loads import (
     read_lake,
     select_new_rows,
 )
+from phasewise.parquet import mend_parquet, write_parquet
 from phasewise.partitions import (
     Partition,
     SplitTable,
@@ -645,22 +646,16 @@ def _copy(
 
     The rows of *keys*, the table without a cursor and with its key alone, are written to *keys_path*.
     """
-    # Row groups end at 64 MB or 122,880 rows, whichever is first: a few of them are what memory must hold.
-    # DuckDB bounds them by size only where it need not keep the order of rows, which a table does not have.
-    connection.execute("SET preserve_insertion_order = false")
-    options = "FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE 122880, ROW_GROUP_SIZE_BYTES '64MB'"
     try:
         source.begin(connection, table, snapshot)
-        copied = connection.execute(
-            f"COPY ({source.select(table)}) TO {quote_literal(str(path))} ({options})"
-        ).fetchone()
-        assert copied is not None  # COPY returns the number of rows
-        rows = int(copied[0])
+        rows = write_parquet(connection, source.select(table), path)
         source_rows = source.count_rows(connection, table, rows)
         if keys is not None:
             # After the rows: where the source holds no moment, a row that came meanwhile must not count as deleted.
-            connection.execute(f"COPY ({source.select(keys)}) TO {quote_literal(str(keys_path))} ({options})")
+            write_parquet(connection, source.select(keys), keys_path)
         connection.execute("COMMIT")
+        for file in (path, *([keys_path] if keys is not None else [])):
+            mend_parquet(connection, file)
     except PhasewiseError:
         _abandon(connection, path)
         raise
