@@ -468,6 +468,52 @@ def test_all_tables_are_of_one_moment_when_a_snapshot_is_held(tmp_path: Path, jo
     assert sorted(path.name for path in (project.staging / "b1").glob("**/*.sqlite")) == []
 
 
+#: Tables in whose rowids something is odd, and whether the batch's copy of them is read by ranges of rowids.
+ROWIDS = {
+    "gaps": ("CREATE TABLE t (x INTEGER)", "INSERT INTO t SELECT i FROM n; DELETE FROM t WHERE rowid % 3 = 0", True),
+    "outermost": (
+        "CREATE TABLE t (id INTEGER PRIMARY KEY)",
+        f"INSERT INTO t VALUES ({-(2**63)}), (-5), (-1), (0), (1), (7), (300000), ({2**62}), ({2**63 - 1})",
+        True,
+    ),
+    "no rows": ("CREATE TABLE t (x INTEGER)", "", True),
+    "a column rowid": (
+        "CREATE TABLE t (rowid INTEGER, x INTEGER)",
+        "INSERT INTO t SELECT iif(i % 2, NULL, i % 9), i FROM n",
+        False,
+    ),
+    "without rowid": (
+        "CREATE TABLE t (id INTEGER PRIMARY KEY, x INTEGER) WITHOUT ROWID",
+        "INSERT INTO t SELECT i, i FROM n",
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ROWIDS)
+def test_every_row_of_the_copy_is_read_whatever_its_rowid(tmp_path: Path, kind: str):
+    table, rows, is_ranged = ROWIDS[kind]
+    counted = "WITH RECURSIVE c(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM c LIMIT 300000) SELECT i FROM c"
+    numbers = f"CREATE TABLE n AS {counted}"
+    project = make_project(tmp_path, f"{numbers}; {table}; {rows};")
+    _, expected = read(project, "t")
+    staging.begin_batch(project, "b1", ["t"])
+
+    with staging.open_snapshot(project, SETTINGS, "b1") as token:
+        manifest = staging.extract_table(project, SETTINGS, batch="b1", table="t")
+        source = open_source(project, SETTINGS)
+        with lake.open_session(SETTINGS, extensions=source.extensions) as connection:
+            source.attach(connection, token)
+            select = source.select(source.describe_table("t"))
+
+    assert manifest.rows == manifest.source_rows == len(expected)
+    with lake.open_session(SETTINGS, extensions=()) as connection:
+        [file] = staging.staged_files(project, manifest)
+        staged = connection.execute("FROM read_parquet(?)", [str(file)]).fetchall()
+    assert sorted(staged, key=repr) == sorted(expected, key=repr)
+    assert ("FROM sqlite_scan(" in select) == is_ranged
+
+
 @contextmanager
 def transfers(path: Path) -> Iterator[None]:
     """Let another process move one at a time from the first row of ``a`` to its last and to ``b``, while it runs."""
