@@ -1,4 +1,4 @@
-"""Keep the flow runs of a work pool honest: cancel what is below a run that ended, crash those whose worker died.
+"""Keep the flow runs of a work pool honest: cancel what is below a run that ended, end those whose worker died.
 
 Every worker runs one. They do the same work and do not know of each other: each step is safe to do twice.
 """
@@ -36,13 +36,13 @@ _LABEL = "prefect.worker.name"
 _PAGE = 200
 #: Seconds between two looks at the heartbeats of the other workers.
 _LOOK_SECONDS = 3.0
-#: Seconds between two looks at the runs that are being cancelled.
-_CANCELLING_SECONDS = 15.0
+#: Seconds between two looks at the runs that are claimed and not begun, or being cancelled.
+_STUCK_SECONDS = 15.0
 #: Seconds in which events are gathered, so that a burst of them costs one read.
 _GATHER_SECONDS = 0.03
 #: Seconds that the worker which has a run in hand gets to end what is below it, before the others look after it.
 _TURN_SECONDS = 0.5
-#: Seconds after which a claimed run that no worker put its name to was left behind by a worker that died.
+#: Seconds after which a claimed run that no worker put its name to was left by a worker that died.
 _UNCLAIMED_SECONDS = 60.0
 #: Seconds that a worker gets to put its name to a run that it has claimed.
 _NAMING_SECONDS = 10.0
@@ -74,30 +74,21 @@ class Caretaker:
         self._silence = Silence()
         self._ended: asyncio.Queue[UUID] = asyncio.Queue()
         self._without_process: set[UUID] = set()
-        #: Runs that were cancelled when a worker had claimed them, which by now should have put its name to them.
-        self._unnamed: set[UUID] = set()
-        #: Runs of ours that were being cancelled at the last look, and that we had not in hand.
-        self._left_in_cancelling: set[UUID] = set()
+        #: Runs that nobody seemed to have in hand at the last look.
+        self._stuck: set[UUID] = set()
         #: Names of the workers of the pool that were heard of lately.
         self.living: frozenset[str] = frozenset()
         self._logger = get_logger("phasewise.caretaker")
 
     def on_event(self, event: Event) -> None:
         """Note that a flow run ended in a way that must end what is below it, or was cancelled while it waited."""
-        run_id = UUID(event.resource.id.removeprefix("prefect.flow-run."))
         if must_cascade(event) or was_waiting(event):
+            run_id = UUID(event.resource.id.removeprefix("prefect.flow-run."))
             # All workers hear of it. If all of them did the same at once, the server would be busy with that.
             delay = 0 if run_id in self._own_runs() else _TURN_SECONDS
             if was_waiting(event):
                 self._without_process.add(run_id)
             asyncio.get_running_loop().call_later(delay, self._ended.put_nowait, run_id)
-        if was_claimed(event):
-            asyncio.get_running_loop().call_later(_NAMING_SECONDS, self._look_for_worker, run_id)
-
-    def _look_for_worker(self, run_id: UUID) -> None:
-        if run_id not in self._own_runs():
-            self._unnamed.add(run_id)
-            self._ended.put_nowait(run_id)
 
     async def cascade(self) -> None:
         """Cancel, for ever, what is below the runs that were noted."""
@@ -121,14 +112,10 @@ class Caretaker:
         ended = [run.id for run in runs if run.state and (run.state.is_final() or run.state.is_cancelling())]
         await cancel_below(self._client, ended, on_asked=self._on_cancelling)
         for run in runs:
-            if run.state is None or not run.state.is_cancelling():
-                continue
-            if run.id in self._without_process:
-                await self._set_state(run, Cancelled(message="Cancelled before it ran again."))
-            elif run.id in self._unnamed and _LABEL not in run.labels:
-                await self._set_state(run, Cancelled(message="Cancelled before a worker started it."))
+            if run.id in self._without_process and run.state and run.state.is_cancelling():
+                with suppress(ObjectNotFound):  # deleted meanwhile
+                    await self._client.set_flow_run_state(run.id, Cancelled(message="Cancelled before it ran again."))
         self._without_process -= set(run_ids)
-        self._unnamed -= set(run_ids)
 
     async def find_lost(self) -> None:
         """Look, for ever, for runs whose worker died: those of our own name at first, then those of the others."""
@@ -156,31 +143,39 @@ class Caretaker:
             worker = str(run.labels.get(_LABEL, ""))
             if worker in dead and run.id not in own and (worker == self._name or not _is_just_claimed(run)):
                 await self._give_up(run, f"Its worker {worker} died: {dead[worker]}.")
-            elif not worker and _is_left_behind(run):
-                await self._set_state(run, AwaitingRetry(message="Its worker died before it started."))
 
-    async def find_cancelling(self) -> None:
-        """Look, for ever, for runs that are being cancelled and nobody ends: what their event would do was lost."""
+    async def find_stuck(self) -> None:
+        """Look, for ever, for runs that are claimed, or being cancelled, and in nobody's hands."""
         while True:
-            await asyncio.sleep(_CANCELLING_SECONDS)
+            await asyncio.sleep(_STUCK_SECONDS)
             try:
-                await self._find_cancelling()
+                await self._find_stuck()
             except httpx.HTTPError as exc:
-                self._logger.warning("Could not look for cancelled flow runs (%s); again.", exc)
+                self._logger.warning("Could not look for runs that are stuck (%s); again.", exc)
 
-    async def _find_cancelling(self) -> None:
-        """Cancel those that we have in hand; end those of ours that we had not in hand at two looks in a row."""
+    async def _find_stuck(self) -> None:
         own = self._own_runs()  # before the read: what we end meanwhile has ended
-        left: set[UUID] = set()
-        for run in await self._read([StateType.CANCELLING]):
+        stuck: set[UUID] = set()
+        for run in await self._read([StateType.PENDING, StateType.CANCELLING]):
+            is_cancelling = run.state is not None and run.state.is_cancelling()
             if run.id in own:
-                self._on_cancelling(run.id)
-            elif run.labels.get(_LABEL) == self._name:
-                left.add(run.id)
-                # Not at the first look: the worker that runs it now may not have put its name to it yet.
-                if run.id in self._left_in_cancelling:
-                    await self._give_up(run, "Cancelled; its process had ended before.")
-        self._left_in_cancelling = left
+                if is_cancelling:  # and the event of it was lost, or we would be at it
+                    self._on_cancelling(run.id)
+            elif reason := self._why_stuck(run, is_cancelling):
+                stuck.add(run.id)
+                # Not at the first look: the worker that has it may just be about to put its name to it.
+                if run.id in self._stuck:
+                    await self._give_up(run, reason)
+        self._stuck = stuck
+
+    def _why_stuck(self, run: FlowRun, is_cancelling: bool) -> str | None:
+        """Say why *run*, which we have not in hand, is in nobody's hands; None when another worker may have it."""
+        worker = run.labels.get(_LABEL)
+        if worker == self._name and is_cancelling:
+            return "Its process had ended before it was cancelled."
+        if worker is None and _seconds_in_state(run) > _UNCLAIMED_SECONDS:
+            return "Its worker died before it started."
+        return None
 
     async def _find_orphans(self) -> None:
         """Crash the batches whose process, one of a user's on this machine, is gone: no worker watches those."""
@@ -191,13 +186,23 @@ class Caretaker:
                 self._ended.put_nowait(run.id)
 
     async def _give_up(self, run: FlowRun, message: str) -> None:
-        self._logger.warning("Flow run %s (%s) is lost. %s", run.name, run.id, message)
-        is_cancelling = run.state is not None and run.state.is_cancelling()
-        await self._set_state(run, Cancelled(message=message) if is_cancelling else Crashed(message=message))
-
-    async def _set_state(self, run: FlowRun, state: State[Any]) -> None:
         with suppress(ObjectNotFound):  # deleted meanwhile: that must not end the looks of a worker
-            await self._client.set_flow_run_state(run.id, state)
+            now = (await self._client.read_flow_run(run.id)).state
+            # All workers find it at about the same time: what the first did, and came of it, must not be undone.
+            if now and run.state and now.id == run.state.id:
+                await self._end(run, message)
+
+    async def _end(self, run: FlowRun, message: str) -> None:
+        self._logger.warning("Flow run %s (%s) is lost. %s", run.name, run.id, message)
+        state: State[Any]
+        if run.state is not None and run.state.is_cancelling():
+            state = Cancelled(message=message)
+        elif run.state is not None and run.state.is_pending():
+            # Nothing of it was done: whichever worker is there runs it, also where it has no parent that would.
+            state = AwaitingRetry(message=message)
+        else:
+            state = Crashed(message=message)
+        await self._client.set_flow_run_state(run.id, state)
 
     async def _read(self, types: Sequence[StateType]) -> list[FlowRun]:
         """Return the runs of the work pool whose state is of one of *types*."""
@@ -237,20 +242,8 @@ def was_waiting(event: Event) -> bool:
     The server ends one that never ran by itself. One that did might still have a process, as far as it knows, and is
     left in Cancelling.
     """
-    return _cancelled_from(event) == "SCHEDULED"
-
-
-def was_claimed(event: Event) -> bool:
-    """Tell whether the event's flow run was cancelled when a worker had claimed it, which may have died since."""
-    return _cancelled_from(event) == "PENDING"
-
-
-def _cancelled_from(event: Event) -> str | None:
-    """Return the type of the state in which the event's flow run was cancelled; None for any other event."""
-    if event.event != "prefect.flow-run.Cancelling":
-        return None
-    before: str | None = (event.payload.get("initial_state") or {}).get("type")
-    return before
+    before = (event.payload.get("initial_state") or {}).get("type")
+    return event.event == "prefect.flow-run.Cancelling" and before == "SCHEDULED"
 
 
 class Silence:
@@ -302,15 +295,8 @@ def find_dead(workers: Sequence[Worker], own_name: str, silence: Silence, lost_a
 
 def _is_just_claimed(run: FlowRun) -> bool:
     """Tell whether the worker that the run names may be that of an attempt before: a new one comes after Pending."""
-    return _has_been_pending(run) < _NAMING_SECONDS
+    return run.state is not None and run.state.is_pending() and _seconds_in_state(run) < _NAMING_SECONDS
 
 
-def _is_left_behind(run: FlowRun) -> bool:
-    return _UNCLAIMED_SECONDS < _has_been_pending(run) < float("inf")
-
-
-def _has_been_pending(run: FlowRun) -> float:
-    """Return for how many seconds *run* has been claimed and not begun; infinity when it is not."""
-    if run.state is None or not run.state.is_pending():
-        return float("inf")
-    return (datetime.now(UTC) - run.state.timestamp).total_seconds()
+def _seconds_in_state(run: FlowRun) -> float:
+    return 0.0 if run.state is None else (datetime.now(UTC) - run.state.timestamp).total_seconds()

@@ -415,7 +415,7 @@ class WarmProcessWorker(ProcessWorker):
             )
             self._services.start_soon(self._caretaker.cascade)
             self._services.start_soon(self._caretaker.find_lost)
-            self._services.start_soon(self._caretaker.find_cancelling)
+            self._services.start_soon(self._caretaker.find_stuck)
 
     async def _listen(self, work_pool_id: UUID) -> None:
         names = [f"prefect.flow-run.{name}" for name in ("Cancelling", *_CLAIM_ON, *_FREES_A_SLOT)]
@@ -522,7 +522,7 @@ class WarmProcessWorker(ProcessWorker):
             while flow_run_id in self._submitting_flow_run_ids:  # noqa: ASYNC110 - a set that empties by itself
                 await anyio.sleep(0.05)
             state = (await self.client.read_flow_run(flow_run_id)).state
-        except Exception as exc:  # noqa: BLE001 - it is looked for again, see find_cancelling
+        except Exception as exc:  # noqa: BLE001 - it is looked for again, see find_stuck
             self._logger.warning("Could not cancel flow run %s: %s", flow_run_id, exc)
             return
         if state is not None and state.is_cancelling() and self._executors.is_running(flow_run_id):

@@ -148,17 +148,6 @@ async def test_a_running_run_is_cancelled_within_two_seconds(runs: Runs, name: s
     await until(lambda: not is_alive(int(run.infrastructure_pid)))
 
 
-async def test_a_pending_run_whose_worker_died_before_it_started_is_cancelled(runs: Runs) -> None:
-    # Takes the 10 s for which a worker may not have put its name to a run. With Prefect's it stays in Cancelling.
-    run = await runs.client.create_flow_run_from_deployment(await runs.deploy("completed"), state=Pending())
-
-    await runs.client.set_flow_run_state(run.id, Cancelling())
-
-    ended = await runs.until(run, seconds=40)
-    assert ended.state.name == "Cancelled", ended.state
-    assert ended.state.message == "Cancelled before a worker started it."
-
-
 async def test_what_a_cancelled_run_has_started_is_gone_too(runs: Runs, tmp_path: Path) -> None:
     file = tmp_path / "pid"
     run = await runs.until(await runs.start("with_a_child_process", pid_file=str(file)), "Running")

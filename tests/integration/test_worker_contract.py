@@ -1,6 +1,7 @@
 """The same flow runs on Prefect's process worker and on ours: the API must show the same of both.
 
-All cases run once, at the same time, on both workers; each test compares one of them.
+All cases run once, at the same time, on both workers; each test compares one of them. Where ours is better on purpose,
+a test at the end says what each of them shows.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import ast
 import asyncio
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -228,9 +230,13 @@ def plain(text: str, run: FlowRun) -> str:
 
 
 @contextmanager
-def worker(kind: str, stack: StackInfo, log: Path) -> Iterator[None]:
-    command = [sys.executable, "-c", "from phasewise.worker import main; main()"]
-    command += ["--pool", POOLS[kind], "--name", POOLS[kind], "--type", kind]
+def worker(
+    kind: str, stack: StackInfo, log: Path, *, pool: str = "", name: str = "", before: str = ""
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a worker of type *kind* which executes the statements *before* at first."""
+    pool = pool or POOLS[kind]
+    command = [sys.executable, "-c", f"{before}\nfrom phasewise.worker import main; main()"]
+    command += ["--pool", pool, "--name", name or pool, "--type", kind]
     environment = {
         **os.environ,
         "PREFECT_API_URL": stack.api_url,
@@ -239,7 +245,7 @@ def worker(kind: str, stack: StackInfo, log: Path) -> Iterator[None]:
     }
     with log.open("wb") as output, subprocess.Popen(command, env=environment, stdout=output, stderr=output) as process:
         try:
-            yield
+            yield process
         finally:
             process.terminate()
             try:
@@ -312,3 +318,55 @@ def test_what_a_run_prints_is_streamed_to_the_output_of_its_worker(observed: Obs
     for output in observed.output.values():
         assert "said on stdout" in output
         assert "said on stderr" in output
+
+
+# ── where ours is better on purpose ──────────────────────────────────────────────────────────────────────────────
+
+#: A worker that is killed when it has claimed a run and put its name to it, before it starts a process.
+KILLED_WITH_A_CLAIM = """
+import os, signal
+from prefect.workers.base import BaseWorker
+
+async def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+BaseWorker._propose_submitting_state = die
+"""
+
+
+async def test_a_run_that_is_pending_without_a_process_stays_so_on_the_process_worker_and_runs_on_ours(
+    runs: Runs, stack: StackInfo, tmp_path: Path
+) -> None:
+    found: dict[str, tuple[Runs, FlowRun]] = {}
+    for kind in POOLS:
+        pool = Runs(client=runs.client, pool=f"claimed-{kind}")
+        log = tmp_path / f"first-{kind}.log"
+        with worker(kind, stack, log, pool=pool.pool, name="first", before=KILLED_WITH_A_CLAIM) as first:
+            await until(lambda pool=pool: has_pool(pool))
+            found[kind] = pool, await start(pool, "Pending", "completed")
+            await until(lambda first=first: first.poll() is not None)
+        assert first.returncode == -signal.SIGKILL
+    stock, left = found["process"]
+    ours, again = found["warm-process"]
+
+    with (
+        worker("process", stack, tmp_path / "second-process.log", pool=stock.pool, name="second"),
+        worker("warm-process", stack, tmp_path / "second-warm.log", pool=ours.pool, name="second"),
+    ):
+        await ours.until(again, seconds=SECONDS)
+        # Another worker of the pool is there, and takes what is new.
+        other = await finish(stock, "completed")
+
+    states = {state.name: state for state in await runs.client.read_flow_run_states(again.id)}
+    assert other.state is not None
+    assert other.state.name == "Completed"
+    assert await stock.states(left) == ["Scheduled", "Pending"]
+    assert await ours.states(again) == [
+        *["Scheduled", "Pending"],
+        *["AwaitingRetry", "Pending", "Submitting", "Running", "Completed"],
+    ]
+    assert (states["AwaitingRetry"].message or "").startswith("Its worker first died: no heartbeat for ")
+
+
+async def has_pool(runs: Runs) -> bool:
+    return runs.pool in [pool.name for pool in await runs.client.read_work_pools()]

@@ -11,7 +11,7 @@ from uuid import UUID, uuid4
 import pytest
 from prefect.client.schemas.objects import FlowRun, State, Worker
 from prefect.exceptions import ObjectNotFound
-from prefect.states import Cancelled, Cancelling, Failed, Pending, Running, Scheduled
+from prefect.states import AwaitingRetry, Cancelled, Cancelling, Failed, Pending, Running, Scheduled
 
 from phasewise import caretaker
 from phasewise.caretaker import Caretaker, Silence
@@ -56,7 +56,10 @@ class DeadWorkersRun:
         state.timestamp = now - timedelta(seconds=seconds)
         self.run = FlowRun(id=uuid4(), flow_id=uuid4(), state=state, labels={"prefect.worker.name": "dead"})
         self.beats = {"own": now - timedelta(seconds=20), "dead": now - timedelta(seconds=22)}
-        self.crashed: list[UUID] = []
+        self.became: list[str | None] = []
+
+    async def read_flow_run(self, _run_id: UUID) -> FlowRun:
+        return self.run
 
     async def read_workers_for_work_pool(self, _pool: str) -> list[Worker]:
         pool = uuid4()
@@ -65,15 +68,22 @@ class DeadWorkersRun:
     async def read_flow_runs(self, **_: object) -> list[FlowRun]:
         return [self.run]
 
-    async def set_flow_run_state(self, run_id: UUID, _state: State[Any]) -> None:
-        self.crashed.append(run_id)
+    async def set_flow_run_state(self, run_id: UUID, state: State[Any]) -> None:
+        assert run_id == self.run.id
+        self.became.append(state.name)
 
 
 @pytest.mark.parametrize(
-    ("state", "seconds", "is_lost"), [(Running(), 1, True), (Pending(), 20, True), (Pending(), 1, False)]
+    ("state", "seconds", "becomes"),
+    [
+        (Running(), 1, ["Crashed"]),
+        (Cancelling(), 1, ["Cancelled"]),
+        (Pending(), 20, ["AwaitingRetry"]),
+        (Pending(), 1, []),
+    ],
 )
 async def test_a_run_that_another_worker_has_just_claimed_is_not_lost_with_the_one_that_it_still_names(
-    state: State[Any], seconds: float, is_lost: bool
+    state: State[Any], seconds: float, becomes: list[str]
 ) -> None:
     client = DeadWorkersRun(state, seconds=seconds)
     one = create_caretaker(client)
@@ -81,15 +91,15 @@ async def test_a_run_that_another_worker_has_just_claimed_is_not_lost_with_the_o
     for ago in (20, 15, 10, 5):
         client.beats["own"] = client.now - timedelta(seconds=ago)
         await one._find_lost(is_first=False)
-    assert client.crashed == []
+    assert client.became == []
     client.beats["own"] = client.now
     await one._find_lost(is_first=False)
 
-    assert client.crashed == ([client.run.id] if is_lost else [])
+    assert client.became == becomes
 
 
-class CancellingRuns:
-    """A client of a server on which *runs* are being cancelled; ``end`` is called with each that is ended."""
+class StuckRuns:
+    """A client of a server that shows *runs*; ``end`` is called with each that is given another state."""
 
     def __init__(self, *runs: FlowRun, end: Callable[[FlowRun, State[Any]], None]) -> None:
         self._runs = {run.id: run for run in runs}
@@ -100,45 +110,92 @@ class CancellingRuns:
         self.looks += 1
         return list(self._runs.values())
 
+    async def read_flow_run(self, run_id: UUID) -> FlowRun:
+        return self._runs[run_id]
+
     async def set_flow_run_state(self, run_id: UUID, state: State[Any]) -> None:
         self._end(self._runs.pop(run_id), state)
 
 
-def create_cancelling(worker: str) -> FlowRun:
-    return FlowRun(id=uuid4(), flow_id=uuid4(), state=Cancelling(), labels={"prefect.worker.name": worker})
+def create_run(worker: str | None, state: State[Any] | None = None, *, seconds: float = 0) -> FlowRun:
+    """Return a run that names *worker* and has been in *state*, or in Cancelling, for *seconds*."""
+    state = state or Cancelling()
+    state.timestamp = datetime.now(UTC) - timedelta(seconds=seconds)
+    labels = {"prefect.worker.name": worker} if worker else {}
+    return FlowRun(id=uuid4(), flow_id=uuid4(), state=state, labels=labels)
 
 
 async def test_a_run_of_ours_that_is_in_cancelling_without_a_process_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     ended: asyncio.Queue[tuple[UUID, State[Any]]] = asyncio.Queue()
-    ours, in_hand, of_another = create_cancelling("own"), create_cancelling("own"), create_cancelling("other")
-    client = CancellingRuns(ours, in_hand, of_another, end=lambda run, state: ended.put_nowait((run.id, state)))
+    ours, in_hand, of_another = create_run("own"), create_run("own"), create_run("other")
+    client = StuckRuns(ours, in_hand, of_another, end=lambda run, state: ended.put_nowait((run.id, state)))
     asked: list[UUID] = []
     one = create_caretaker(client, own_runs=lambda: {in_hand.id}, on_cancelling=asked.append)
-    monkeypatch.setattr(caretaker, "_CANCELLING_SECONDS", 0.01)
+    monkeypatch.setattr(caretaker, "_STUCK_SECONDS", 0.01)
 
-    looking = asyncio.create_task(one.find_cancelling())
+    looking = asyncio.create_task(one.find_stuck())
     async with asyncio.timeout(10):
         run_id, state = await ended.get()
         while client.looks < 5:  # and none of the others
             await asyncio.sleep(0.01)
     looking.cancel()
 
-    assert (run_id, state.name, state.message) == (ours.id, "Cancelled", "Cancelled; its process had ended before.")
+    assert (run_id, state.name) == (ours.id, "Cancelled")
+    assert state.message == "Its process had ended before it was cancelled."
     assert ended.empty()
     assert set(asked) == {in_hand.id}
 
 
 async def test_a_run_is_left_alone_that_was_in_hand_or_of_another_worker_at_the_look_before() -> None:
     ended: list[UUID] = []
-    was_ours, was_of_another = create_cancelling("own"), create_cancelling("other")
-    client = CancellingRuns(was_ours, was_of_another, end=lambda run, _: ended.append(run.id))
+    was_ours, was_of_another = create_run("own"), create_run("other")
+    client = StuckRuns(was_ours, was_of_another, end=lambda run, _: ended.append(run.id))
     in_hand = {was_ours.id}
     one = create_caretaker(client, own_runs=lambda: in_hand)
 
-    await one._find_cancelling()
+    await one._find_stuck()
     in_hand.clear()
     was_of_another.labels["prefect.worker.name"] = "own"
-    await one._find_cancelling()
+    await one._find_stuck()
+
+    assert ended == []
+
+
+@pytest.mark.parametrize(
+    ("state", "seconds", "becomes"),
+    [
+        (Pending(), 90, "AwaitingRetry"),
+        (Cancelling(), 90, "Cancelled"),
+        (Pending(), 30, None),
+        (Cancelling(), 30, None),
+    ],
+)
+async def test_a_run_that_was_claimed_and_that_no_worker_put_its_name_to_does_not_stay_so(
+    state: State[Any], seconds: float, becomes: str | None
+) -> None:
+    ended: list[tuple[str | None, str | None]] = []
+    run = create_run(None, state, seconds=seconds)
+    one = create_caretaker(StuckRuns(run, end=lambda _, state: ended.append((state.name, state.message))))
+
+    await one._find_stuck()
+    assert ended == []
+    await one._find_stuck()
+
+    assert ended == ([(becomes, "Its worker died before it started.")] if becomes else [])
+
+
+async def test_a_run_that_another_worker_has_dealt_with_meanwhile_is_left_alone() -> None:
+    ended: list[UUID] = []
+    run = create_run("own")
+    client = StuckRuns(run, end=lambda run, _: ended.append(run.id))
+    one = create_caretaker(client)
+    await one._find_stuck()
+
+    async def read_flow_run(_: UUID) -> FlowRun:
+        return run.model_copy(update={"state": AwaitingRetry()})
+
+    client.read_flow_run = read_flow_run  # type: ignore[method-assign]
+    await one._find_stuck()
 
     assert ended == []
 
@@ -147,10 +204,10 @@ async def test_a_run_that_is_deleted_meanwhile_does_not_end_the_looks_of_a_worke
     def refuse(_run: FlowRun, _state: State[Any]) -> None:
         raise ObjectNotFound(RuntimeError("404"))
 
-    one = create_caretaker(CancellingRuns(create_cancelling("own"), end=refuse))
+    one = create_caretaker(StuckRuns(create_run("own"), end=refuse))
 
-    await one._find_cancelling()
-    await one._find_cancelling()
+    await one._find_stuck()
+    await one._find_stuck()
 
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
