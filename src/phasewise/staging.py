@@ -648,11 +648,11 @@ def _copy(
     """
     try:
         source.begin(connection, table, snapshot)
-        rows = write_parquet(connection, source.select(table), path)
+        rows = write_parquet(connection, source.select(table), path, table)
         source_rows = source.count_rows(connection, table, rows)
         if keys is not None:
             # After the rows: where the source holds no moment, a row that came meanwhile must not count as deleted.
-            write_parquet(connection, source.select(keys), keys_path)
+            write_parquet(connection, source.select(keys), keys_path, keys)
         connection.execute("COMMIT")
         for file in (path, *([keys_path] if keys is not None else [])):
             mend_parquet(connection, file)

@@ -14,6 +14,7 @@ from phasewise.lake import open_session, quote_literal
 from phasewise.parquet import mend_parquet, write_parquet
 from phasewise.project import load_project
 from phasewise.settings import Settings
+from phasewise.sources import Column, SourceTable
 
 SETTINGS = Settings(threads=2, memory_limit="256MB", min_free_bytes=0)
 
@@ -47,6 +48,11 @@ SPREAD = {
 }
 
 
+#: Tables that are said to be small and large.
+SMALL = SourceTable(name="t", columns=(), row_estimate=None)
+LARGE = SourceTable(name="t", columns=(), row_estimate=1_000_000)
+
+
 @pytest.fixture
 def connection() -> Iterator[duckdb.DuckDBPyConnection]:
     with open_session(SETTINGS, extensions=()) as connection:
@@ -59,9 +65,10 @@ def list_encodings(connection: duckdb.DuckDBPyConnection, file: Path) -> set[str
 
 
 @pytest.mark.parametrize("rows", [1, 129, 40_000])
+@pytest.mark.parametrize("table", [SMALL, LARGE], ids=["small", "large"])
 @pytest.mark.parametrize("type_name", BORDERS)
 def test_values_at_the_borders_of_a_type_come_back(
-    connection: duckdb.DuckDBPyConnection, tmp_path: Path, type_name: str, rows: int
+    connection: duckdb.DuckDBPyConnection, tmp_path: Path, type_name: str, table: SourceTable, rows: int
 ):
     file = tmp_path / "rows.parquet"
     values = ", ".join(f"CAST({value} AS {type_name})" for value in ["NULL", *BORDERS[type_name]])
@@ -70,7 +77,7 @@ def test_values_at_the_borders_of_a_type_come_back(
         f"FROM (SELECT [{values}] AS v), range({rows})"
     )
 
-    assert write_parquet(connection, "FROM t", file) == rows
+    assert write_parquet(connection, "FROM t", file, table) == rows
     mend_parquet(connection, file)
 
     read = f"SELECT id, value, typeof(value), value::VARCHAR FROM read_parquet({quote_literal(str(file))})"
@@ -82,7 +89,7 @@ def test_values_at_the_borders_of_a_type_come_back(
 def test_numbers_are_stored_by_their_differences(connection: duckdb.DuckDBPyConnection, tmp_path: Path):
     file = tmp_path / "rows.parquet"
 
-    write_parquet(connection, "SELECT range::INTEGER AS value FROM range(100_000)", file)
+    write_parquet(connection, "SELECT range::INTEGER AS value FROM range(100_000)", file, LARGE)
     mend_parquet(connection, file)
 
     assert list_encodings(connection, file) == {"DELTA_BINARY_PACKED"}
@@ -96,7 +103,7 @@ def test_numbers_that_are_too_far_apart_for_other_readers_are_stored_plainly(
     file = tmp_path / "rows.parquet"
     query = f"SELECT range AS id, {SPREAD[type_name]} AS value FROM range(100_000)"
 
-    write_parquet(connection, query, file)
+    write_parquet(connection, query, file, LARGE)
     before = list_encodings(connection, file)
     mend_parquet(connection, file)
 
@@ -109,7 +116,7 @@ def test_numbers_that_are_too_far_apart_for_other_readers_are_stored_plainly(
 def test_an_extraction_leaves_a_file_that_other_readers_can_read(tmp_path: Path):
     (tmp_path / "phasewise.toml").write_text('[project]\nname = "t"\n[source]\nurl = "duckdb:///source.duckdb"\n')
     with closing(duckdb.connect(str(tmp_path / "source.duckdb"))) as source:
-        source.execute(f"CREATE TABLE crc AS SELECT {SPREAD['INTEGER']} AS value FROM range(100_000)")
+        source.execute(f"CREATE TABLE crc AS SELECT {SPREAD['INTEGER']} AS value FROM range(200_000)")
     project = load_project(tmp_path)
 
     manifest = staging.extract_table(project, SETTINGS, batch="b1", table="crc")
@@ -118,3 +125,33 @@ def test_an_extraction_leaves_a_file_that_other_readers_can_read(tmp_path: Path)
     assert file.stat().st_size == manifest.size_bytes
     with open_session(SETTINGS, extensions=()) as connection:
         assert "DELTA_BINARY_PACKED" not in list_encodings(connection, file)
+
+
+def test_a_column_of_a_large_table_has_a_dictionary_where_its_values_occur_often(
+    connection: duckdb.DuckDBPyConnection, tmp_path: Path
+):
+    often, rarely = tmp_path / "often.parquet", tmp_path / "rarely.parquet"
+
+    write_parquet(connection, "SELECT hash(range % 10_000)::VARCHAR AS value FROM range(100_000)", often, LARGE)
+    write_parquet(connection, "SELECT hash(range % 15_000)::VARCHAR AS value FROM range(100_000)", rarely, LARGE)
+
+    assert list_encodings(connection, often) == {"RLE_DICTIONARY"}
+    assert list_encodings(connection, rarely) == {"DELTA_LENGTH_BYTE_ARRAY"}
+
+
+def test_a_wide_table_is_written_in_little_memory(tmp_path: Path):
+    columns = tuple(Column(name=f"c{n}", source_type="", type="BIGINT", nullable=True) for n in range(1600))
+    table = SourceTable(name="t", columns=columns, row_estimate=1_000_000)
+    query = f"SELECT {', '.join(f'range + {n} AS c{n}' for n in range(1600))} FROM range(3)"
+    settings = SETTINGS.model_copy(update={"memory_limit": SETTINGS.extract_memory_limit})
+
+    with open_session(settings, extensions=()) as connection:
+        assert write_parquet(connection, query, tmp_path / "rows.parquet", table) == 3
+
+
+def test_long_texts_of_a_large_table_are_written_in_little_memory(tmp_path: Path):
+    query = "SELECT range AS id, repeat(hash(range)::VARCHAR, 60) AS value FROM range(100_000)"  # 110 MB
+    settings = Settings(threads=1, memory_limit="130MB", min_free_bytes=0)
+
+    with open_session(settings, extensions=()) as connection:
+        assert write_parquet(connection, query, tmp_path / "rows.parquet", LARGE) == 100_000
