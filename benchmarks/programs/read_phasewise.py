@@ -1,5 +1,10 @@
-"""The path of ``process_table_etl``: ``extract_table``, which writes the rows, counts them and writes the manifest."""
+"""The path of ``process_table_etl``: ``extract_table``, which writes the rows, counts them and writes the manifest.
 
+It reads at the moment of its batch, which ``sub_etl`` holds for all tables before the first one is read.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from reading import Job, run
@@ -7,18 +12,28 @@ from reading import Job, run
 from phasewise import lake
 from phasewise.project import load_project
 from phasewise.settings import Settings
-from phasewise.staging import extract_table
+from phasewise.staging import extract_table, open_snapshot
+
+BATCH = "benchmark"
 
 
-def read(job: Job) -> int:
+@contextmanager
+def holding_moment(job: Job) -> Iterator[None]:
     (Path(job.folder) / "phasewise.toml").write_text(
         f'[project]\nname = "benchmark"\n[source]\nurl = "{job.url()}"\n', encoding="utf-8"
     )
-    project = load_project(Path(job.folder))
-    settings = Settings(threads=job.threads, extract_memory_limit=job.memory_limit)
-    return extract_table(project, settings, batch="benchmark", table=job.table).rows
+    with open_snapshot(load_project(Path(job.folder)), settings(job), BATCH):
+        yield
+
+
+def read(job: Job) -> int:
+    return extract_table(load_project(Path(job.folder)), settings(job), batch=BATCH, table=job.table).rows
+
+
+def settings(job: Job) -> Settings:
+    return Settings(threads=job.threads, extract_memory_limit=job.memory_limit)
 
 
 # As in a flow run of the warm worker, whose signatures of extensions have been checked before the fork.
 lake.preload_extensions(("sqlite_scanner", "postgres_scanner"))
-run(read)
+run(read, prepared=holding_moment)

@@ -10,6 +10,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -40,13 +41,17 @@ class Reading:
     peak_rss_mib: float
 
 
-def run(read: Callable[[Job], int]) -> None:
-    """Time *read*, which returns the rows that it wrote, and print the figures."""
+def run(read: Callable[[Job], int], *, prepared: Callable[[Job], AbstractContextManager[object]] | None = None) -> None:
+    """Time *read*, which returns the rows that it wrote, and print the figures.
+
+    It runs within *prepared*: what is there before a table is read, for all of them.
+    """
     job = Job(**json.loads(sys.argv[1]))
-    startup = _cpu_seconds()
-    started = time.perf_counter()
-    rows = read(job)
-    seconds = time.perf_counter() - started
+    with prepared(job) if prepared else nullcontext():
+        startup = _cpu_seconds()
+        started = time.perf_counter()
+        rows = read(job)
+        seconds = time.perf_counter() - started
     print(json.dumps(asdict(Reading(rows=rows, seconds=seconds, startup_cpu_s=startup, peak_rss_mib=_peak_rss_mib()))))
 
 
