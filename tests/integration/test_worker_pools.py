@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -126,47 +124,6 @@ async def test_a_limit_of_the_worker_holds(runs: Runs, stack: StackInfo) -> None
         ended = [await limited.until(run, seconds=90) for run in created]
 
     assert most_at_once(await spans_of(limited, ended)) == 2
-
-
-async def test_a_forkserver_that_dies_takes_along_its_own_runs_alone(
-    runs: Runs, stack: StackInfo, tmp_path: Path
-) -> None:
-    pair = Runs(client=runs.client, pool="pair")
-    await runs.client.create_work_pool(WorkPoolCreate(name=pair.pool, type="warm-process"))
-    deployment = await pair.deploy("held")
-    folder = {"folder": str(tmp_path)}
-    running: list[FlowRun] = []
-    with started(stack, *worker_command("pair", "left")), started(stack, *worker_command("pair", "right")):
-        async with asyncio.timeout(90):
-            while len({run.labels["prefect.worker.name"] for run in running}) < 2:
-                run = await runs.client.create_flow_run_from_deployment(deployment, parameters=folder)
-                running.append(await pair.until(run, "Running", seconds=60))
-        forkservers = await asyncio.to_thread(read_forkservers, tmp_path, len(running))
-        of_worker = {
-            str(run.labels["prefect.worker.name"]): forkservers[str(run.infrastructure_pid)] for run in running
-        }
-
-        os.kill(of_worker["left"], signal.SIGKILL)
-
-        for run in running:
-            if run.labels["prefect.worker.name"] == "left":
-                lost = await pair.until(run, "Crashed", seconds=30)
-                assert "SIGKILL" in (lost.state.message or "")
-        (tmp_path / "release").touch()
-        after = [await runs.client.create_flow_run_from_deployment(deployment, parameters=folder)]
-        for run in [run for run in running if run.labels["prefect.worker.name"] == "right"] + after:
-            assert (await pair.until(run, seconds=60)).state.name == "Completed"
-
-
-def read_forkservers(folder: Path, count: int) -> dict[str, int]:
-    """Wait until *count* runs have left the id of their forkserver; return them by the id of the run's process."""
-    deadline = time.monotonic() + 30
-    while True:
-        found = {path.name: path.read_text() for path in folder.iterdir() if path.name.isdigit()}
-        if len(found) == count and all(found.values()):
-            return {name: int(text) for name, text in found.items()}
-        assert time.monotonic() < deadline, found
-        time.sleep(0.05)
 
 
 async def test_a_run_is_claimed_on_the_event_of_its_scheduling(runs: Runs, stack: StackInfo) -> None:

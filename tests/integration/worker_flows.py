@@ -92,14 +92,6 @@ def surroundings(file: str) -> None:
     Path(file).write_text(repr(found))
 
 
-@flow
-def held(folder: str) -> None:
-    """Leave the process id of the forkserver, named after the own one, and wait for the file ``release``."""
-    (Path(folder) / str(os.getpid())).write_text(str(os.getppid()))
-    while not (Path(folder) / "release").exists():
-        time.sleep(0.05)
-
-
 def note(flow: Any, flow_run: Any, state: Any) -> None:
     with Path(flow_run.parameters["file"]).open("a") as file:
         file.write(f"{state.name}\n")
