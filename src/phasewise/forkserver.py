@@ -93,8 +93,10 @@ class ForkedProcess:
     pid: int
     #: As in subprocess: None while it runs, negative for a signal.
     returncode: int | None = None
-    #: Highest resident memory; 0 until it ended, or when the forkserver died before it could tell.
+    #: Highest resident memory; 0 until it ended, and when it was lost.
     peak_rss_bytes: int = 0
+    #: The forkserver died, and this process with it.
+    is_lost: bool = False
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def wait(self) -> int:
@@ -284,6 +286,7 @@ class Forkserver:
                 answer.set_exception(died)
                 answer.exception()  # retrieved: whoever waits still gets it, nobody waiting is no warning
         for process in self._children.values():
+            process.is_lost = True
             process._finish(-signal.SIGKILL)
         self._requests.clear()
         self._children.clear()

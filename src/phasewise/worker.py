@@ -143,6 +143,8 @@ _GATHER_SECONDS = 1.0
 #: Seconds for which a worker takes the flow of a deployment, and the server's default for results, as it read them.
 _SETTLED_SECONDS = 5.0
 
+_OUT_OF_MEMORY = "The kernel ended it for want of memory"
+
 #: The settings that were in force at the last run, and the environment variables that set them.
 _environment: tuple[Any, dict[str, str]] | None = None
 
@@ -772,9 +774,13 @@ class _ForkStarter:
         scope = create_isolated_termination_scope(process.pid)
         try:
             task_status.started(ProcessHandle(process, scope))  # type: ignore[arg-type] # it reads pid and returncode
-            if await process.wait() == -signal.SIGKILL and count_oom_kills() > oom_kills:
+            is_oom_kill = await process.wait() == -signal.SIGKILL and count_oom_kills() > oom_kills
+            if process.is_lost:
+                note = "The warm process that it was forked from has ended, and so have all runs that came from it."
+                self._notes[flow_run.id] = f"{note} {_OUT_OF_MEMORY}." if is_oom_kill else note
+            elif is_oom_kill:
                 peak = process.peak_rss_bytes // 2**20
-                self._notes[flow_run.id] = f"The kernel ended it for want of memory; it used up to {peak} MiB."
+                self._notes[flow_run.id] = f"{_OUT_OF_MEMORY}; it used up to {peak} MiB."
         except BaseException:  # the worker is ending
             with contextlib.suppress(ProcessLookupError), anyio.move_on_after(_END_SECONDS, shield=True):
                 scope.graceful_kill(process.pid)

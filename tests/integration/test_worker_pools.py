@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -134,6 +136,66 @@ async def test_a_run_is_claimed_on_the_event_of_its_scheduling(runs: Runs, stack
             run = await heard.finish("completed", seconds=60)
 
     assert run.state.name == "Completed"
+
+
+async def runs_by_worker(runs: Runs, name: str, workers: set[str], **parameters: Any) -> dict[str, list[FlowRun]]:
+    """Start runs of *name*, one by one, until each of *workers* has begun one; returns them by worker."""
+    found: dict[str, list[FlowRun]] = {}
+    while not workers <= set(found):
+        run = await runs.until(await runs.start(name, **parameters), "Running", "Completed")
+        async with asyncio.timeout(30):
+            while run.infrastructure_pid is None:  # it is reported just after the state
+                run = await runs.client.read_flow_run(run.id)
+        found.setdefault(str(run.labels["prefect.worker.name"]), []).append(run)
+    return found
+
+
+def parent_of(pid: str | None) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+async def test_a_forkserver_that_is_killed_takes_along_the_runs_of_its_own_worker_alone(
+    runs: Runs, stack: StackInfo, tmp_path: Path
+) -> None:
+    shared = Runs(client=runs.client, pool="shared")
+    workers = {"one", "two"}
+    release, found = tmp_path / "release", tmp_path / "found"
+    with started(stack, *worker_command("shared", "one")), started(stack, *worker_command("shared", "two")):
+        await until_online(shared, workers)
+        held = await runs_by_worker(shared, "held", workers, file=str(release))
+        pids = {run.id: run.infrastructure_pid for run in held["one"] + held["two"]}
+        killed = parent_of(pids[held["one"][0].id])
+        other = parent_of(pids[held["two"][0].id])
+
+        os.kill(killed, signal.SIGKILL)
+
+        crashed = [await shared.until(run) for run in held["one"]]
+        undisturbed = [await runs.client.read_flow_run(run.id) for run in held["two"]]
+        parents = [parent_of(pids[run.id]) for run in held["two"]]
+        release.touch()
+        ended = [await shared.until(run) for run in held["two"]]
+        later = await runs_by_worker(shared, "surroundings", {"one"}, file=str(found))
+        await shared.until(later["one"][-1])
+
+    assert killed != other
+    assert {run.state.name for run in crashed if run.state} == {"Crashed"}
+    for run in crashed:
+        assert run.state is not None
+        assert "The warm process that it was forked from has ended" in (run.state.message or "")
+    assert {run.state_name for run in undisturbed} == {"Running"}
+    assert set(parents) == {other}
+    assert [(run.state_name, run.run_count, run.infrastructure_pid) for run in ended] == [
+        ("Completed", 1, pids[run.id]) for run in held["two"]
+    ]
+    assert ast.literal_eval(found.read_text())["parent"] not in (killed, other)
+
+
+async def until_online(runs: Runs, workers: set[str]) -> None:
+    async with asyncio.timeout(60):
+        while runs.pool not in [pool.name for pool in await runs.client.read_work_pools()]:
+            await asyncio.sleep(0.1)
+        while not workers <= {one.name for one in await runs.client.read_workers_for_work_pool(runs.pool)}:
+            await asyncio.sleep(0.1)
 
 
 DEAF = """

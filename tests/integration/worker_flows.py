@@ -69,6 +69,12 @@ def short() -> None:
 
 
 @flow
+def held(file: str) -> None:
+    while not Path(file).exists():
+        time.sleep(0.05)
+
+
+@flow
 async def asleep_async() -> None:
     await asyncio.sleep(120)
 

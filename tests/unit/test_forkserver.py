@@ -173,7 +173,10 @@ async def test_many_forks_at_once_each_get_their_own_answer(server: Forkserver, 
 
 
 async def test_a_killed_child_reports_its_signal(server: Forkserver, folder: Path) -> None:
-    assert await (await fork(server, folder, "targets:die")).wait() == -signal.SIGKILL
+    process = await fork(server, folder, "targets:die")
+
+    assert await process.wait() == -signal.SIGKILL
+    assert not process.is_lost
 
 
 async def test_a_child_ends_on_sigterm_although_the_forkserver_ignores_it(server: Forkserver, folder: Path) -> None:
@@ -248,6 +251,7 @@ async def test_children_of_a_killed_forkserver_are_killed_and_reported(server: F
     os.kill(server.pid, signal.SIGKILL)
 
     assert await process.wait() == -signal.SIGKILL
+    assert process.is_lost
     await until(lambda: not is_alive(process.pid))
     with pytest.raises(ForkserverDied):
         await fork(server, folder, "targets:code", arguments={"value": 0})
