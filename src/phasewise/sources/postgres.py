@@ -162,7 +162,7 @@ class PostgresSource:
             reason = str(exc).rpartition('": ')[2].strip().splitlines()[0]
             raise SourceUnavailable(
                 f"The PostgreSQL database {self.url} does not answer: {reason}.",
-                hint="Check [source] url in phasewise.toml, the password and that the server runs.",
+                hint=_advise(reason),
             ) from exc
         self._attached = connection
 
@@ -352,6 +352,23 @@ def _split_url(url: str, timeout: float) -> tuple[str, str, str | None]:
     netloc = f"{userinfo.partition(':')[0]}{at}{host}"
     dsn = urlunsplit(("postgresql", netloc, parts.path, urlencode(query, quote_via=quote), ""))
     return schema, dsn, password
+
+
+#: What libpq says of TLS, and what to do then.
+_TLS_ADVICE = {
+    "certificate verify failed": "Let sslrootcert name the certificate of the authority that signed the server's.",
+    "root certificate file": "Let sslrootcert name a file that is there wherever commands and workers run.",
+    "does not match host name": "Name the server as its certificate does, or set sslmode=verify-ca.",
+    "no encryption": "Set sslmode=verify-full, or require, which does not check the certificate.",
+    "server does not support SSL": "Turn on TLS in the server, or set sslmode=prefer.",
+}
+
+
+def _advise(reason: str) -> str:
+    advice = next((advice for words, advice in _TLS_ADVICE.items() if words in reason), None)
+    if advice is not None:
+        return f"{advice} See [source] url in phasewise.toml."
+    return "Check [source] url in phasewise.toml, the password and that the server runs."
 
 
 def _query(sql: str) -> str:

@@ -1,0 +1,179 @@
+"""A source that is reached by TLS: read as any other, and an error that says what is wrong with a certificate."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from phasewise import lake, staging
+from phasewise.errors import SourceUnavailable
+from phasewise.project import Project, load_project
+from phasewise.settings import Settings
+from phasewise.sources import check_project, describe_project_table, open_source
+
+SETTINGS = Settings(threads=2, memory_limit="256MB", connect_timeout=5, min_free_bytes=0)
+PASSWORD = "hush-hush"
+#: PostgreSQL refuses to run as root.
+NOBODY = 65534 if os.geteuid() == 0 else None
+
+pytestmark = [
+    pytest.mark.skipif(
+        shutil.which("postgres") is None or shutil.which("openssl") is None,
+        reason="neither PostgreSQL's server nor openssl is installed",
+    ),
+    pytest.mark.timeout(120),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Server:
+    port: int
+    #: The certificate of the authority that signed the server's.
+    authority: Path
+    #: The certificate of an authority that did not.
+    stranger: Path
+
+    def url(self, host: str = "localhost", **parameters: object) -> str:
+        query = "&".join(f"{name}={value}" for name, value in parameters.items())
+        return f"postgresql://postgres:{PASSWORD}@{host}:{self.port}/postgres?{query}"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _preloaded():
+    lake.preload_extensions(("postgres_scanner",))
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    # Not in pytest's folder, which only its owner can enter.
+    home = Path(tempfile.mkdtemp(prefix="phasewise-tls-", dir="/tmp"))
+    try:
+        authority, stranger = make_authority(home, "authority"), make_authority(home, "stranger")
+        make_certificate(home, "server", authority)
+        # Read by whoever runs the tests, after the folder has another owner.
+        home.chmod(0o755)
+        with run_postgresql(home) as port:
+            yield Server(port=port, authority=authority, stranger=stranger)
+    finally:
+        shutil.rmtree(home)
+
+
+@contextmanager
+def run_postgresql(home: Path) -> Iterator[int]:
+    """Run a server that takes connections by TLS only, with a table ``t``; yield its port."""
+    binaries, data = Path(shutil.which("postgres") or "").resolve().parent, home / "data"
+    (home / "password").write_text(PASSWORD)
+    for path in (home, *home.iterdir()):
+        os.chown(path, NOBODY or os.getuid(), -1)
+    (home / "server.key").chmod(0o600)
+    arguments = ["-D", data, "-U", "postgres", "-A", "scram-sha-256", f"--pwfile={home / 'password'}", "--no-sync"]
+    run([binaries / "initdb", *arguments], home, user=NOBODY)
+    (data / "pg_hba.conf").write_text("hostssl all all 127.0.0.1/32 scram-sha-256\n")
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    settings = {
+        "listen_addresses": "127.0.0.1",
+        "unix_socket_directories": "",
+        "ssl": "on",
+        "ssl_cert_file": home / "server.crt",
+        "ssl_key_file": home / "server.key",
+        "fsync": "off",
+    }
+    options = [text for name, value in settings.items() for text in ("-c", f"{name}={value}")]
+    command = [binaries / "postgres", "-D", data, "-p", str(port), *options]
+    with (home / "log").open("wb") as log, subprocess.Popen(command, user=NOBODY, stderr=log, cwd=home) as process:
+        try:
+            create_table(port, home / "log")
+            yield port
+        finally:
+            process.terminate()
+
+
+def create_table(port: int, log: Path) -> None:
+    command = ["psql", "-X", "-q", "-v", "ON_ERROR_STOP=1", "-c", "CREATE TABLE t AS SELECT 7 AS n"]
+    login = f"host=127.0.0.1 port={port} user=postgres dbname=postgres sslmode=require connect_timeout=5"
+    environment = {**os.environ, "PGPASSWORD": PASSWORD}
+    deadline = time.monotonic() + 30
+    while subprocess.run([*command, login], env=environment, capture_output=True, check=False).returncode:
+        if time.monotonic() > deadline:
+            pytest.fail(f"The server does not start:\n{log.read_text()}")
+        time.sleep(0.1)
+
+
+def make_authority(home: Path, name: str) -> Path:
+    subject = ["-subj", f"/CN={name}", "-days", "2", "-nodes", "-newkey", "rsa:2048"]
+    files = ["-keyout", f"{name}.key", "-out", f"{name}.crt"]
+    run(["openssl", "req", "-x509", *subject, *files], home)
+    return home / f"{name}.crt"
+
+
+def make_certificate(home: Path, name: str, authority: Path) -> None:
+    """Make a certificate for ``localhost``, and for no address."""
+    request = ["-subj", "/CN=localhost", "-nodes", "-newkey", "rsa:2048", "-keyout", f"{name}.key"]
+    run(["openssl", "req", "-new", *request, "-out", f"{name}.csr"], home)
+    (home / "names").write_text("subjectAltName=DNS:localhost")
+    signer = ["-CA", authority, "-CAkey", authority.with_suffix(".key"), "-CAcreateserial", "-days", "2"]
+    run(["openssl", "x509", "-req", *signer, "-extfile", "names", "-in", f"{name}.csr", "-out", f"{name}.crt"], home)
+
+
+def run(command: list[str | Path], home: Path, user: int | None = None) -> None:
+    subprocess.run(command, cwd=home, user=user, check=True, capture_output=True, timeout=60)
+
+
+def make_project(root: Path, url: str) -> Project:
+    (root / "phasewise.toml").write_text(f'[project]\nname = "t"\n[source]\nurl = "{url}"\n')
+    return load_project(root)
+
+
+@pytest.mark.parametrize("mode", ["require", "verify-ca", "verify-full"])
+def test_a_source_is_read_by_tls(tmp_path: Path, server: Server, mode: str):
+    project = make_project(tmp_path, server.url(sslmode=mode, sslrootcert=server.authority))
+    staging.begin_batch(project, "b1", ["t"])
+
+    assert check_project(project, SETTINGS) == []
+    assert [c.type for c in describe_project_table(project, open_source(project, SETTINGS), "t").columns] == ["INTEGER"]
+    with staging.open_snapshot(project, SETTINGS, "b1") as token:
+        manifest = staging.extract_table(project, SETTINGS, batch="b1", table="t")
+
+    assert token is not None
+    assert (manifest.rows, manifest.source_rows, manifest.snapshot) == (1, 1, token["id"])
+    assert PASSWORD not in manifest.to_json()
+
+
+@pytest.mark.parametrize(
+    ("host", "parameters", "what", "advice"),
+    [
+        ("localhost", {"sslmode": "verify-full", "sslrootcert": "stranger"}, "verify failed", "authority"),
+        ("localhost", {"sslmode": "verify-ca", "sslrootcert": "stranger"}, "verify failed", "authority"),
+        ("localhost", {"sslmode": "verify-full", "sslrootcert": "missing"}, "missing.crt", "sslrootcert"),
+        ("127.0.0.1", {"sslmode": "verify-full", "sslrootcert": "authority"}, "localhost", "verify-ca"),
+        ("localhost", {"sslmode": "disable"}, "no encryption", "sslmode=verify-full"),
+    ],
+    ids=["another authority", "another authority, any name", "no file", "another name", "without TLS"],
+)
+def test_a_certificate_that_does_not_fit_is_an_error_that_says_so(
+    tmp_path: Path, server: Server, host: str, parameters: dict[str, str], what: str, advice: str
+):
+    paths = {"stranger": server.stranger, "authority": server.authority, "missing": tmp_path / "missing.crt"}
+    url = server.url(host, **{name: paths.get(value, value) for name, value in parameters.items()})
+    project = make_project(tmp_path, url)
+
+    with pytest.raises(SourceUnavailable) as caught:
+        staging.extract_table(project, SETTINGS, batch="b1", table="t")
+
+    shown = f"{caught.value} {caught.value.hint} {caught.value!r} {caught.value.__cause__}"
+    assert what in str(caught.value)
+    assert f"@{host}:{server.port}/postgres" in str(caught.value)
+    assert advice in str(caught.value.hint)
+    assert PASSWORD not in shown
