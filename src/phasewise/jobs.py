@@ -78,7 +78,8 @@ def differing_variables(warm: Mapping[str, str], wanted: Mapping[str, str | None
 def _is_fixed_at_start(name: str) -> bool:
     if name.startswith("PREFECT__"):
         return False  # not settings: they name the run, and are read when it starts
-    return name.startswith(("PREFECT_", "PYTHON", "LD_"))
+    # Beside what chooses code: what the C library reads once, the locale (and so the encoding of files) among it.
+    return name.startswith(("PREFECT_", "PYTHON", "LD_", "LC_", "MALLOC_")) or name in ("LANG", "GLIBC_TUNABLES")
 
 
 def version_of(deployment: DeploymentResponse) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import sysconfig
 import time
+import venv
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,14 @@ from phasewise.stack import StackInfo, running_stack
 
 FLOWS = Path(__file__).parent / "worker_flows.py"
 POOL = "warm"
+
+
+def create_python(folder: Path) -> Path:
+    """Make a virtual environment in *folder* that finds the packages of ours; returns its interpreter."""
+    venv.create(folder, symlinks=True)
+    packages = sysconfig.get_path("purelib", vars={"base": str(folder)})
+    Path(packages, "ours.pth").write_text(f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n")
+    return folder / "bin" / "python"
 
 
 @pytest.fixture(scope="session")

@@ -29,16 +29,16 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelling, Suspended
 
 from phasewise.stack import StackInfo
-from tests.integration.conftest import Runs
+from tests.integration.conftest import Runs, create_python
 
 pytestmark = pytest.mark.timeout(420)
 
 #: What only one of the two writes, see docs/decisions/0066: a forked run executes no pull step, since its worker has
-#: looked at it already; Prefect's worker warns that it cannot run the hooks of a run that never started, and what its
-#: hooks log does not arrive.
+#: looked at it already, and one that is not forked says why; Prefect's worker warns that it cannot run the hooks of a
+#: run that never started, and what its hooks log does not arrive.
 DIFFERS = re.compile(
     r"deployment pull step|deployment step|All deployment steps|pull-step\.executed|Runner failed to retrieve flow"
-    r"|(Running h|H)ook 'note'",
+    r"|(Running h|H)ook 'note'|Starting a new Python for this run",
     re.IGNORECASE,
 )
 #: A process that dies takes along what it logged in the last two seconds; one of ours has handed it to its worker.
@@ -139,6 +139,21 @@ async def surroundings_of_the_job(runs: Runs, file: Path) -> Shown:
     run = await finish(runs, "surroundings", file=str(file), job_variables=job)
     found = ast.literal_eval(read(file))
     return await show(runs, run, extra={key: found[key] for key in ("cwd", "colour", "path")})
+
+
+@case
+async def a_command_with_another_interpreter(runs: Runs, file: Path) -> Shown:
+    job = {"command": f"{create_python(file.parent / 'commanded')} -m prefect.engine"}
+    run = await finish(runs, "surroundings", file=str(file), job_variables=job)
+    return await show(runs, run, extra={"python": Path(ast.literal_eval(read(file))["python"]).name})
+
+
+@case
+async def another_interpreter_on_the_path(runs: Runs, file: Path) -> Shown:
+    python = create_python(file.parent / "on_the_path")
+    env = {"PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}", "VIRTUAL_ENV": str(python.parents[1])}
+    run = await finish(runs, "surroundings", file=str(file), job_variables={"env": env})
+    return await show(runs, run, extra={"python": ast.literal_eval(read(file))["python"]})
 
 
 # ── how a case is run and looked at ──────────────────────────────────────────────────────────────────────────────

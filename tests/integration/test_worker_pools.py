@@ -21,7 +21,7 @@ from prefect.client.schemas.objects import FlowRun
 
 from phasewise.stack import StackInfo
 from phasewise.worker import WarmProcessWorker
-from tests.integration.conftest import Runs
+from tests.integration.conftest import FLOWS, Runs, create_python
 
 pytestmark = pytest.mark.timeout(150)
 
@@ -220,14 +220,15 @@ async def test_a_worker_without_events_claims_by_polling(runs: Runs, stack: Stac
     assert run.state.name == "Completed"
 
 
-async def says(runs: Runs, run: FlowRun, text: str) -> bool:
-    """Tell whether the log of *run* has *text* within the seconds for which workers gather logs."""
-    for _ in range(100):
-        logs = await runs.client.read_logs(LogFilter.model_validate({"flow_run_id": {"any_": [run.id]}}))
-        if any(text in log.message for log in logs):
-            return True
-        await asyncio.sleep(0.1)
-    return False
+async def messages(runs: Runs, run: FlowRun) -> str:
+    logs = await runs.client.read_logs(LogFilter.model_validate({"flow_run_id": {"any_": [run.id]}}))
+    return "\n".join(log.message for log in logs)
+
+
+async def until_logged(runs: Runs, run: FlowRun, text: str) -> None:
+    async with asyncio.timeout(30):  # logs are sent every two seconds
+        while text not in await messages(runs, run):
+            await asyncio.sleep(0.2)
 
 
 async def test_code_from_git_is_fetched_by_a_new_python_and_the_log_says_so(runs: Runs, tmp_path: Path) -> None:
@@ -244,14 +245,98 @@ async def test_code_from_git_is_fetched_by_a_new_python_and_the_log_says_so(runs
     run = await runs.until(await runs.client.create_flow_run_from_deployment(deployment), seconds=60)
 
     assert run.state.name == "Completed", run.state.message
-    assert await says(runs, run, "Starting a new Python for this run: its pull steps do more")
+    await until_logged(runs, run, "Starting a new Python for this run: its pull steps do more")
 
 
-async def test_a_command_with_another_interpreter_is_started_as_such(runs: Runs, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def other_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return create_python(tmp_path_factory.mktemp("other") / "venv")
+
+
+OWN_COMMAND = "Starting a new Python for this run: it has a command of its own."
+
+
+@pytest.mark.parametrize("way", ["run", "deployment", "path"])
+async def test_a_command_with_another_interpreter_is_started_as_such_and_the_log_says_so(
+    runs: Runs, tmp_path: Path, other_python: Path, way: str
+) -> None:
     file = tmp_path / "found"
-    job = {"command": f"{sys.executable} -m prefect.engine"}
+    job: dict[str, Any] = {"command": f"{other_python} -m prefect.engine"}
+    if way == "path":
+        path = f"{other_python.parent}{os.pathsep}{os.environ['PATH']}"
+        job = {"command": "python -m prefect.engine", "env": {"PATH": path}}
+    deployment = await runs.deploy("surroundings", job_variables=job if way == "deployment" else {})
 
-    run = await runs.until(await runs.start("surroundings", job_variables=job, file=str(file)), seconds=60)
+    run = await runs.client.create_flow_run_from_deployment(
+        deployment, parameters={"file": str(file)}, job_variables=job if way != "deployment" else None
+    )
+    run = await runs.until(run, seconds=60)
 
+    assert run.state is not None
     assert run.state.name == "Completed", run.state.message
-    assert await says(runs, run, "Starting a new Python for this run: it has a command of its own.")
+    assert ast.literal_eval(file.read_text())["python"] == str(other_python.parents[1])
+    await until_logged(runs, run, OWN_COMMAND)
+
+
+async def test_a_work_pool_whose_template_has_a_command_runs_all_of_its_runs_under_that(
+    runs: Runs, stack: StackInfo, tmp_path: Path, other_python: Path
+) -> None:
+    file = tmp_path / "found"
+    template = WarmProcessWorker.get_default_base_job_template()
+    template["variables"]["properties"]["command"]["default"] = f"{other_python} -m prefect.engine"
+    await runs.client.create_work_pool(
+        WorkPoolCreate(name="commanded", type="warm-process", base_job_template=template)
+    )
+    commanded = Runs(client=runs.client, pool="commanded")
+
+    with started(stack, *worker_command("commanded", "commanded")):
+        run = await commanded.finish("surroundings", seconds=60, file=str(file))
+
+    assert run.state is not None
+    assert run.state.name == "Completed", run.state.message
+    assert ast.literal_eval(file.read_text())["python"] == str(other_python.parents[1])
+    await until_logged(runs, run, OWN_COMMAND)
+
+
+async def test_an_environment_that_uv_makes_for_a_run_is_one_of_a_new_python(
+    runs: Runs, tmp_path: Path, other_python: Path
+) -> None:
+    file, uv = tmp_path / "found", tmp_path / "bin" / "uv"
+    (tmp_path / FLOWS.name).write_bytes(FLOWS.read_bytes())
+    (tmp_path / "pyproject.toml").write_text('[project]\nname = "own"\ndependencies = ["prefect"]\n')
+    uv.parent.mkdir()
+    # In place of `uv run`, which would download the dependencies: the script that comes after its own options.
+    uv.write_text(f'#!/bin/sh\nwhile [ "${{1%.py}}" = "$1" ]; do shift; done\nexec {other_python} "$@"\n')
+    uv.chmod(0o755)
+    env = {
+        "PREFECT_RUNNER_AUTO_INSTALL_DEPENDENCIES": "true",
+        "PATH": f"{uv.parent}{os.pathsep}{os.environ['PATH']}",
+    }
+    deployment = await runs.deploy("surroundings", folder=tmp_path, job_variables={"env": env})
+
+    run = await runs.client.create_flow_run_from_deployment(deployment, parameters={"file": str(file)})
+    run = await runs.until(run, seconds=60)
+
+    assert run.state is not None
+    assert run.state.name == "Completed", run.state.message
+    assert ast.literal_eval(file.read_text())["python"] == str(other_python.parents[1])
+    await until_logged(runs, run, "its environment differs in PREFECT_RUNNER_AUTO_INSTALL_DEPENDENCIES,")
+
+
+async def test_another_interpreter_on_the_path_without_a_command_is_not_chosen(
+    runs: Runs, tmp_path: Path, other_python: Path
+) -> None:
+    # As on Prefect's process worker, see the case in test_worker_contract.py.
+    file = tmp_path / "found"
+    env = {
+        "PATH": f"{other_python.parent}{os.pathsep}{os.environ['PATH']}",
+        "VIRTUAL_ENV": str(other_python.parents[1]),
+    }
+
+    run = await runs.finish("surroundings", seconds=60, job_variables={"env": env}, file=str(file))
+
+    assert run.state is not None
+    assert run.state.name == "Completed", run.state.message
+    assert ast.literal_eval(file.read_text())["python"] == sys.prefix
+    await until_logged(runs, run, "submitted to infrastructure")  # which the worker says after that
+    assert "Starting a new Python for this run" not in await messages(runs, run)

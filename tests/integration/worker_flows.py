@@ -94,7 +94,13 @@ def ignores_sigterm() -> None:
 
 @flow
 def surroundings(file: str) -> None:
-    found = {"cwd": str(Path.cwd()), "colour": os.environ.get("COLOUR"), "parent": os.getppid(), "path": sys.path[0]}
+    found = {
+        "cwd": str(Path.cwd()),
+        "colour": os.environ.get("COLOUR"),
+        "parent": os.getppid(),
+        "path": sys.path[0],
+        "python": sys.prefix,
+    }
     Path(file).write_text(repr(found))
 
 

@@ -29,6 +29,9 @@ def test_variables_that_prefect_or_python_read_at_start_must_be_equal() -> None:
         "PREFECT_API_URL",
         "PYTHONHOME",
     ]
+    assert jobs.differing_variables(warm, {**warm, "LC_ALL": "C", "LANG": "C"}) == ["LANG", "LC_ALL"]
+    # Without a command of its own, a run has the interpreter of its worker whatever these say.
+    assert jobs.differing_variables(warm, {**warm, "PATH": "/other/bin", "VIRTUAL_ENV": "/other"}) == []
     assert jobs.differing_variables(warm, {"COLOUR": "blue"}) == ["PREFECT_API_URL", "PYTHONPATH"]
 
 
