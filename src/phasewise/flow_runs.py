@@ -164,7 +164,9 @@ class PrefectFlowRuns:
         known = await _settle_cancelling(client, known)
         await asyncio.gather(*(_restart(client, run) for run in known.values() if _must_restart(run)))
         missing = [request for request in requests if request.key not in known]
-        links = await _link_to_parent(client, requests)
+        sizes = Counter(map(_group, requests))
+        linked = [request for request in requests if request.key not in known or sizes[_group(request)] > 1]
+        links = await _link_to_parent(client, linked)
         created = iter(await self._create(client, missing, links))
         run_ids = [str(known[r.key].id) if r.key in known else next(created) for r in requests]
         self._fan_outs += _find_fan_outs(requests, links, run_ids)
@@ -211,12 +213,11 @@ class PrefectFlowRuns:
                 yield outcome
 
     async def restart(self, run_ids: Collection[str]) -> None:
-        for fan_out in self._fan_outs:
-            fan_out.reopen(run_ids)
-
         async def restart(client: PrefectClient) -> None:
             runs = await read_runs(client, run_ids)
             await asyncio.gather(*(_restart(client, run) for run in runs if _must_restart(run)))
+            for fan_out in self._fan_outs:
+                await fan_out.reopen(run_ids, client)
 
         await self._call(restart)
 
@@ -428,6 +429,8 @@ async def _link_to_parent(client: PrefectClient, requests: Sequence[RunRequest])
             extra_tags=[FAN_OUT_TAG] if count > 1 else [],
         )
         links[group] = link.id
+        if count > 1 and link.state is not None and link.state.is_final():
+            await client.set_task_run_state(link.id, Running(), force=True)
     return links
 
 
@@ -438,9 +441,8 @@ def _stand_in() -> None:
 def _find_fan_outs(requests: Sequence[RunRequest], links: Mapping[str, UUID], run_ids: Sequence[str]) -> list[_FanOut]:
     members: dict[str, list[str]] = {group: [] for group in links}
     for request, run_id in zip(requests, run_ids, strict=True):
-        if links:
-            members[_group(request)].append(run_id)
-    return [_FanOut(links[group], frozenset(ids)) for group, ids in members.items() if len(ids) > 1]
+        members.setdefault(_group(request), []).append(run_id)
+    return [_FanOut(links[group], frozenset(ids)) for group, ids in members.items() if group in links and len(ids) > 1]
 
 
 @dataclass
@@ -463,18 +465,22 @@ class _FanOut:
         if len(self._completed) < len(self.run_ids):
             return
         failed = list(self._completed.values()).count(False)
-        state: State[None] = Completed(message=f"All {len(self.run_ids)} flow runs completed.")
         if failed:
-            state = Failed(message=f"{failed} of {len(self.run_ids)} flow runs did not complete.")
+            await self._say(Failed(message=f"{failed} of {len(self.run_ids)} flow runs did not complete."), client)
+        else:
+            await self._say(Completed(message=f"All {len(self.run_ids)} flow runs completed."), client)
+
+    async def reopen(self, run_ids: Collection[str], client: PrefectClient) -> None:
+        """Forget how runs have ended that are run again."""
+        for run_id in self.run_ids.intersection(run_ids):
+            self._completed.pop(run_id, None)
+            await self._say(Running(), client)
+
+    async def _say(self, state: State[None], client: PrefectClient) -> None:
         try:
             await client.set_task_run_state(self.link, state, force=True)
         except httpx.HTTPError as exc:  # what it shows is also to be seen of the flow runs
             get_logger("phasewise.flow_runs").warning("Could not update the task run of a fan-out: %s", exc)
-
-    def reopen(self, run_ids: Collection[str]) -> None:
-        """Forget how runs have ended that are run again."""
-        for run_id in run_ids:
-            self._completed.pop(run_id, None)
 
 
 def _describe(

@@ -177,10 +177,9 @@ def _skip_what_a_parent_need_not_see() -> None:
 
     async def after_transition(self: UpdateSubflowParentTask, context: Any) -> None:
         link: UUID | None = context.run.parent_task_run_id
-        states = {context.initial_state_type, context.validated_state_type}
-        if link is None or states <= _WAITING:
+        if link is None or {context.initial_state_type, context.validated_state_type} <= _WAITING:
             return
-        if states <= _AS_PLANNED and await stands_for_many(context.session, link):
+        if context.validated_state_type in _AS_PLANNED and await stands_for_many(context.session, link):
             return
         await copy_state(self, context)
 

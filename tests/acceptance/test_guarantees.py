@@ -491,9 +491,13 @@ def test_g04_a_retry_runs_only_what_did_not_complete(server: Server) -> None:
     server.wait(run, "FAILED")
     assert server.read_fan_out(run) == ("Failed", "1 of 3 flow runs did not complete.")
     server.mend("b")
+    server.hold("b")
 
     server.retry(run)
 
+    wait_for(lambda: server.attempts("b") == 2, 60)
+    assert server.read_fan_out(run)[0] == "Running"
+    server.release("b")
     server.wait(run, "COMPLETED")
     assert [server.attempts(name) for name in ("a", "b", "c", "last")] == [1, 2, 1, 1]
     assert server.read_fan_out(run) == ("Completed", "All 3 flow runs completed.")
