@@ -8,8 +8,8 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,10 +27,7 @@ PASSWORD = "hush-hush"
 NOBODY = 65534 if os.geteuid() == 0 else None
 
 pytestmark = [
-    pytest.mark.skipif(
-        shutil.which("postgres") is None or shutil.which("openssl") is None,
-        reason="neither PostgreSQL's server nor openssl is installed",
-    ),
+    pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed"),
     pytest.mark.timeout(120),
 ]
 
@@ -43,26 +40,50 @@ class Server:
     #: The certificate of an authority that did not.
     stranger: Path
 
-    def url(self, host: str = "localhost", **parameters: object) -> str:
-        query = "&".join(f"{name}={value}" for name, value in parameters.items())
-        return f"postgresql://postgres:{PASSWORD}@{host}:{self.port}/postgres?{query}"
+    def url(self, base: str, parameters: Mapping[str, str], missing: Path) -> str:
+        """Return *base* with the server's port, and with *parameters* whose values may name a certificate."""
+        paths = {"authority": self.authority, "stranger": self.stranger, "missing": missing}
+        query = "&".join(f"{name}={paths.get(value, value)}" for name, value in parameters.items())
+        return f"{base.format(password=PASSWORD, port=self.port)}?{query}"
+
+
+POSTGRESQL = "postgresql://postgres:{password}@localhost:{port}/postgres"
+MARIADB = "mysql://etl:{password}@localhost:{port}/shop"
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _preloaded():
-    lake.preload_extensions(("postgres_scanner",))
+    lake.preload_extensions(("postgres_scanner", "mysql_scanner"))
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
+def postgresql() -> Iterator[Server]:
+    if shutil.which("postgres") is None:
+        pytest.skip("PostgreSQL's server is not installed")
+    with serve(run_postgresql) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def mariadb() -> Iterator[Server]:
+    if shutil.which("mariadbd") is None or shutil.which("mariadb-install-db") is None:
+        pytest.skip("MariaDB's server is not installed")
+    with serve(run_mariadb) as server:
+        yield server
+
+
+@contextmanager
+def serve(run_server: Callable[[Path], AbstractContextManager[int]]) -> Iterator[Server]:
+    """Run a server that takes connections by TLS only, with a table ``t``."""
     # Not in pytest's folder, which only its owner can enter.
     home = Path(tempfile.mkdtemp(prefix="phasewise-tls-", dir="/tmp"))
     try:
         authority, stranger = make_authority(home, "authority"), make_authority(home, "stranger")
         make_certificate(home, "server", authority)
-        # Read by whoever runs the tests, after the folder has another owner.
         home.chmod(0o755)
-        with run_postgresql(home) as port:
+        for path in (home, *home.iterdir()):
+            os.chown(path, NOBODY or os.getuid(), -1)
+        with run_server(home) as port:
             yield Server(port=port, authority=authority, stranger=stranger)
     finally:
         shutil.rmtree(home)
@@ -70,18 +91,12 @@ def server() -> Iterator[Server]:
 
 @contextmanager
 def run_postgresql(home: Path) -> Iterator[int]:
-    """Run a server that takes connections by TLS only, with a table ``t``; yield its port."""
     binaries, data = Path(shutil.which("postgres") or "").resolve().parent, home / "data"
     (home / "password").write_text(PASSWORD)
-    for path in (home, *home.iterdir()):
-        os.chown(path, NOBODY or os.getuid(), -1)
-    (home / "server.key").chmod(0o600)
     arguments = ["-D", data, "-U", "postgres", "-A", "scram-sha-256", f"--pwfile={home / 'password'}", "--no-sync"]
     run([binaries / "initdb", *arguments], home, user=NOBODY)
     (data / "pg_hba.conf").write_text("hostssl all all 127.0.0.1/32 scram-sha-256\n")
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
+    port = find_port()
     settings = {
         "listen_addresses": "127.0.0.1",
         "unix_socket_directories": "",
@@ -91,24 +106,49 @@ def run_postgresql(home: Path) -> Iterator[int]:
         "fsync": "off",
     }
     options = [text for name, value in settings.items() for text in ("-c", f"{name}={value}")]
-    command = [binaries / "postgres", "-D", data, "-p", str(port), *options]
+    login = f"host=127.0.0.1 port={port} user=postgres dbname=postgres sslmode=require connect_timeout=5"
+    client = ["psql", "-X", "-q", "-v", "ON_ERROR_STOP=1", "-c", "CREATE TABLE t AS SELECT 7 AS n", login]
+    with run_until_end([binaries / "postgres", "-D", data, "-p", str(port), *options], home, client):
+        yield port
+
+
+@contextmanager
+def run_mariadb(home: Path) -> Iterator[int]:
+    user = ["--user=nobody"] if NOBODY else []
+    common = ["--no-defaults", *user, f"--datadir={home / 'data'}"]
+    run(["mariadb-install-db", *common, "--auth-root-authentication-method=normal", "--skip-test-db"], home)
+    port, sock = find_port(), home / "socket"
+    tls = [f"--ssl-{name}={home / file}" for name, file in (("cert", "server.crt"), ("key", "server.key"))]
+    options = ["--bind-address=127.0.0.1", f"--port={port}", f"--socket={sock}", "--require-secure-transport=on"]
+    sql = (
+        "CREATE DATABASE shop; CREATE TABLE shop.t (n int PRIMARY KEY); INSERT INTO shop.t VALUES (7); "
+        f"CREATE USER etl@'%' IDENTIFIED BY '{PASSWORD}'; GRANT SELECT, RELOAD ON *.* TO etl@'%'"
+    )
+    client = ["mariadb", "--no-defaults", f"--socket={sock}", "--user=root", "-e", sql]
+    with run_until_end([shutil.which("mariadbd") or "", *common, *options, *tls], home, client):
+        yield port
+
+
+@contextmanager
+def run_until_end(command: list[str | Path], home: Path, client: list[str]) -> Iterator[None]:
+    """Run the server *command*, wait until *client* has done its work there, and end it afterwards."""
+    environment = {**os.environ, "PGPASSWORD": PASSWORD}
     with (home / "log").open("wb") as log, subprocess.Popen(command, user=NOBODY, stderr=log, cwd=home) as process:
         try:
-            create_table(port, home / "log")
-            yield port
+            deadline = time.monotonic() + 30
+            while subprocess.run(client, env=environment, capture_output=True, check=False).returncode:
+                if time.monotonic() > deadline:
+                    pytest.fail(f"The server does not start:\n{(home / 'log').read_text()}")
+                time.sleep(0.1)
+            yield
         finally:
             process.terminate()
 
 
-def create_table(port: int, log: Path) -> None:
-    command = ["psql", "-X", "-q", "-v", "ON_ERROR_STOP=1", "-c", "CREATE TABLE t AS SELECT 7 AS n"]
-    login = f"host=127.0.0.1 port={port} user=postgres dbname=postgres sslmode=require connect_timeout=5"
-    environment = {**os.environ, "PGPASSWORD": PASSWORD}
-    deadline = time.monotonic() + 30
-    while subprocess.run([*command, login], env=environment, capture_output=True, check=False).returncode:
-        if time.monotonic() > deadline:
-            pytest.fail(f"The server does not start:\n{log.read_text()}")
-        time.sleep(0.1)
+def find_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
 
 
 def make_authority(home: Path, name: str) -> Path:
@@ -137,8 +177,17 @@ def make_project(root: Path, url: str) -> Project:
 
 
 @pytest.mark.parametrize("mode", ["require", "verify-ca", "verify-full"])
-def test_a_source_is_read_by_tls(tmp_path: Path, server: Server, mode: str):
-    project = make_project(tmp_path, server.url(sslmode=mode, sslrootcert=server.authority))
+def test_postgresql_is_read_by_tls(tmp_path: Path, postgresql: Server, mode: str):
+    check_read(tmp_path, postgresql.url(POSTGRESQL, {"sslmode": mode, "sslrootcert": "authority"}, tmp_path))
+
+
+@pytest.mark.parametrize("mode", ["required", "verify_ca", "verify_identity"])
+def test_mariadb_is_read_by_tls(tmp_path: Path, mariadb: Server, mode: str):
+    check_read(tmp_path, mariadb.url(MARIADB, {"ssl_mode": mode, "ssl_ca": "authority"}, tmp_path))
+
+
+def check_read(root: Path, url: str) -> None:
+    project = make_project(root, url)
     staging.begin_batch(project, "b1", ["t"])
 
     assert check_project(project, SETTINGS) == []
@@ -162,18 +211,30 @@ def test_a_source_is_read_by_tls(tmp_path: Path, server: Server, mode: str):
     ],
     ids=["another authority", "another authority, any name", "no file", "another name", "without TLS"],
 )
-def test_a_certificate_that_does_not_fit_is_an_error_that_says_so(
-    tmp_path: Path, server: Server, host: str, parameters: dict[str, str], what: str, advice: str
+def test_a_certificate_of_postgresql_that_does_not_fit_is_an_error_that_says_so(
+    tmp_path: Path, postgresql: Server, host: str, parameters: dict[str, str], what: str, advice: str
 ):
-    paths = {"stranger": server.stranger, "authority": server.authority, "missing": tmp_path / "missing.crt"}
-    url = server.url(host, **{name: paths.get(value, value) for name, value in parameters.items()})
-    project = make_project(tmp_path, url)
+    url = postgresql.url(POSTGRESQL.replace("localhost", host), parameters, tmp_path / "missing.crt")
+
+    check_error(tmp_path, url, f"@{host}:{postgresql.port}/postgres", what, advice)
+
+
+@pytest.mark.parametrize("mode", ["verify_ca", "verify_identity"])
+def test_a_certificate_of_mariadb_that_does_not_fit_is_an_error_that_says_so(
+    tmp_path: Path, mariadb: Server, mode: str
+):
+    url = mariadb.url(MARIADB, {"ssl_mode": mode, "ssl_ca": "stranger"}, tmp_path)
+
+    check_error(tmp_path, url, f"@localhost:{mariadb.port}/shop", "TLS/SSL error", "ssl_ca")
+
+
+def check_error(root: Path, url: str, source: str, what: str, advice: str) -> None:
+    project = make_project(root, url)
 
     with pytest.raises(SourceUnavailable) as caught:
         staging.extract_table(project, SETTINGS, batch="b1", table="t")
 
-    shown = f"{caught.value} {caught.value.hint} {caught.value!r} {caught.value.__cause__}"
     assert what in str(caught.value)
-    assert f"@{host}:{server.port}/postgres" in str(caught.value)
+    assert source in str(caught.value)
     assert advice in str(caught.value.hint)
-    assert PASSWORD not in shown
+    assert PASSWORD not in f"{caught.value} {caught.value.hint} {caught.value!r} {caught.value.__cause__}"

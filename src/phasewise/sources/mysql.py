@@ -17,7 +17,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from urllib.parse import parse_qsl, quote, unquote, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
 import duckdb
 
@@ -151,8 +151,7 @@ class MysqlSource:
                     hint="The process that held it has ended, or the server ended its connections. Start a new batch.",
                 ) from exc
             raise SourceUnavailable(
-                f"The MySQL database {self.url} does not answer: {reason}.",
-                hint="Check [source] url in phasewise.toml, the password and that the server runs.",
+                f"The MySQL database {self.url} does not answer: {reason}.", hint=_advise(reason)
             ) from exc
         self._attached = connection
 
@@ -262,7 +261,10 @@ def _split_url(url: str, timeout: float) -> tuple[str, Login]:
         raise ProjectError(f'"{redact_url(url)}" names no database.', hint="Write mysql://user@host:3306/database.")
     # The scheme may be mariadb, and a database's name may hold what a URL escapes.
     user = f"{quote(unquote(parts.username), safe='')}@" if parts.username else ""
-    query = f"?{parts.query}" if parts.query else ""
+    options = {name.replace("-", "_"): value for name, value in parse_qsl(parts.query)}
+    # In a URL the scanner knows ssl-mode and the like by these names alone.
+    given = urlencode({name.replace("_", "-"): value for name, value in options.items()}, quote_via=quote)
+    query = f"?{given}" if given else ""
     port = f":{parts.port}" if parts.port else ""
     dsn = f"mysql://{user}{parts.hostname}{port}/{quote(database, safe='')}{query}"
     return dsn, Login(
@@ -271,9 +273,15 @@ def _split_url(url: str, timeout: float) -> tuple[str, Login]:
         user=unquote(parts.username or ""),
         password=unquote(parts.password) if parts.password else None,
         database=database,
-        options=dict(parse_qsl(parts.query)),
+        options=options,
         connect_timeout=timeout,
     )
+
+
+def _advise(reason: str) -> str:
+    if "TLS/SSL error" in reason:
+        return "Let ssl_ca in [source] url name the certificate of the authority that signed the server's."
+    return "Check [source] url in phasewise.toml, the password and that the server runs."
 
 
 def _describe_moment(moment: LentMoment) -> SnapshotToken:
