@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import tomllib
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from prefect.client.schemas.responses import DeploymentResponse
@@ -53,6 +54,16 @@ def pulled_directory(deployment: DeploymentResponse) -> Path | None:
             if isinstance(directory, str) and Path(directory).is_absolute() and Path(directory).is_dir():
                 return Path(directory).resolve()
     return None
+
+
+@contextmanager
+def working_directory(configured: Path | None) -> Iterator[str]:
+    """Give a run the folder that its job names, or one of its own for as long as it runs."""
+    if configured:
+        yield str(configured.resolve())
+    else:
+        with TemporaryDirectory(suffix="prefect") as folder:
+            yield str(Path(folder).resolve())
 
 
 def has_prefect_settings(folder: Path) -> bool:

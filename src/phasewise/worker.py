@@ -26,7 +26,6 @@ import signal
 import socket
 import ssl
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -87,8 +86,10 @@ from phasewise.jobs import (
     pulled_directory,
     version_of,
     why_not_workspace,
+    working_directory,
 )
 from phasewise.memory import count_oom_kills, limit_memory
+from phasewise.questions import Questions
 from phasewise.reads import Reads
 from phasewise.relay import Inlet, Intake, Outlet
 from phasewise.settings import Settings
@@ -129,17 +130,12 @@ _FREES_A_SLOT = ("Completed", "Failed", "Crashed", "Cancelled", "TimedOut", "Pau
 #: Seconds that a flow run has to report its state when its worker ends without a drain.
 _END_SECONDS = 5.0
 _HEARTBEAT_SECONDS = 5
-#: What the process of a flow run writes to its worker: whether its flow has hooks for a cancellation or a crash.
-#: What the process of a flow run tells its worker.
+#: What the process of a flow run tells its worker: that its flow has no hooks for a cancellation or a crash, and that
+#: it has begun.
 _NO_HOOKS = "no hooks"
 _BEGUN = "begun"
 #: Seconds after which a worker reports the process id of a run that has not yet done so itself.
 _BEGIN_SECONDS = 3.0
-#: Seconds between two questions for work, so that runs that end one by one are not a question each.
-_CLAIM_SECONDS = 0.15
-#: Seconds at most in which slots that a fan-out frees are gathered for one question: ten times what the last one took,
-#: so that a busy server does not spend its time on being asked.
-_GATHER_SECONDS = 1.0
 #: Seconds for which a worker takes the flow of a deployment, and the server's default for results, as it read them.
 _SETTLED_SECONDS = 5.0
 
@@ -199,13 +195,9 @@ class WarmProcessWorker(ProcessWorker):
         #: Those that run, whether forked or in a new Python.
         self._in_hand: set[UUID] = set()
         self._executors: _Executors
-        self._claims = asyncio.Event()
+        self._questions = Questions(self.get_and_submit_flow_runs, logger=self._logger)
         self._claiming = asyncio.Lock()
-        self._may_have_more = False
-        self._gathering: asyncio.TimerHandle | None = None
-        self._question_seconds = 0.0
         self._turns = Turns(self.name)
-        self._is_looking_again = False
         self._draining = False
         self._reads = Reads()
         self._listening: anyio.abc.TaskGroup | None = None
@@ -284,14 +276,14 @@ class WarmProcessWorker(ProcessWorker):
         if reason is not None:
             self.get_flow_run_logger(flow_run).info("Starting a new Python for this run: %s", reason)
             return await super().run(flow_run, configuration, task_status)
-        with _working_directory(configuration) as folder:
+        with working_directory(configuration.working_dir) as folder:
             assert isinstance(configuration, WarmProcessJobConfiguration)
             self._jobs[flow_run.id] = await self._plan(configuration, flow_run, folder)
             try:
                 return await self._executors.run(flow_run, task_status or anyio.TASK_STATUS_IGNORED)
             finally:
                 del self._jobs[flow_run.id]
-                self._slot_freed()
+                self._questions.slot_is_free(has_runs=bool(self._jobs))
 
     async def _why_not_warm(self, configuration: ProcessJobConfiguration) -> str | None:
         """Say why a forked process could not do for this run exactly what a new one would; None when it can."""
@@ -406,7 +398,7 @@ class WarmProcessWorker(ProcessWorker):
         if self._listening is None and self._work_pool is not None:
             self._listening = self._services
             self._services.start_soon(self._listen, self._work_pool.id)
-            self._services.start_soon(self._claim)
+            self._services.start_soon(self._questions.ask_when_wanted)
             self._caretaker = Caretaker(
                 self.client,
                 pool=self._work_pool_name,
@@ -429,7 +421,7 @@ class WarmProcessWorker(ProcessWorker):
             try:
                 # The subscriber's own reconnects would hide the gap in which events were lost.
                 async with get_events_subscriber(filter=events, reconnection_attempts=0) as subscriber:
-                    self._wants_claim()  # for what was scheduled while nobody listened
+                    self._questions.something_is_new()  # for what was scheduled while nobody listened
                     async for event in subscriber:
                         self._on_event(event)
             except Exception as exc:  # noqa: BLE001 - whatever breaks the socket, polling goes on and we reconnect
@@ -445,38 +437,9 @@ class WarmProcessWorker(ProcessWorker):
         if name == "Cancelling":
             self._cancel_soon(flow_run_id)
         elif name in _CLAIM_ON:
-            self._wants_claim()
+            self._questions.something_is_new()
         else:
-            self._slot_freed()
-
-    def _wants_claim(self) -> None:
-        self._may_have_more = True
-        self._claims.set()
-
-    def _slot_freed(self) -> None:
-        # On a worker that has nothing to do, asking after every run that ends would be a read a run for nothing.
-        if not self._may_have_more or self._gathering is not None:
-            return
-        if self._jobs:  # of a fan-out, others are about to end
-            pause = min(max(_CLAIM_SECONDS, 10 * self._question_seconds), _GATHER_SECONDS)
-            self._gathering = asyncio.get_running_loop().call_later(pause, self._claim_freed)
-        else:
-            self._claims.set()
-
-    def _claim_freed(self) -> None:
-        self._gathering = None
-        self._claims.set()
-
-    async def _claim(self) -> None:
-        while True:
-            await self._claims.wait()
-            self._claims.clear()
-            try:
-                await self.get_and_submit_flow_runs()
-            except Exception as exc:  # noqa: BLE001 - the poll, which is the fallback, has the error handling
-                self._logger.warning("Could not ask for new flow runs: %s", exc)
-                await anyio.sleep(1)
-            await anyio.sleep(_CLAIM_SECONDS)
+            self._questions.slot_is_free(has_runs=bool(self._jobs))
 
     async def get_and_submit_flow_runs(self) -> list[FlowRun]:
         async with self._claiming:
@@ -487,29 +450,21 @@ class WarmProcessWorker(ProcessWorker):
         try:
             return await super()._get_scheduled_flow_runs()
         finally:
-            self._question_seconds = time.monotonic() - start
+            self._questions.seconds = time.monotonic() - start
 
     async def _submit_scheduled_flow_runs(self, flow_run_response: list[WorkerFlowRunResponse]) -> list[FlowRun]:
         # An empty answer may mean that a limit is reached. Who holds its slots is likely one of ours, so as long as we
         # have any run the next slot that is freed is a reason to ask again: else what waits would wait for the poll.
-        self._may_have_more = bool(flow_run_response or self._jobs or self._submitting_flow_run_ids)
+        self._questions.may_have_more = bool(flow_run_response or self._jobs or self._submitting_flow_run_ids)
         # What is read from here on is at least as new as these runs, so they may share it, but no older reads.
         self._reads.begin()
         living = self._caretaker.living if self._listening else ()
         chosen = self._turns.choose([entry.flow_run.id for entry in flow_run_response], living)
         if self._turns.has_left:
-            self._services.start_soon(self._look_again)
+            self._services.start_soon(self._questions.look_again, LEAVE_SECONDS)
         return await super()._submit_scheduled_flow_runs(
             [entry for entry in flow_run_response if entry.flow_run.id in chosen]
         )
-
-    async def _look_again(self) -> None:
-        """Ask once more when the worker whose turn it was must have claimed what was left to it."""
-        if not self._is_looking_again:
-            self._is_looking_again = True
-            await anyio.sleep(LEAVE_SECONDS)
-            self._is_looking_again = False
-            self._wants_claim()
 
     def _cancel_soon(self, flow_run_id: UUID) -> None:
         if self._executors.is_running(flow_run_id):
@@ -572,15 +527,6 @@ def _has_terminal() -> bool:
     except OSError:
         return False
     return True
-
-
-@contextlib.contextmanager
-def _working_directory(configuration: ProcessJobConfiguration) -> Iterator[str]:
-    if configuration.working_dir:
-        yield str(Path(configuration.working_dir).resolve())
-    else:
-        with tempfile.TemporaryDirectory(suffix="prefect") as folder:
-            yield str(Path(folder).resolve())
 
 
 # ── one flow run ─────────────────────────────────────────────────────────────────────────────────────────────────

@@ -64,6 +64,16 @@ def test_code_that_must_be_fetched_is_left_to_prefect(fields: dict[str, Any]) ->
     assert jobs.why_not_workspace(deployment(**fields)) is not None
 
 
+def test_the_working_directory_of_a_run_is_gone_after_it_unless_its_job_names_one(tmp_path: Path) -> None:
+    with jobs.working_directory(None) as folder:
+        assert list(Path(folder).iterdir()) == []
+    assert not Path(folder).exists()
+
+    with jobs.working_directory(tmp_path) as folder:
+        assert Path(folder) == tmp_path.resolve()
+    assert tmp_path.exists()
+
+
 @pytest.mark.parametrize(
     ("name", "text", "expected"),
     [

@@ -19,7 +19,6 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.states import Cancelling
 
 from phasewise import worker
-from phasewise.jobs import Job
 
 
 def test_the_range_of_prefect_is_the_same_wherever_it_is_named() -> None:
@@ -51,26 +50,16 @@ def test_a_context_for_tls_is_made_once_for_the_same_arguments() -> None:
     assert shared.CERT_NONE == ssl.CERT_NONE
 
 
-def test_the_working_directory_of_a_run_is_gone_after_it(tmp_path: Path) -> None:
-    with worker._working_directory(worker.WarmProcessJobConfiguration(env={})) as folder:
-        assert list(Path(folder).iterdir()) == []
-    assert not Path(folder).exists()
-
-    with worker._working_directory(worker.WarmProcessJobConfiguration(env={}, working_dir=tmp_path)) as folder:
-        assert Path(folder) == tmp_path.resolve()
-    assert tmp_path.exists()
-
-
 async def test_a_freed_slot_is_asked_for_again_while_runs_hold_the_slots_of_a_limit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     one = worker.WarmProcessWorker(work_pool_name="pool")
     asked: list[None] = []
-    monkeypatch.setattr(one._claims, "set", lambda: asked.append(None))
+    monkeypatch.setattr(one._questions._wanted, "set", lambda: asked.append(None))
 
     one._submitting_flow_run_ids.add(uuid4())
     await one._submit_scheduled_flow_runs([])  # the limit is reached, so nothing more is handed out
-    one._slot_freed()
+    one._questions.slot_is_free(has_runs=False)
 
     assert len(asked) == 1
 
@@ -97,25 +86,6 @@ async def test_a_run_that_began_before_its_process_was_noted_is_cancelled_as_soo
     assert cancelled == [run.id]
 
 
-async def test_slots_that_a_fan_out_frees_are_gathered_for_one_question(monkeypatch: pytest.MonkeyPatch) -> None:
-    one = worker.WarmProcessWorker(work_pool_name="pool")
-    monkeypatch.setattr(worker, "_GATHER_SECONDS", 0.01)
-    job = Job(entrypoint="flows.py:table", cwd="/", env={}, stdio=(1, 2), known={})
-    one._jobs[uuid4()] = job
-    one._may_have_more = True
-
-    for _ in range(3):
-        one._slot_freed()
-    assert not one._claims.is_set()
-    async with asyncio.timeout(10):
-        await one._claims.wait()
-    one._claims.clear()
-    one._slot_freed()
-
-    async with asyncio.timeout(10):  # and the next ones again
-        await one._claims.wait()
-
-
 def test_what_a_run_does_not_use_of_its_file_is_not_made() -> None:
     made: list[str] = []
 
@@ -133,10 +103,10 @@ def test_what_a_run_does_not_use_of_its_file_is_not_made() -> None:
 async def test_an_idle_worker_does_not_ask_after_every_run_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
     one = worker.WarmProcessWorker(work_pool_name="pool")
     asked: list[None] = []
-    monkeypatch.setattr(one._claims, "set", lambda: asked.append(None))
+    monkeypatch.setattr(one._questions._wanted, "set", lambda: asked.append(None))
 
     await one._submit_scheduled_flow_runs([])
-    one._slot_freed()
+    one._questions.slot_is_free(has_runs=False)
 
     assert asked == []
 
@@ -145,7 +115,7 @@ async def test_after_each_reconnect_a_worker_asks_for_what_it_may_have_missed(mo
     one = worker.WarmProcessWorker(work_pool_name="pool")
     connections: list[str] = []
     asked: list[int] = []
-    monkeypatch.setattr(one._claims, "set", lambda: asked.append(len(connections)))
+    monkeypatch.setattr(one._questions._wanted, "set", lambda: asked.append(len(connections)))
     monkeypatch.setattr(worker.anyio, "sleep", lambda _: asyncio.sleep(0))
 
     @contextlib.asynccontextmanager
