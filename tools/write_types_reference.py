@@ -51,9 +51,9 @@ FILES = """
 ## CSV and JSON files
 
 Every column is `VARCHAR`: guessing types changes values (`007`). In CSV an unquoted empty field is NULL, a
-quoted one an empty text. In JSON each key of the objects is a column; objects and lists are JSON text. The
-contract may make a column `BIGINT`, `DOUBLE`, `DECIMAL(p,s)`, `BOOLEAN`, `DATE`, `TIME`, `TIMESTAMP`,
-`TIMESTAMPTZ` or `UUID`; every value is checked.
+quoted one an empty text; quotes are `"`, doubled within a value, and no row is a comment. In JSON each key of
+the objects is a column; objects and lists are JSON text. The contract may make a column `BIGINT`, `DOUBLE`,
+`DECIMAL(p,s)`, `BOOLEAN`, `DATE`, `TIME`, `TIMESTAMP`, `TIMESTAMPTZ` or `UUID`; every value is checked.
 """
 
 

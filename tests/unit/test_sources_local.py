@@ -70,6 +70,22 @@ def test_a_duckdb_table_arrives_and_what_parquet_would_change_is_text(tmp_path: 
     assert read(project, "v")[1] == [(1,)]
 
 
+def test_quotes_are_quotes_and_rows_are_rows_wherever_they_come_first_in_a_csv_file(tmp_path: Path):
+    (tmp_path / "late.csv").write_text(
+        "id,name\n"
+        + "".join(f"{number},n{number}\n" for number in range(100_000, 160_000))
+        + '2,"abc"\n3,""\n4,\n#5,x\n'
+    )
+    (tmp_path / "early.csv").write_text("id,name\n1,'a'\n#2,x\n3,b\n")
+    project = make_project(tmp_path, "file:///*.csv")
+
+    late, early = read(project, "late")[1], read(project, "early")[1]
+
+    assert len(late) == 60_004
+    assert [row for row in late if len(row[0]) < 6] == [("#5", "x"), ("2", "abc"), ("3", ""), ("4", None)]
+    assert early == [("#2", "x"), ("1", "'a'"), ("3", "b")]
+
+
 def test_nobody_writes_to_a_duckdb_file_while_its_snapshot_is_held(tmp_path: Path):
     project = make_duckdb(tmp_path, "CREATE TABLE t (a INTEGER)")
     write = [sys.executable, "-c", "import duckdb, sys; duckdb.connect(sys.argv[1])", str(tmp_path / "source.duckdb")]
