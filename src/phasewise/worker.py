@@ -275,7 +275,13 @@ class WarmProcessWorker(ProcessWorker):
         reason = await self._why_not_warm(configuration)
         if reason is not None:
             self.get_flow_run_logger(flow_run).info("Starting a new Python for this run: %s", reason)
-            return await super().run(flow_run, configuration, task_status)
+            try:
+                return await super().run(flow_run, configuration, task_status)
+            except asyncio.CancelledError:  # the worker is ending, and the process of the run has
+                if self._draining:
+                    with anyio.move_on_after(_END_SECONDS, shield=True):
+                        await self._executors.schedule_again(flow_run.id)
+                raise
         with working_directory(configuration.working_dir) as folder:
             assert isinstance(configuration, WarmProcessJobConfiguration)
             self._jobs[flow_run.id] = await self._plan(configuration, flow_run, folder)
@@ -382,7 +388,7 @@ class WarmProcessWorker(ProcessWorker):
         """Claim nothing more, let running flow runs finish for *seconds*, then stop and reschedule the others."""
         self._draining = True
         with anyio.move_on_after(seconds):
-            while self._jobs or self._submitting_flow_run_ids:  # noqa: ASYNC110 - two sets that empty by themselves
+            while self._in_hand or self._submitting_flow_run_ids:  # noqa: ASYNC110 - two sets that empty by themselves
                 await anyio.sleep(0.05)
         async with anyio.create_task_group() as group:
             for flow_run_id in self._executors.running():
@@ -643,6 +649,10 @@ class _Executors:
         self._proposer.released.add(flow_run_id)
         # An engine that did not hear what this is about would report a crash: it gets no chance to.
         await self._processes.kill(flow_run_id, force=status is not ControlSignalStatus.ACKNOWLEDGED)
+        await self.schedule_again(flow_run_id)
+
+    async def schedule_again(self, flow_run_id: UUID) -> None:
+        """Schedule a flow run again whose process has ended, unless it has come to its own end."""
         state = (await self._client.read_flow_run(flow_run_id)).state
         if state is None or not state.is_final():
             with contextlib.suppress(Abort, Pause):

@@ -20,7 +20,7 @@ import pytest
 from prefect.client.schemas.filters import LogFilter, TaskRunFilter, TaskRunFilterFlowRunId
 from prefect.client.schemas.objects import FlowRun
 from prefect.settings import get_current_settings
-from prefect.states import Cancelling, Pending, Suspended
+from prefect.states import Cancelled, Cancelling, Pending, Suspended
 
 from phasewise.forkserver import Forkserver
 from phasewise.stack import StackInfo
@@ -359,24 +359,34 @@ async def until_pool_exists(runs: Runs) -> None:
     await until(exists, 30)
 
 
-async def test_a_stopped_worker_reschedules_what_does_not_finish_in_time(runs: Runs, stack: StackInfo) -> None:
+#: Job variables of a run that is forked, and of one that is not.
+WAYS = pytest.mark.parametrize("job", [{}, {"env": {"PREFECT_LOGGING_LEVEL": "ERROR"}}], ids=["forked", "new Python"])
+
+
+@WAYS
+async def test_a_stopped_worker_reschedules_what_does_not_finish_in_time(
+    runs: Runs, stack: StackInfo, job: dict[str, Any]
+) -> None:
     drained = Runs(client=runs.client, pool="drained")
     with worker_of_a_pool("drained", stack, PHASEWISE_DRAIN_SECONDS="0.5") as worker:
         await until_pool_exists(drained)
-        run = await drained.until(await drained.start("asleep"), "Running")
+        run = await drained.until(await drained.start("asleep", job_variables=job), "Running")
 
         worker.terminate()
 
         await until(lambda: worker.poll() is not None)
     assert worker.returncode == 0
     assert (await drained.states(run))[-2:] == ["Running", "AwaitingRetry"]
+    # It would be claimed by the worker of the next test.
+    await drained.client.set_flow_run_state(run.id, Cancelled(), force=True)
 
 
-async def test_a_stopped_worker_lets_runs_finish(runs: Runs, stack: StackInfo) -> None:
+@WAYS
+async def test_a_stopped_worker_lets_runs_finish(runs: Runs, stack: StackInfo, job: dict[str, Any]) -> None:
     drained = Runs(client=runs.client, pool="patient")
     with worker_of_a_pool("patient", stack, PHASEWISE_DRAIN_SECONDS="30") as worker:
         await until_pool_exists(drained)
-        run = await drained.until(await drained.start("short"), "Running")
+        run = await drained.until(await drained.start("short", job_variables=job), "Running")
 
         worker.terminate()
 
