@@ -201,7 +201,7 @@ def _mark_ready_seldom() -> None:
             return schedule
 
         async def schedule_seldom(**which: Any) -> Any:
-            asked = key, orjson.dumps(which)
+            asked = key, orjson.dumps(which, default=str)  # ids of asyncpg are of a class of its own
             now = time.monotonic()
             if marked.get(asked, 0) > now:
                 return None

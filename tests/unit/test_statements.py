@@ -136,3 +136,52 @@ def test_what_was_not_valid_is_validated_again() -> None:
             remembering("raises")
 
     assert asked == ["wrong", "raises"] * 2
+
+
+MARK_READY = """
+import asyncio
+from uuid import UUID, uuid4
+
+import docket
+from phasewise import statements
+
+scheduled = []
+
+
+def add(self, function, when=None, key=None):
+    async def schedule(**which):
+        scheduled.append((function.__name__, key))
+
+    return schedule
+
+
+docket.Docket.add = add
+statements._mark_ready_seldom()
+
+
+class AnotherUUID(UUID):
+    "Of a driver of its own, as asyncpg's."
+
+
+async def main():
+    of_pool = docket.Docket.add(None, statements.mark_deployments_ready, key="pool")
+    queue = uuid4()
+    await of_pool(work_queue_ids=[AnotherUUID(str(queue))])
+    await of_pool(work_queue_ids=[AnotherUUID(str(queue))])
+    await of_pool(work_queue_ids=[AnotherUUID(str(uuid4()))])
+    statements._READY_SECONDS = -1  # from now on a mark is old at once
+    await of_pool(work_queue_ids=[uuid4()])
+    await docket.Docket.add(None, statements.mark_work_queues_ready, key="pool")(polled_work_queue_ids=[queue])
+    for _ in range(2):
+        await docket.Docket.add(None, main, key="other")(value=object())
+    print(len(scheduled), scheduled[-1])
+
+
+asyncio.run(main())
+"""
+
+
+def test_queues_are_marked_ready_again_only_after_a_while_or_when_there_are_others() -> None:
+    done = subprocess.run([sys.executable, "-c", MARK_READY], capture_output=True, text=True, check=False)
+
+    assert done.stdout.split(" ", 1) == ["6", "('main', 'other')\n"], done.stderr
