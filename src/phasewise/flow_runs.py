@@ -472,8 +472,9 @@ class _FanOut:
 
     async def reopen(self, run_ids: Collection[str], client: PrefectClient) -> None:
         """Forget how runs have ended that are run again."""
-        for run_id in self.run_ids.intersection(run_ids):
-            self._completed.pop(run_id, None)
+        if again := self.run_ids.intersection(run_ids):
+            for run_id in again:
+                self._completed.pop(run_id, None)
             await self._say(Running(), client)
 
     async def _say(self, state: State[None], client: PrefectClient) -> None:

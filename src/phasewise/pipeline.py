@@ -17,7 +17,7 @@ from phasewise.project import count_share
 #: As a parameter's value it stands for the id of the batch that is running.
 BATCH = "{batch}"
 #: Tag of a task run that stands for all flow runs of a fan-out, and whose state their parent sets.
-FAN_OUT_TAG = "fan-out"
+FAN_OUT_TAG = "phasewise.fan-out"
 
 
 @dataclass(frozen=True, kw_only=True)

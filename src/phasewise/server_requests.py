@@ -47,7 +47,7 @@ async def _run_dependency(function: Callable[..., Any], **values: Any) -> Any:
 class _DefaultContentType:
     """Prefect's middleware of that name, which takes a body without a content type for JSON.
 
-    Prefect's is made for the convenience of whoever writes it: it takes two tasks and two streams a request.
+    Prefect's is a function of request and response, for which Starlette makes two tasks and two streams a request.
     """
 
     def __init__(self, app: ASGIApp) -> None:

@@ -65,7 +65,7 @@ class Server:
     def read_fan_out(self, run_id: str) -> tuple[str, str]:
         """Return name and message of the state of the one task run below *run_id* that stands for a fan-out."""
         runs = [run_id, *(run["id"] for run in self.below(run_id).values())]
-        body = {"task_runs": {"flow_run_id": {"any_": runs}, "tags": {"all_": ["fan-out"]}}}
+        body = {"task_runs": {"flow_run_id": {"any_": runs}, "tags": {"all_": ["phasewise.fan-out"]}}}
         [found] = self.call("/task_runs/filter", body)
         return found["state"]["name"], found["state"]["message"]
 

@@ -124,6 +124,20 @@ async def test_a_child_has_the_environment_and_folder_that_it_was_given(server: 
     assert (colour, home, cwd) == ("blue", "None", str(folder))
 
 
+async def test_a_child_finds_modules_whose_folder_came_after_the_start(folder: Path, tmp_path: Path) -> None:
+    later = tmp_path / "later"
+    server = await Forkserver.start(env={**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(later)])})
+    try:
+        # It has looked for a module, and so knows that there is no such folder.
+        assert await (await fork(server, folder, "targets:code", arguments={"value": 3})).wait() == 3
+        later.mkdir()
+        (later / "came_later.py").write_text(TARGETS)
+
+        assert await (await fork(server, folder, "came_later:code", arguments={"value": 4})).wait() == 4
+    finally:
+        await server.aclose()
+
+
 @pytest.mark.parametrize("target", ["sleep_through_sigterm", "drop_what_sigterm_raises"])
 async def test_a_child_that_has_missed_sigterm_is_told_to_notice_it(
     server: Forkserver, folder: Path, target: str
