@@ -67,7 +67,7 @@ def _count(connection: duckdb.DuckDBPyConnection, source: Source, table: SourceT
     new = select_new_rows(source, table, load)
     try:
         source.begin(connection, new)
-        rows = source.count_rows(connection, new, 0)
+        rows = source.count_rows(connection, new)
         connection.execute("COMMIT")
     except duckdb.Error as exc:
         connection.execute("ROLLBACK")

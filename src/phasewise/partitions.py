@@ -190,7 +190,7 @@ def _split(
     try:
         source.begin(connection, table, snapshot)
         conditions = source.split(connection, table, limit)
-        rows = source.count_rows(connection, _narrow(table), 0) if conditions else 0
+        rows = source.count_rows(connection, _narrow(table)) if conditions else 0
         connection.execute("COMMIT")
     except (SourceUnavailable, duckdb.FatalException, duckdb.InternalException):
         raise

@@ -23,6 +23,7 @@ import secrets
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -62,6 +63,7 @@ from phasewise.sources import (
     SnapshotToken,
     Source,
     SourceTable,
+    StagedRows,
     describe_project_table,
     find_moment,
     open_source,
@@ -610,11 +612,6 @@ def _extract(
         key_files=(_name_in_manifest(keys_path),) if keys else (),
     )
     try:
-        # The manifest says that the files are there: it may reach the disk only after them.
-        if isinstance(path, Path):
-            sync_path(path)
-        if keys is not None and isinstance(keys_path, Path):
-            sync_path(keys_path)
         write_shared(project, folder / _MANIFEST, manifest.to_json())
     except OSError as exc:
         raise explain_os_error(folder, exc) from exc
@@ -649,13 +646,15 @@ def _copy(
     try:
         source.begin(connection, table, snapshot)
         rows = write_parquet(connection, source.select(table), path, table)
-        source_rows = source.count_rows(connection, table, rows)
         if keys is not None:
             # After the rows: where the source holds no moment, a row that came meanwhile must not count as deleted.
             write_parquet(connection, source.select(keys), keys_path, keys)
-        connection.execute("COMMIT")
-        for file in (path, *([keys_path] if keys is not None else [])):
+        files = [path, *([keys_path] if keys is not None else [])]
+        for file in files:
             mend_parquet(connection, file)
+        with _syncing(files):
+            source_rows = source.count_rows(connection, table, StagedRows(rows=rows, file=path))
+        connection.execute("COMMIT")
     except PhasewiseError:
         _abandon(connection, path)
         raise
@@ -664,6 +663,23 @@ def _copy(
         _abandon(connection, path)
         raise _find_staging_error(path, exc) or source.explain(connection, table, exc) from exc
     return rows, source_rows
+
+
+@contextmanager
+def _syncing(files: Sequence[Path | StoredFile]) -> Iterator[None]:
+    """Let *files* reach the disk, beside the block: the manifest says that they are there, and comes after them.
+
+    Raises:
+        StagingError: one could not be written.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        synced = {file: thread.submit(sync_path, file) for file in files if isinstance(file, Path)}
+        yield
+        for file, done in synced.items():
+            try:
+                done.result()
+            except OSError as exc:
+                raise explain_os_error(file.parent, exc) from exc
 
 
 def _find_key_table(table: SourceTable, load: Load) -> SourceTable | None:

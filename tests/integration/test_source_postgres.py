@@ -147,6 +147,31 @@ def test_a_value_that_the_scan_would_change_fails_with_its_row(make: Make, decla
     assert not list(project.staging.glob("**/*.parquet"))
 
 
+@pytest.mark.parametrize(
+    ("declared", "usual", "value"),
+    [
+        ("numeric(10, 2)", "1 + n % 9", "NaN"),
+        ("numeric(4, 2)", "-0.01 - n % 9", "NaN"),
+        ("numeric(38, 38)", "1e-38", "NaN"),
+        ("timestamp", "timestamp '2020-01-01' + n * interval '1 s'", "294247-01-10 04:00:54.775808"),
+        ("timestamp", "timestamp 'infinity'", "294276-12-31 23:59:59.999999"),
+        ("timestamptz", "timestamptz '4713-11-24 00:00:00+00 BC'", "294247-06-01 00:00:00+00"),
+    ],
+)
+def test_one_such_value_is_found_among_row_groups_of_others(make: Make, declared: str, usual: str, value: str):
+    project = make(f"""
+        CREATE TABLE t (id int PRIMARY KEY, usual {declared}, odd {declared}, nothing {declared});
+        INSERT INTO t SELECT n, {usual}, {usual} FROM generate_series(1, 130000) AS n;
+        UPDATE t SET odd = '{value}' WHERE id = 129999;
+    """)
+
+    with pytest.raises(UnfaithfulValue, match=r'"odd" .*1 row.*\(id = 129999\)'):
+        read(project, "t")
+
+    make("UPDATE t SET odd = NULL WHERE id = 129999")
+    assert len(read(project, "t")[1]) == 130_000
+
+
 def test_types_without_a_faithful_counterpart_are_carried_as_text_and_say_so(make: Make):
     values = {
         "numeric": ["NaN", "Infinity", "-Infinity", "1e-30", "12345678901234567890123456789012345678901234567890.5"],

@@ -16,7 +16,7 @@ import duckdb
 from phasewise.errors import PhasewiseError, ProjectError, SourceError, SourceUnavailable, TableMissing
 from phasewise.lake import quote_identifier, quote_literal
 from phasewise.settings import Settings
-from phasewise.sources import Column, SnapshotToken, SourceTable
+from phasewise.sources import Column, SnapshotToken, SourceTable, StagedRows
 
 COLUMNS = (
     Column(name="id", source_type="number", type="BIGINT", nullable=False),
@@ -74,7 +74,9 @@ class AcmeSource:
     def compare_cursor(self, column: Column, operator: str, mark: str) -> str:
         raise ProjectError("The log has no cursors.")
 
-    def count_rows(self, connection: duckdb.DuckDBPyConnection, table: SourceTable, rows_read: int) -> int:
+    def count_rows(
+        self, connection: duckdb.DuckDBPyConnection, table: SourceTable, staged: StagedRows | None = None
+    ) -> int:
         row = connection.execute(f"SELECT count(*) FROM {self._rows(table)}{table.where()}").fetchone()
         assert row is not None
         return int(row[0])

@@ -29,6 +29,7 @@ from phasewise.errors import PhasewiseError, ProjectError, SchemaDrift, SourceEr
 from phasewise.lake import normalize_type
 from phasewise.project import Project, Table, redact_url
 from phasewise.settings import Settings
+from phasewise.storage import File
 
 #: What ``open_snapshot`` hands to the processes that read: small, JSON-able, without secrets. Its ``id`` is equal
 #: for those tables, and only those, that were read at the same moment; None where none could be held. Optional are
@@ -74,6 +75,16 @@ class SourceTable:
 
     def find_column(self, name: str) -> Column | None:
         return next((column for column in self.columns if column.name == name), None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagedRows:
+    """The rows of a table as they were read, for the source that counts them."""
+
+    #: How many they are, for a source that cannot count at the very same moment.
+    rows: int
+    #: The Parquet file with them: its footer may tell which values a source need not look for.
+    file: File
 
 
 class Source(Protocol):
@@ -140,10 +151,12 @@ class Source(Protocol):
             ProjectError: the source cannot compare such columns.
         """
 
-    def count_rows(self, connection: duckdb.DuckDBPyConnection, table: SourceTable, rows_read: int) -> int:
+    def count_rows(
+        self, connection: duckdb.DuckDBPyConnection, table: SourceTable, staged: StagedRows | None = None
+    ) -> int:
         """Return the rows that the conditions hold for, as the source counts them, at the moment of the transaction.
 
-        *rows_read* is how many the scan gave, for a source that cannot count at the very same moment.
+        *staged* is what the scan gave; None: nothing was read.
 
         Raises:
             UnfaithfulValue: the source knows of values that the rows read before do not show.

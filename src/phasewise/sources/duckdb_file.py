@@ -18,7 +18,7 @@ from phasewise.errors import PhasewiseError, ProjectError, SourceError, SourceUn
 from phasewise.lake import open_session, quote_identifier, quote_literal
 from phasewise.project import redact_url
 from phasewise.settings import Settings
-from phasewise.sources import Column, SnapshotToken, SourceTable
+from phasewise.sources import Column, SnapshotToken, SourceTable, StagedRows
 from phasewise.sources.ranges import divide, find_bounds
 
 _PLAIN = re.compile(
@@ -152,7 +152,9 @@ class DuckdbSource:
     def compare_cursor(self, column: Column, operator: str, mark: str) -> str:
         return compare_typed(quote_identifier(column.name), column.type, operator, mark)
 
-    def count_rows(self, connection: duckdb.DuckDBPyConnection, table: SourceTable, rows_read: int) -> int:
+    def count_rows(
+        self, connection: duckdb.DuckDBPyConnection, table: SourceTable, staged: StagedRows | None = None
+    ) -> int:
         row = connection.execute(f"SELECT count(*) FROM {self._qualify(table)}{table.where()}").fetchone()
         assert row is not None  # an aggregate has a row
         return int(row[0])

@@ -25,7 +25,7 @@ from phasewise.errors import PhasewiseError, ProjectError, SourceError, SourceUn
 from phasewise.lake import open_session, quote_identifier, quote_literal
 from phasewise.project import redact_url
 from phasewise.settings import Settings
-from phasewise.sources import Column, SnapshotToken, SourceTable
+from phasewise.sources import Column, SnapshotToken, SourceTable, StagedRows
 from phasewise.sources.decoding import MOMENTS, decode_text, explain_unfaithful, fail_where_null
 from phasewise.sources.duckdb_file import BLOCK_ROWS, compare_typed, find_lake_type, find_local_path
 from phasewise.sources.ranges import divide, find_bounds
@@ -123,7 +123,9 @@ class FilesSource:
         value = f"TRY_CAST({name} AS {column.type})" if column.source_type in {"csv", "json"} else name
         return compare_typed(value, column.type, operator, mark)
 
-    def count_rows(self, connection: duckdb.DuckDBPyConnection, table: SourceTable, rows_read: int) -> int:
+    def count_rows(
+        self, connection: duckdb.DuckDBPyConnection, table: SourceTable, staged: StagedRows | None = None
+    ) -> int:
         row = connection.execute(f"SELECT count(*) FROM {self._read(table)}{table.where()}").fetchone()
         assert row is not None  # an aggregate has a row
         return int(row[0])

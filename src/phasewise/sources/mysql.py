@@ -26,7 +26,7 @@ from phasewise.lake import open_session, quote_identifier, quote_literal, use_on
 from phasewise.passwords import lend_password
 from phasewise.project import redact_url
 from phasewise.settings import Settings
-from phasewise.sources import Column, SnapshotToken, SourceTable
+from phasewise.sources import Column, SnapshotToken, SourceTable, StagedRows
 from phasewise.sources.decoding import MOMENTS, decode_text, explain_unfaithful, fail_where_null
 from phasewise.sources.mysql_moment import LentMoment, Login, NoMoment, lend_moment
 from phasewise.sources.ranges import Dialect, divide_by_values
@@ -180,11 +180,13 @@ class MysqlSource:
             return f"{name} {operator} cast({_quote_text(mark.removesuffix('+00'))} as {kind})"
         return f"{name} {operator} {mark}"
 
-    def count_rows(self, connection: duckdb.DuckDBPyConnection, table: SourceTable, rows_read: int) -> int:
-        """Return the rows at the moment that is held; without one *rows_read*, where it lies between two counts."""
+    def count_rows(
+        self, connection: duckdb.DuckDBPyConnection, table: SourceTable, staged: StagedRows | None = None
+    ) -> int:
+        """Return the rows at the moment that is held; without one as many as were read, between two counts."""
         before, after = self._count_before, _count(connection, table)
-        if before is not None and min(before, after) <= rows_read <= max(before, after):
-            return rows_read
+        if staged is not None and before is not None and min(before, after) <= staged.rows <= max(before, after):
+            return staged.rows
         return after
 
     def split(self, connection: duckdb.DuckDBPyConnection, table: SourceTable, limit: int) -> list[str]:

@@ -9,7 +9,7 @@ query, in which the server prints what has no faithful type. Values that the bin
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +22,10 @@ from phasewise.lake import open_session, quote_identifier, quote_literal, use_on
 from phasewise.passwords import lend_password
 from phasewise.project import redact_url
 from phasewise.settings import Settings
-from phasewise.sources import Column, SnapshotToken, SourceTable
+from phasewise.sources import Column, SnapshotToken, SourceTable, StagedRows
 from phasewise.sources.decoding import explain_unfaithful
 from phasewise.sources.ranges import Dialect, divide, divide_by_values, find_bounds
+from phasewise.storage import File
 
 #: PostgreSQL's internal type name → the lake's type, where the binary scan keeps every value.
 _PLAIN = {
@@ -53,7 +54,9 @@ _DECIMAL = re.compile(r"(?:numeric|DECIMAL)\((\d+),(-?\d+)\)")
 # Everything is printed as text, so that no catalogue type meets the scanner's own mapping.
 _CATALOGUE = """
 SELECT c.relname::text AS relation, c.relkind::text AS kind, c.relispartition AS is_partition,
-       c.relhassubclass AS has_children, c.reltuples::bigint AS estimate, a.attname::text AS name,
+       c.relhassubclass AS has_children, a.attname::text AS name,
+       CASE WHEN c.relpages = 0 AND current_setting('server_version_num')::int < 140000
+            THEN -1 ELSE c.reltuples END::bigint AS estimate,
        format_type(coalesce(nullif(t.typbasetype, 0), a.atttypid),
                    CASE WHEN t.typbasetype <> 0 THEN t.typtypmod ELSE a.atttypmod END) AS base,
        format_type(a.atttypid, a.atttypmod) AS declared, coalesce(b.typname, t.typname)::text AS type_name,
@@ -197,8 +200,14 @@ class PostgresSource:
             return f"{name} {operator} {text}::{column.type.lower()}"
         return f"{name} {operator} {mark}"
 
-    def count_rows(self, connection: duckdb.DuckDBPyConnection, table: SourceTable, rows_read: int) -> int:
+    def count_rows(
+        self, connection: duckdb.DuckDBPyConnection, table: SourceTable, staged: StagedRows | None = None
+    ) -> int:
+        use_one_thread(connection)  # for one query: a second thread would wait for it, and take the server's core
         tests = [(column, test) for column in table.columns if (test := _find_unfaithful(column))]
+        if staged is not None:
+            suspects = _find_suspects(connection, [column for column, _ in tests], staged.file)
+            tests = [(column, test) for column, test in tests if column.name in suspects]
         counts = ["count(*) AS c0"]
         counts += [f"count(*) FILTER (WHERE {test}) AS c{index}" for index, (_, test) in enumerate(tests, start=1)]
         query = f"SELECT {', '.join(counts)} FROM {self._qualify(table)}{table.where()}"
@@ -239,7 +248,7 @@ class PostgresSource:
 
     def explain(self, connection: duckdb.DuckDBPyConnection, table: SourceTable, error: Exception) -> PhasewiseError:
         try:
-            self.count_rows(connection, table, 0)
+            self.count_rows(connection, table)
         except UnfaithfulValue as found:
             return found
         except duckdb.Error:
@@ -395,7 +404,7 @@ def _describe_relation(name: str, rows: list[dict[str, object]]) -> _Relation:
         name=name,
         columns=tuple(_describe_column(row) for row in columns),
         key=tuple(column for _, column in key),
-        row_estimate=estimate if estimate >= 0 else None,  # -1: never analysed
+        row_estimate=estimate if estimate >= 0 else None,  # -1: never analysed; 0 before version 14
     )
     return _Relation(
         table=table,
@@ -440,6 +449,32 @@ def _print_column(column: Column) -> str:
     if match := _DECIMAL.fullmatch(column.type):
         return f"{name}::numeric({match[1]},{match[2]})"
     return name
+
+
+def _find_suspects(connection: duckdb.DuckDBPyConnection, columns: Sequence[Column], file: File) -> set[str]:
+    """Return the names of those *columns* that may show another value, by the bounds of their row groups in *file*.
+
+    A NaN shows as 0. A timestamp that wraps shows as one before all those that PostgreSQL has.
+    """
+    # Only what is said to be clear is: a bound that is missing or cannot be read is suspect.
+    tests = [f"WHEN {quote_literal(column.name)} THEN {_find_clear(column)}" for column in columns]
+    if not tests:
+        return set()
+    is_clear = f"stats_null_count = num_values OR CASE path_in_schema {' '.join(tests)} END"
+    found = connection.execute(
+        f"SELECT path_in_schema FROM parquet_metadata({quote_literal(str(file))}) "
+        f"GROUP BY path_in_schema HAVING NOT bool_and(coalesce({is_clear}, false))"
+    ).fetchall()
+    return {column.name for column in columns} & {name for (name,) in found}
+
+
+def _find_clear(column: Column) -> str:
+    """Return a condition on the bounds of a row group that holds where no value of *column* shows as another there."""
+    if column.type.startswith("TIMESTAMP"):
+        return "TRY_CAST(stats_min_value AS TIMESTAMP) >= TIMESTAMP '4714-01-01 (BC) 00:00:00'"
+    if column.note is None:
+        return "TRY_CAST(stats_min_value AS DOUBLE) > 0 OR TRY_CAST(stats_max_value AS DOUBLE) < 0"
+    return "false"  # what the server rounded to fit may be anything
 
 
 def _find_unfaithful(column: Column) -> str | None:

@@ -33,7 +33,7 @@ from phasewise.errors import (
 from phasewise.lake import quote_identifier, quote_literal, use_one_thread
 from phasewise.project import redact_url
 from phasewise.settings import Settings
-from phasewise.sources import Column, SnapshotToken, SourceTable
+from phasewise.sources import Column, SnapshotToken, SourceTable, StagedRows
 from phasewise.sources.decoding import MOMENTS
 from phasewise.sources.ranges import divide, query_bounds
 from phasewise.sources.sqlite_values import (
@@ -54,6 +54,8 @@ _DECODABLE = re.compile(
     r"VARCHAR|BLOB|BIGINT|DOUBLE|BOOLEAN|DATE|TIME|TIMESTAMP|TIMESTAMP WITH TIME ZONE|UUID|DECIMAL\(\d+,\d+\)"
 )
 _NUMBERS = {"BIGINT", "DOUBLE", "BOOLEAN"}
+#: Rowids of a range that one thread scans.
+_SCAN_ROWS = 122_880
 
 
 class SqliteSource:
@@ -70,6 +72,7 @@ class SqliteSource:
         self._url = url
         self._path = _find_path(url, root)
         self._timeout = settings.connect_timeout
+        self._threads = settings.threads
         self._attached: duckdb.DuckDBPyConnection | None = None
         #: Whether the file is the batch's own copy, which nobody writes to.
         self._is_copy = False
@@ -188,7 +191,10 @@ class SqliteSource:
             return f"{name} COLLATE BINARY {operator} {quote_literal(mark)}"
         return f"{name} {operator} {mark}"
 
-    def count_rows(self, connection: duckdb.DuckDBPyConnection, table: SourceTable, rows_read: int) -> int:
+    def count_rows(
+        self, connection: duckdb.DuckDBPyConnection, table: SourceTable, staged: StagedRows | None = None
+    ) -> int:
+        use_one_thread(connection)
         inner = quote_literal(f"SELECT count(*) FROM {quote_identifier(table.name)}{table.where()}")
         row = connection.execute(f"SELECT columns(*)::BIGINT FROM sqlite_query('source', {inner})").fetchone()
         assert row is not None  # an aggregate has a row
@@ -197,7 +203,7 @@ class SqliteSource:
     def split(self, connection: duckdb.DuckDBPyConnection, table: SourceTable, limit: int) -> list[str]:
         """Divide by rowid, which a SELECT finds without reading the rows before; WITHOUT ROWID by the primary key."""
         columns = self._find_range_columns(connection, table)
-        rows = self.count_rows(connection, table, 0)
+        rows = self.count_rows(connection, table)
         if not columns or rows <= limit:
             return []
         relation = f"{quote_identifier(table.name)}{table.where()}"
@@ -237,8 +243,11 @@ class SqliteSource:
         """Return the scanner's relation for *table*, in the way that costs less where both see the same rows."""
         # The connection of ATTACH takes and gives back a mutex several times a value, a third of the scan. sqlite_scan
         # opens one without, which is not in the transaction: of a file that nobody writes to it sees the same. It
-        # reads ranges of what is called rowid, which may be a column.
+        # reads ranges of what is called rowid, which may be a column, and each thread has a connection and ranges of
+        # its own.
         if self._is_copy and self._attached and self._find_range_columns(self._attached, table)[:1] == ["rowid"]:
+            if (table.row_estimate or 0) > _SCAN_ROWS:
+                self._attached.execute(f"SET threads = {self._threads}")
             return f"sqlite_scan({quote_literal(str(self._path))}, {quote_literal(table.name)})"
         return f"source.{quote_identifier(table.name)}"
 
