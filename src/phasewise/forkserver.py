@@ -7,10 +7,11 @@ fork itself, because it runs an event loop and threads, and a fork copies only t
 The worker and the forkserver talk over one Unix socket, in frames: four bytes of length, then JSON.
 
     worker      → forkserver   fork: target, arguments, env, cwd, and the descriptors for stdout and stderr
+    worker      → forkserver   guard | release: a process that the worker itself has started
     forkserver  → worker       ready | forked | refused | exited
 
-When the socket closes, however the worker died, the forkserver kills its children and ends. When the forkserver
-dies, the kernel kills its children (Linux). So nothing that was forked outlives the worker.
+When the socket closes, however the worker died, the forkserver kills its children and what it guards, and ends. When
+the forkserver dies, the kernel kills its children (Linux). So nothing that was forked outlives the worker.
 
 This module imports the standard library and ``phasewise.errors`` alone: what is preloaded is named by the worker.
 """
@@ -137,6 +138,8 @@ class Forkserver:
         self._ready: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._requests: dict[int, asyncio.Future[ForkedProcess]] = {}
         self._children: dict[int, ForkedProcess] = {}
+        #: Process → set when it is guarded no longer.
+        self._guarded: dict[int, asyncio.Event] = {}
         self._task: asyncio.Task[None] | None = None
         #: One line for each module that could not be preloaded.
         self.problems: tuple[str, ...] = ()
@@ -192,14 +195,16 @@ class Forkserver:
 
     @property
     def running(self) -> int:
-        """Number of processes that were asked for and have not ended."""
-        return len(self._requests) + len(self._children)
+        """Number of processes that were asked for and have not ended, and of those that are guarded."""
+        return len(self._requests) + len(self._children) + len(self._guarded)
 
     async def wait_until_idle(self) -> None:
-        """Wait until everything that was forked has ended."""
+        """Wait until everything that was forked has ended, and nothing is guarded."""
         while self.running:
             if self._children:
                 await next(iter(self._children.values())).wait()
+            elif self._guarded:
+                await next(iter(self._guarded.values())).wait()
             else:
                 await asyncio.wait(self._requests.values())
 
@@ -237,6 +242,31 @@ class Forkserver:
         except OSError as exc:
             raise ForkserverDied("The forkserver has ended.") from exc
         return await answer
+
+    async def guard(self, pid: int) -> None:
+        """Have the process *pid*, and all that it starts, killed when this worker ends before ``release``.
+
+        Raises:
+            ForkserverDied: nobody guards it.
+        """
+        if not self.is_alive:
+            raise ForkserverDied("The forkserver has ended.")
+        self._guarded[pid] = asyncio.Event()
+        await self._tell({"guard": pid})
+
+    async def release(self, pid: int) -> None:
+        """Guard a process no longer, because it has ended."""
+        if (released := self._guarded.pop(pid, None)) is not None:
+            released.set()
+            with contextlib.suppress(ForkserverDied):
+                await self._tell({"release": pid})
+
+    async def _tell(self, message: dict[str, int]) -> None:
+        try:
+            async with self._writer_lock:
+                await self._send(json.dumps(message).encode(), [])
+        except OSError as exc:
+            raise ForkserverDied("The forkserver has ended.") from exc
 
     async def _send(self, payload: bytes, fds: list[int]) -> None:
         data = memoryview(_LENGTH.pack(len(payload)) + payload)
@@ -288,8 +318,11 @@ class Forkserver:
         for process in self._children.values():
             process.is_lost = True
             process._finish(-signal.SIGKILL)
+        for released in self._guarded.values():
+            released.set()
         self._requests.clear()
         self._children.clear()
+        self._guarded.clear()
 
     async def aclose(self) -> None:
         """End the forkserver and, by SIGKILL, whatever it has still running."""
@@ -333,6 +366,8 @@ class _Zygote:
     def __init__(self, channel: socket.socket) -> None:
         self._channel = channel
         self._children: set[int] = set()
+        #: Process → when it started: its number may be another's once it has ended.
+        self._guarded: dict[int, str | None] = {}
         self._buffer = bytearray()
         self._fds: list[int] = []
         self._watched: dict[str, tuple[int, int]] = {}
@@ -367,6 +402,7 @@ class _Zygote:
         for pid in self._children:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)
+        _kill_with_descendants({pid for pid, started in self._guarded.items() if started and _started(pid) == started})
 
     def _read(self) -> bool:
         try:
@@ -376,6 +412,12 @@ class _Zygote:
         self._buffer += data
         self._fds += received
         for request in _frames(self._buffer):
+            if "guard" in request:
+                self._guarded[request["guard"]] = _started(request["guard"])
+                continue
+            if "release" in request:
+                self._guarded.pop(request["release"], None)
+                continue
             count = request["fds"]
             fds, self._fds = self._fds[:count], self._fds[count:]
             self._answer(request, fds)
@@ -472,6 +514,31 @@ class _Zygote:
             self._channel.sendall(_LENGTH.pack(len(payload)) + payload)
         except OSError:
             pass  # the worker is gone: the next read says so
+
+
+def _read_stat(pid: int) -> list[str]:
+    """Return the fields of /proc/<pid>/stat (proc(5)) from the third on; none for a process that is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()  # the name may hold anything
+    except (OSError, UnicodeDecodeError):
+        return []
+
+
+def _started(pid: int) -> str | None:
+    fields = _read_stat(pid)
+    return fields[19] if fields else None
+
+
+def _kill_with_descendants(pids: set[int]) -> None:
+    processes = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
+    parents = {pid: int(fields[1]) for pid in processes if (fields := _read_stat(pid))}
+    doomed: set[int] = set()
+    while pids:
+        doomed |= pids
+        pids = {pid for pid, parent in parents.items() if parent in doomed} - doomed
+    for pid in doomed:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def _attempt(action: Callable[[str], object], name: str) -> str | None:

@@ -275,13 +275,16 @@ class WarmProcessWorker(ProcessWorker):
         reason = await self._why_not_warm(configuration)
         if reason is not None:
             self.get_flow_run_logger(flow_run).info("Starting a new Python for this run: %s", reason)
+            guards = _Guards(task_status or anyio.TASK_STATUS_IGNORED, self._zygotes)
             try:
-                return await super().run(flow_run, configuration, task_status)
+                return await super().run(flow_run, configuration, guards)
             except asyncio.CancelledError:  # the worker is ending, and the process of the run has
                 if self._draining:
                     with anyio.move_on_after(_END_SECONDS, shield=True):
                         await self._executors.schedule_again(flow_run.id)
                 raise
+            finally:
+                guards.release()
         with working_directory(configuration.working_dir) as folder:
             assert isinstance(configuration, WarmProcessJobConfiguration)
             self._jobs[flow_run.id] = await self._plan(configuration, flow_run, folder)
@@ -687,6 +690,20 @@ class _LimitsMemory(anyio.abc.TaskStatus[int]):
         assert value is not None
         limit_memory(value, self.size_bytes)
         self.task_status.started(value)
+
+
+class _Guards(anyio.abc.TaskStatus[int]):
+    """Has a process that is not forked killed along with the worker, from when it is known until ``release``."""
+
+    def __init__(self, task_status: anyio.abc.TaskStatus[int], zygotes: Zygotes) -> None:
+        self._task_status = task_status
+        self._zygotes = zygotes
+        self.release: Callable[[], None] = lambda: None
+
+    def started(self, value: int | None = None) -> None:
+        assert value is not None
+        self.release = self._zygotes.guard(value)
+        self._task_status.started(value)
 
 
 @dataclass(frozen=True)

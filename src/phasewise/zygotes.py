@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import anyio
@@ -105,6 +105,22 @@ class Zygotes:
             self._replacing = server
             self._in_background(self._replace_when_ready(server))
         return process
+
+    def guard(self, pid: int) -> Callable[[], None]:
+        """Have a process that the worker has started killed when the worker is; call what is returned at its end.
+
+        Where the forkserver does not start nobody guards it, as with Prefect's own worker.
+        """
+        ended = asyncio.Event()
+        self._in_background(self._guard(pid, ended))
+        return ended.set
+
+    async def _guard(self, pid: int, ended: asyncio.Event) -> None:
+        server = await self.current()
+        if not ended.is_set():
+            await server.guard(pid)
+            await ended.wait()
+            await server.release(pid)
 
     def replace(self, reason: str) -> None:
         """Fork what comes from now on from a new forkserver."""

@@ -394,11 +394,14 @@ async def test_a_stopped_worker_lets_runs_finish(runs: Runs, stack: StackInfo, j
     assert (await drained.client.read_flow_run(run.id)).state_name == "Completed"
 
 
-async def test_a_worker_killed_by_kill_9_leaves_no_process_of_a_run(runs: Runs, stack: StackInfo) -> None:
+@WAYS
+async def test_a_worker_killed_by_kill_9_leaves_no_process_of_a_run(
+    runs: Runs, stack: StackInfo, job: dict[str, Any]
+) -> None:
     killed = Runs(client=runs.client, pool="killed")
     with worker_of_a_pool("killed", stack) as worker:
         await until_pool_exists(killed)
-        run = await killed.until(await killed.start("asleep"), "Running")
+        run = await killed.until(await killed.start("asleep", job_variables=job), "Running")
         process = await pid_of(killed, run)
         assert is_alive(process)
 

@@ -308,6 +308,63 @@ async def test_a_worker_killed_by_kill_9_leaves_no_forkserver_and_no_child(folde
     await until(lambda: not any(map(is_alive, pids)))
 
 
+#: A process that has started another one, which prints its number, in a session of its own.
+FAMILY = """
+import subprocess, sys
+code = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
+subprocess.run([sys.executable, "-c", code], start_new_session=True)
+"""
+
+
+async def test_what_is_guarded_is_killed_with_what_it_started_when_the_worker_is(folder: Path) -> None:
+    worker = textwrap.dedent(
+        f"""
+        import asyncio, os, subprocess, sys
+        from phasewise.forkserver import Forkserver
+
+        def start():
+            process = subprocess.Popen([sys.executable, "-c", {FAMILY!r}], stdout=subprocess.PIPE)
+            return process, int(process.stdout.readline())
+
+        async def main():
+            server = await Forkserver.start()
+            families = [start(), start(), start()]
+            for process, _ in families[1:]:
+                await server.guard(process.pid)
+            await server.release(families[2][0].pid)
+            print(*[pid for process, child in families for pid in (process.pid, child)], flush=True)
+            await asyncio.sleep(600)
+
+        asyncio.run(main())
+        """
+    )
+    command = [sys.executable, "-c", worker]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=folder) as process:  # noqa: ASYNC220
+        assert process.stdout is not None
+        pids = [int(pid) for pid in (await asyncio.to_thread(process.stdout.readline)).split()]
+        process.kill()
+    others = [*pids[:2], *pids[4:]]
+    try:
+        assert len(pids) == 6
+        await until(lambda: not any(map(is_alive, pids[2:4])))
+        assert all(map(is_alive, others))
+    finally:
+        for pid in others:
+            os.kill(pid, signal.SIGKILL)
+
+
+async def test_a_forkserver_is_idle_only_when_it_guards_nothing(server: Forkserver) -> None:
+    with subprocess.Popen(["sleep", "600"]) as process:  # noqa: ASYNC220
+        await server.guard(process.pid)
+        idle = asyncio.create_task(server.wait_until_idle())
+        await asyncio.sleep(0.1)
+        assert not idle.done()
+
+        process.kill()
+    await server.release(process.pid)
+    await asyncio.wait_for(idle, 5)
+
+
 async def test_a_forkserver_that_cannot_start_says_so(folder: Path) -> None:
     with pytest.raises(ForkserverDied):
         await Forkserver.start(env={"PYTHONHOME": str(folder)}, timeout=10)
