@@ -23,7 +23,6 @@ import secrets
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -32,9 +31,10 @@ from typing import Any
 
 import duckdb
 
-from phasewise.disk import explain_os_error, explain_write, sync_path
+from phasewise.disk import explain_os_error
 from phasewise.errors import NothingStaged, PhasewiseError, SourceUnavailable, StagingError
 from phasewise.exchange import fetch_staging, remove_shared, write_shared, write_shared_once
+from phasewise.extraction import find_key_table, read_rows
 from phasewise.lake import open_session, read_parquet, use_one_thread
 from phasewise.loads import (
     FULL_LOAD,
@@ -46,7 +46,6 @@ from phasewise.loads import (
     read_lake,
     select_new_rows,
 )
-from phasewise.parquet import mend_parquet, write_parquet
 from phasewise.partitions import (
     Partition,
     SplitTable,
@@ -62,13 +61,11 @@ from phasewise.sources import (
     Column,
     SnapshotToken,
     Source,
-    SourceTable,
-    StagedRows,
     describe_project_table,
     find_moment,
     open_source,
 )
-from phasewise.storage import FILE_PREFIX, StoredFile, create_storage_secret, explain_storage, is_stored, list_stored
+from phasewise.storage import FILE_PREFIX, StoredFile, create_storage_secret, is_stored, list_stored
 
 #: Layout of manifest.json; a manifest of another version is extracted again.
 MANIFEST_VERSION = 1
@@ -587,8 +584,8 @@ def _extract(
             whole = replace(whole, conditions=(*whole.conditions, part.condition))
             use_one_thread(connection)  # the parts are read beside one another
         table = select_new_rows(source, whole, load)
-        keys = _find_key_table(whole, load)
-        rows, source_rows = _copy(connection, source, table, path, snapshot, keys=keys, keys_path=keys_path)
+        keys = find_key_table(whole, load)
+        rows, source_rows = read_rows(connection, source, table, path, snapshot, keys=keys, keys_path=keys_path)
         load = replace(load, until=find_mark(connection, load, table, read_parquet([path])))
         size_bytes = measure_file(connection, path) or 0
     manifest = Manifest(
@@ -627,92 +624,6 @@ def _name_file(project: Project, folder: Path, *, prefix: str = "") -> Path | St
     if project.is_stored:
         return StoredFile(f"{project.data_path}main/{folder.name}/{FILE_PREFIX}{name}")
     return folder / name
-
-
-def _copy(
-    connection: duckdb.DuckDBPyConnection,
-    source: Source,
-    table: SourceTable,
-    path: Path | StoredFile,
-    snapshot: SnapshotToken | None,
-    *,
-    keys: SourceTable | None,
-    keys_path: Path | StoredFile,
-) -> tuple[int, int]:
-    """Write the table's rows to *path*; return how many they are, here and as the source counts.
-
-    The rows of *keys*, the table without a cursor and with its key alone, are written to *keys_path*.
-    """
-    try:
-        source.begin(connection, table, snapshot)
-        rows = write_parquet(connection, source.select(table), path, table)
-        if keys is not None:
-            # After the rows: where the source holds no moment, a row that came meanwhile must not count as deleted.
-            write_parquet(connection, source.select(keys), keys_path, keys)
-        files = [path, *([keys_path] if keys is not None else [])]
-        for file in files:
-            mend_parquet(connection, file)
-        with _syncing(files):
-            source_rows = source.count_rows(connection, table, StagedRows(rows=rows, file=path))
-        connection.execute("COMMIT")
-    except PhasewiseError:
-        _abandon(connection, path)
-        raise
-    # UnicodeDecodeError: DuckDB quotes bytes of the source in messages, whether they are UTF-8 or not.
-    except (duckdb.Error, UnicodeDecodeError) as exc:
-        _abandon(connection, path)
-        raise _find_staging_error(path, exc) or source.explain(connection, table, exc) from exc
-    return rows, source_rows
-
-
-@contextmanager
-def _syncing(files: Sequence[Path | StoredFile]) -> Iterator[None]:
-    """Let *files* reach the disk, beside the block: the manifest says that they are there, and comes after them.
-
-    Raises:
-        StagingError: one could not be written.
-    """
-    with ThreadPoolExecutor(1) as thread:
-        synced = {file: thread.submit(sync_path, file) for file in files if isinstance(file, Path)}
-        yield
-        for file, done in synced.items():
-            try:
-                done.result()
-            except OSError as exc:
-                raise explain_os_error(file.parent, exc) from exc
-
-
-def _find_key_table(table: SourceTable, load: Load) -> SourceTable | None:
-    """Return *table* with the columns of its key alone, where deleted rows are found by them."""
-    if not load.deletes or load.is_replaced or load.reads_all:
-        return None
-    return replace(table, columns=tuple(column for column in table.columns if column.name in load.key))
-
-
-def _abandon(connection: duckdb.DuckDBPyConnection, path: Path | StoredFile) -> None:
-    if isinstance(path, Path):  # an upload to S3 that is not finished leaves nothing that could be seen
-        path.unlink(missing_ok=True)
-    try:
-        connection.execute("ROLLBACK")
-    except duckdb.Error:
-        pass  # the failed statement may have ended the transaction itself
-
-
-def _find_staging_error(path: Path | StoredFile, exc: Exception) -> StagingError | None:
-    """Tell a failure to write from a failure to read: DuckDB raises one class for both."""
-    text = str(exc)
-    if isinstance(path, StoredFile) and isinstance(exc, duckdb.IOException):
-        return explain_storage(path, exc)
-    if not isinstance(exc, duckdb.IOException | duckdb.OutOfMemoryException):
-        return None
-    if isinstance(exc, duckdb.OutOfMemoryException):
-        return StagingError(
-            f"Extracting into {path.parent} needs more memory than allowed: {text.splitlines()[0]}.",
-            hint="Raise PHASEWISE_EXTRACT_MEMORY_LIMIT, or lower PHASEWISE_THREADS.",
-        )
-    if isinstance(path, StoredFile) or (str(path.parent) not in text and "No space left" not in text):
-        return None
-    return explain_write(path.parent, text)
 
 
 def _batch_folder(project: Project, batch: str) -> Path:

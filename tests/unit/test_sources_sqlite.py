@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 
 from phasewise import lake, staging
 from phasewise.errors import ProjectError, SchemaDrift, SourceError, SourceUnavailable, TableMissing, UnfaithfulValue
+from phasewise.extraction import read_rows
 from phasewise.project import Project, load_project
 from phasewise.settings import Settings
 from phasewise.sources import check_project, list_project_tables, open_source
@@ -667,7 +668,7 @@ def test_a_lock_that_comes_between_check_and_scan_is_named_too(tmp_path: Path):
             hold_exclusively(tmp_path / "source.db"),
             pytest.raises(SourceUnavailable, match="is locked by another program"),
         ):
-            staging._copy(connection, source, table, rows, None, keys=None, keys_path=keys)
+            read_rows(connection, source, table, rows, None, keys=None, keys_path=keys)
 
 
 def test_a_column_without_a_name_is_refused(tmp_path: Path):
