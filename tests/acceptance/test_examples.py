@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import uuid
@@ -14,6 +13,7 @@ from phasewise.project import Project, load_project
 from phasewise.samples import SAMPLE_SETTINGS
 from phasewise.snapshots import query_warehouse
 from tests.acceptance.conftest import CHECKOUT, Shell
+from tests.servers import find_postgres
 
 pytestmark = pytest.mark.timeout(200)
 
@@ -46,12 +46,11 @@ def test_the_folder_of_files_is_published_and_its_bad_rows_are_set_aside(shell: 
 @pytest.fixture
 def shop_url() -> Iterator[str]:
     """A PostgreSQL database of its own."""
-    host, name = os.environ.get("PGHOST", "127.0.0.1"), f"shop_{uuid.uuid4().hex[:10]}"
-    server = f"postgresql://postgres:a%20secret@{host}:5432"
-    try:
-        psql(f"{server}/postgres", "-c", f"create database {name}")
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip(f"no PostgreSQL on {host}:5432")
+    address, name = find_postgres(), f"shop_{uuid.uuid4().hex[:10]}"
+    if address.why_not:
+        pytest.skip(address.why_not)
+    server = f"postgresql://postgres:a%20secret@{address}"
+    psql(f"{server}/postgres", "-c", f"create database {name}")
     yield f"{server}/{name}"
     psql(f"{server}/postgres", "-c", f"drop database {name} with (force)")
 

@@ -24,7 +24,7 @@ from phasewise.samples import SAMPLE_SETTINGS, change_source, write_project
 from phasewise.snapshots import query_warehouse
 from phasewise.stack import StackInfo, find_stack, running_stack
 from tests.acceptance.conftest import SHOP, Shell, wait_for
-from tests.integration.test_source_postgres import is_reachable, psql
+from tests.servers import find_postgres, psql
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -436,7 +436,7 @@ def test_g03_a_process_that_ignores_sigterm_is_killed_after_the_grace_time(serve
     server.wait(run, "CANCELLED", 30)
 
 
-@pytest.mark.skipif(not is_reachable(), reason="no PostgreSQL on its usual port")
+@find_postgres().needed()
 def test_g03_a_query_in_flight_is_interrupted_at_the_source(
     stack: StackInfo, stack_shell: Shell, tmp_path: Path
 ) -> None:

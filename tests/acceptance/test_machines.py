@@ -18,7 +18,8 @@ from phasewise.samples import SAMPLE_SETTINGS
 from phasewise.snapshots import query_warehouse
 from phasewise.stack import StackInfo, running_stack
 from tests.acceptance.conftest import POOL, SHOP, wait_for
-from tests.integration.warehouses import HOST, is_postgres_reachable, postgres_catalog, psql, s3_bucket
+from tests.integration.warehouses import postgres_catalog, s3_bucket
+from tests.servers import find_postgres, psql
 
 
 def can_mount() -> bool:
@@ -31,7 +32,7 @@ def can_mount() -> bool:
 
 pytestmark = [
     pytest.mark.skipif(not can_mount(), reason="giving each worker a folder of its own needs root (unshare --mount)"),
-    pytest.mark.skipif(not is_postgres_reachable(), reason=f"no PostgreSQL with a database `test` on {HOST}:5432"),
+    find_postgres().needed(),
 ]
 
 
@@ -46,7 +47,7 @@ def machines(tmp_path: Path) -> Iterator[tuple[Path, Path, Path]]:
             path.mkdir()
             (one / "marts").mkdir(parents=True)
             (one / "marts" / "revenue.sql").write_text("select sum(amount) as total from orders")
-            url = f"postgresql://postgres:a%20secret@{HOST}:5432/test?schema={schema}"
+            url = f"postgresql://postgres:a%20secret@{find_postgres()}/test?schema={schema}"
             (one / "phasewise.toml").write_text(
                 f'[project]\nname = "shop"\n[source]\nurl = "{url}"\n'
                 f'[warehouse]\ncatalog = "{catalog}"\ndata = "{data}"\n'

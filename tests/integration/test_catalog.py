@@ -21,13 +21,12 @@ from phasewise.publish import publish_batch, rollback_batch
 from phasewise.samples import SAMPLE_SETTINGS, change_source, stage_batch, write_project
 from phasewise.snapshots import diff_batches, query_warehouse
 from phasewise.staging import list_manifests, read_manifest
-from tests.integration.warehouses import HOST, is_postgres_reachable, postgres_catalog, psql
+from tests.integration.warehouses import postgres_catalog
+from tests.servers import find_postgres, psql
 
 SETTINGS = SAMPLE_SETTINGS
 
-pytestmark = pytest.mark.skipif(
-    not is_postgres_reachable(), reason=f"no PostgreSQL with a database `test` on {HOST}:5432"
-)
+pytestmark = find_postgres().needed()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -130,7 +129,7 @@ def test_a_warehouse_of_a_newer_phasewise_is_refused(project: Project, catalog: 
 
 
 def test_a_catalog_that_does_not_answer_is_named_without_its_password(project: Project, tmp_path: Path):
-    url = f"postgresql://postgres:hush@{HOST}:1/test?schema=x"
+    url = f"postgresql://postgres:hush@{find_postgres().host}:1/test?schema=x"
     away = project.model_copy(update={"catalog": url})
 
     with pytest.raises(LakeError, match=r"postgresql://postgres:\*\*\*@.*Connection refused") as caught:

@@ -17,8 +17,7 @@ from phasewise.samples import SAMPLE_SETTINGS as SETTINGS
 from phasewise.samples import stage_batch
 from phasewise.snapshots import open_reader
 from phasewise.staging import read_manifest
-from tests.integration import test_source_mysql as mysql
-from tests.integration import test_source_postgres as postgres
+from tests.servers import find_mariadb, find_postgres, mariadb, psql
 
 Case = tuple[str, list[str], list[str]]
 #: Type, the values of the first batch (the second is the last), those that come later, which of these are new: the
@@ -41,41 +40,41 @@ def _preloaded():
     lake.preload_extensions(("postgres_scanner", "mysql_scanner", "ducklake", "sqlite_scanner"))
 
 
-@pytest.mark.skipif(not postgres.is_reachable(), reason="no PostgreSQL")
+@find_postgres().needed()
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("mode", ["append", "merge"])
 def test_postgres_gives_what_is_beyond_the_cursor(tmp_path: Path, mode: str):
     schema = f"pw_{uuid.uuid4().hex[:10]}"
-    postgres.psql(f"CREATE SCHEMA {schema}")
+    psql(f"CREATE SCHEMA {schema}")
     try:
         check(
             tmp_path,
             mode,
-            f"postgresql://postgres@{postgres.HOST}/test?schema={schema}",
+            f"postgresql://postgres@{find_postgres()}/test?schema={schema}",
             {"moment": "timestamp", "zoned": "timestamptz"},
-            lambda sql: postgres.psql(f"SET timezone = 'UTC'; {sql}", schema),
+            lambda sql: psql(f"SET timezone = 'UTC'; {sql}", schema),
         )
     finally:
-        postgres.psql(f"DROP SCHEMA {schema} CASCADE")
+        psql(f"DROP SCHEMA {schema} CASCADE")
 
 
-@pytest.mark.skipif(not mysql.is_reachable(), reason="no MariaDB")
+@find_mariadb().needed()
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("mode", ["append", "merge"])
 def test_mariadb_gives_what_is_beyond_the_cursor(tmp_path: Path, mode: str):
     database = f"pw_{uuid.uuid4().hex[:10]}"
     before = "SET time_zone = '+00:00', sql_mode = 'NO_BACKSLASH_ESCAPES'"
-    mysql.mariadb(f"CREATE DATABASE {database} CHARACTER SET utf8mb4")
+    mariadb(f"CREATE DATABASE {database} CHARACTER SET utf8mb4")
     try:
         check(
             tmp_path,
             mode,
-            f"mysql://root@{mysql.HOST}/{database}",
+            f"mysql://root@{find_mariadb()}/{database}",
             {"moment": "datetime(6)", "zoned": "timestamp(6) null"},
-            lambda sql: mysql.mariadb(f"{before}; {sql}", database),
+            lambda sql: mariadb(f"{before}; {sql}", database),
         )
     finally:
-        mysql.mariadb(f"DROP DATABASE {database}")
+        mariadb(f"DROP DATABASE {database}")
 
 
 #: Of the formats that know no types, or of which a reader guesses them: what the contract says.

@@ -16,13 +16,12 @@ from phasewise.project import Project, load_project
 from phasewise.publish import publish_batch
 from phasewise.samples import SAMPLE_SETTINGS, write_project
 from phasewise.snapshots import query_warehouse
-from tests.integration.warehouses import HOST, is_postgres_reachable, postgres_catalog, s3_bucket
+from tests.integration.warehouses import postgres_catalog, s3_bucket
+from tests.servers import find_postgres
 
 SETTINGS = SAMPLE_SETTINGS
 
-pytestmark = pytest.mark.skipif(
-    not is_postgres_reachable(), reason=f"no PostgreSQL with a database `test` on {HOST}:5432"
-)
+pytestmark = find_postgres().needed()
 
 
 @pytest.fixture(scope="module", autouse=True)

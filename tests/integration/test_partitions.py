@@ -19,8 +19,7 @@ from phasewise import lake, staging
 from phasewise.errors import StagingError
 from phasewise.project import Project, load_project
 from phasewise.settings import Settings
-from tests.integration import test_source_mysql as mysql
-from tests.integration.test_source_postgres import HOST, is_reachable, psql
+from tests.servers import find_mariadb, find_postgres, mariadb, psql
 
 SETTINGS = Settings(threads=2, memory_limit="512MB", min_free_bytes=0)
 ROWS = 50_000
@@ -28,7 +27,8 @@ LIMIT = 13_000
 #: Every account once, and no transfer half.
 ACCOUNTS = "count(*), count(DISTINCT id), sum(balance)::BIGINT"
 
-needs_postgres = pytest.mark.skipif(not is_reachable(), reason=f"no PostgreSQL with a database `test` on {HOST}:5432")
+POSTGRES = find_postgres()
+needs_postgres = POSTGRES.needed()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -50,7 +50,7 @@ def write_project(root: Path, url: str, more: str = "") -> Project:
 
 
 def postgres_url(schema: str) -> str:
-    return f"postgresql://postgres@{HOST}:5432/test?schema={schema}"
+    return f"postgresql://postgres@{POSTGRES}/test?schema={schema}"
 
 
 def run_batch(project: Project, **environment: str) -> str:
@@ -144,7 +144,7 @@ def test_a_postgres_table_in_parts_is_its_source_at_one_moment(tmp_path: Path, s
     with writing(transfer) as transfers:
         printed = run_batch(project)
 
-    attach = f"'host={HOST} user=postgres dbname=test' AS source (TYPE postgres, READ_ONLY, SCHEMA '{schema}')"
+    attach = f"'{postgres_url('')}' AS source (TYPE postgres, READ_ONLY, SCHEMA '{schema}')"
     assert len(transfers) > 1
     assert "Triggering 8 instances of process-table-etl" in printed, printed
     assert find_differences(project, attach, "plain", schema) == []
@@ -334,14 +334,14 @@ def test_a_table_that_is_written_anew_in_the_middle_never_looks_complete(tmp_pat
 @pytest.fixture
 def database() -> Iterator[str]:
     name = f"pw_{uuid.uuid4().hex[:10]}"
-    mysql.mariadb(f"CREATE DATABASE {name}")
+    mariadb(f"CREATE DATABASE {name}")
     yield name
-    mysql.mariadb(f"DROP DATABASE {name}")
+    mariadb(f"DROP DATABASE {name}")
 
 
-@pytest.mark.skipif(not mysql.is_reachable(), reason=f"no MariaDB with a free root on {mysql.HOST}:3306")
+@find_mariadb().needed()
 def test_a_mysql_table_is_divided_by_its_key_in_the_servers_own_order(tmp_path: Path, database: str):
-    mysql.mariadb(
+    mariadb(
         """
         CREATE TABLE t (name varchar(20) COLLATE utf8mb4_general_ci, n bigint, PRIMARY KEY (name, n));
         INSERT INTO t SELECT concat(if(seq % 2, 'A', 'a'), '''ü', seq % 7), seq FROM seq_1_to_20000;
@@ -351,7 +351,7 @@ def test_a_mysql_table_is_divided_by_its_key_in_the_servers_own_order(tmp_path: 
         database,
     )
     more = "".join(f"[table.{table}]\npartition_rows = 6000\n" for table in ("t", "amounts"))
-    project = write_project(tmp_path, f"mysql://root@{mysql.HOST}/{database}", more)
+    project = write_project(tmp_path, f"mysql://root@{find_mariadb()}/{database}", more)
 
     for table, columns in (("t", "(name, n)"), ("amounts", "amount")):
         parts = stage(project, table, batch=table)
@@ -364,9 +364,9 @@ def test_a_mysql_table_is_divided_by_its_key_in_the_servers_own_order(tmp_path: 
         assert counted == (20000,)
 
 
-@pytest.mark.skipif(not mysql.is_reachable(), reason=f"no MariaDB with a free root on {mysql.HOST}:3306")
+@find_mariadb().needed()
 def test_a_mysql_table_without_a_key_is_divided_by_its_cursor(tmp_path: Path, database: str):
-    mysql.mariadb(
+    mariadb(
         """
         CREATE TABLE t (id int, n bigint unsigned, amount decimal(38, 10), day date, moment timestamp(6) NULL);
         INSERT INTO t SELECT seq, seq * seq * seq, exp(seq / 2000), date '1000-01-01' + interval sqrt(seq) day,
@@ -376,4 +376,4 @@ def test_a_mysql_table_without_a_key_is_divided_by_its_cursor(tmp_path: Path, da
         database,
     )
 
-    check_divided_by_cursors(tmp_path, f"mysql://root@{mysql.HOST}/{database}", ("amount", "moment"))
+    check_divided_by_cursors(tmp_path, f"mysql://root@{find_mariadb()}/{database}", ("amount", "moment"))

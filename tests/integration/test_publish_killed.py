@@ -21,7 +21,8 @@ from phasewise.publish import publish_batch
 from phasewise.samples import SAMPLE_SETTINGS, change_source, stage_batch, write_project
 from phasewise.snapshots import list_publications, open_reader
 from phasewise.staging import list_manifests, read_plan
-from tests.integration.warehouses import HOST, drop_catalog, fork, is_postgres_reachable, postgres_catalog
+from tests.integration.warehouses import drop_catalog, fork, postgres_catalog
+from tests.servers import find_postgres
 
 SETTINGS = SAMPLE_SETTINGS
 TABLES = [f"t{number}" for number in range(3)]
@@ -39,8 +40,8 @@ def warehouse(request: pytest.FixtureRequest) -> Iterator[str]:
     if request.param == "sqlite":
         yield ""
         return
-    if not is_postgres_reachable():
-        pytest.skip(f"no PostgreSQL with a database `test` on {HOST}:5432")
+    if why_not := find_postgres().why_not:
+        pytest.skip(why_not)
     with postgres_catalog() as url:
         yield f'[warehouse]\ncatalog = "{url}"\n'
 

@@ -30,28 +30,19 @@ from phasewise.settings import Settings
 from phasewise.snapshots import open_reader
 from phasewise.source_contract import PASSWORD, ROWS, SourceContract
 from phasewise.sources import check_project, list_project_tables, mysql_moment, open_source
+from tests.servers import find_mariadb, mariadb
 
 SETTINGS = Settings(threads=2, memory_limit="512MB", connect_timeout=2)
-HOST = os.environ.get("MYSQL_HOST", "127.0.0.1")
+MARIADB = find_mariadb()
 
 
-def mariadb(sql: str, database: str = "") -> str:
-    command = ["mariadb", "-h", HOST, "-u", "root", "--default-character-set=utf8mb4", "-N", database]
-    environment = {name: value for name, value in os.environ.items() if name != "MYSQL_PWD"}
-    done = subprocess.run(command, input=sql, text=True, capture_output=True, check=True, env=environment)
-    return done.stdout
-
-
-def is_reachable() -> bool:
-    try:
-        return mariadb("SELECT 1").strip() == "1"
-    except (OSError, subprocess.CalledProcessError):
-        return False
-
-
-pytestmark = pytest.mark.skipif(not is_reachable(), reason=f"no MariaDB with a free root on {HOST}:3306")
+pytestmark = MARIADB.needed()
 
 Make = Callable[..., Project]
+
+
+def connect(database: str) -> pymysql.connections.Connection:
+    return pymysql.connect(host=MARIADB.host, port=MARIADB.port, user="root", database=database)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -76,7 +67,7 @@ def make(tmp_path: Path, database: str) -> Make:
     def make_project(script: str = "", more: str = "") -> Project:
         if script:
             mariadb(f"SET sql_mode = 'ALLOW_INVALID_DATES'; {script}", database)
-        url = f"mysql://{database}:a%20secret%2F%3A%40@{HOST}:3306/{database}"
+        url = f"mysql://{database}:a%20secret%2F%3A%40@{MARIADB}/{database}"
         (tmp_path / "phasewise.toml").write_text(f'[project]\nname = "t"\n[source]\nurl = "{url}"\n{more}')
         return load_project(tmp_path)
 
@@ -244,7 +235,7 @@ def transfers(database: str) -> Iterator[list[int]]:
     done, is_over = [0], threading.Event()
 
     def move() -> None:
-        with closing(pymysql.connect(host=HOST, user="root", database=database)) as connection:
+        with closing(connect(database)) as connection:
             while not is_over.is_set():
                 source, target = random.sample(ACCOUNTS, 2)
                 with connection.cursor() as cursor:
@@ -328,7 +319,7 @@ def test_a_lock_that_is_not_to_be_had_holds_nobody_up(make: Make, database: str,
     mariadb(f"GRANT RELOAD ON *.* TO {database}@'%'")
     monkeypatch.setattr(mysql_moment, "_LOCK_SECONDS", 1)
 
-    with closing(pymysql.connect(host=HOST, user="root", database=database)) as other:
+    with closing(connect(database)) as other:
         other.query("LOCK TABLES t WRITE")
         with staging.open_snapshot(project, SETTINGS, "b1") as token:
             pass
@@ -339,7 +330,7 @@ def test_a_lock_that_is_not_to_be_had_holds_nobody_up(make: Make, database: str,
 def test_a_login_that_fails_is_the_reason_why_no_moment_is_held(make: Make, database: str):
     project = make("CREATE TABLE t (id int)")
     toml = project.root / "phasewise.toml"
-    toml.write_text(toml.read_text().replace(f":3306/{database}", f":3306/{database}?ssl_mode=required"))
+    toml.write_text(toml.read_text().replace(f"{MARIADB}/{database}", f"{MARIADB}/{database}?ssl_mode=required"))
     project = load_project(project.root)
 
     with staging.open_snapshot(project, SETTINGS, "b1") as token:
@@ -475,9 +466,9 @@ def test_nothing_of_a_moment_is_left(make: Make, database: str):
 @pytest.mark.parametrize("change", ["port", "password", "database"])
 def test_a_server_that_does_not_answer_is_named_without_its_password(tmp_path: Path, database: str, change: str):
     password = "topsecret" if change == "password" else "a%20secret%2F%3A%40"
-    port = 1 if change == "port" else 3306
+    port = 1 if change == "port" else MARIADB.port
     name = "no_such" if change == "database" else database
-    url = f"mysql://{database}:{password}@{HOST}:{port}/{name}"
+    url = f"mysql://{database}:{password}@{MARIADB.host}:{port}/{name}"
     (tmp_path / "phasewise.toml").write_text(f'[project]\nname = "t"\n[source]\nurl = "{url}"\n')
 
     with pytest.raises(SourceUnavailable, match=r"does not answer: ") as caught:
@@ -507,4 +498,4 @@ class TestMysqlContract(SourceContract):
             "CREATE TABLE contract_empty (id bigint PRIMARY KEY, label text)",
             self.database,
         )
-        return f"mysql://{self.database}:{PASSWORD}@{HOST}:3306/{self.database}"
+        return f"mysql://{self.database}:{PASSWORD}@{MARIADB}/{self.database}"

@@ -26,25 +26,13 @@ from phasewise.settings import Settings
 from phasewise.snapshots import open_reader
 from phasewise.source_contract import PASSWORD, ROWS, SourceContract
 from phasewise.sources import check_project, list_project_tables, open_source
+from tests.servers import find_postgres, psql, psql_command
 
 SETTINGS = Settings(threads=2, memory_limit="512MB", connect_timeout=2)
-HOST = os.environ.get("PGHOST", "127.0.0.1")
+POSTGRES = find_postgres()
 
 
-def psql(sql: str, schema: str = "public") -> str:
-    command = ["psql", "-h", HOST, "-U", "postgres", "-d", "test", "-v", "ON_ERROR_STOP=1", "-qAt"]
-    environment = {**os.environ, "PGOPTIONS": f"-c search_path={schema} -c client_min_messages=error"}
-    return subprocess.run(command, input=sql, text=True, capture_output=True, check=True, env=environment).stdout
-
-
-def is_reachable() -> bool:
-    try:
-        return psql("SELECT 1").strip() == "1"
-    except (OSError, subprocess.CalledProcessError):
-        return False
-
-
-pytestmark = pytest.mark.skipif(not is_reachable(), reason=f"no PostgreSQL with a database `test` on {HOST}:5432")
+pytestmark = POSTGRES.needed()
 
 Make = Callable[..., Project]
 
@@ -67,7 +55,7 @@ def make(tmp_path: Path, schema: str) -> Make:
     def make_project(script: str = "", more: str = "") -> Project:
         if script:
             psql(script, schema)
-        url = f"postgresql://postgres:a%20secret@{HOST}:5432/test?schema={schema}"
+        url = f"postgresql://postgres:a%20secret@{POSTGRES}/test?schema={schema}"
         (tmp_path / "phasewise.toml").write_text(f'[project]\nname = "t"\n[source]\nurl = "{url}"\n{more}')
         return load_project(tmp_path)
 
@@ -429,7 +417,7 @@ def transfers(schema: str) -> Iterator[Callable[[], int]]:
             PERFORM nextval('done'); COMMIT;
         END LOOP; END $$;
     """
-    command = ["psql", "-h", HOST, "-U", "postgres", "-d", "test", "-qc", move]
+    command = [*psql_command(), "-c", move]
     environment = {**os.environ, "PGOPTIONS": f"-c search_path={schema}", "PGAPPNAME": schema}
     with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as writer:
         try:
@@ -480,7 +468,7 @@ def is_held(snapshot: str) -> bool:
 
 @pytest.mark.parametrize("change", ["port", "user", "database", "host"])
 def test_a_server_that_does_not_answer_is_named_without_its_password(tmp_path: Path, change: str):
-    user, host, port, database = "postgres", HOST, "5432", "test"
+    user, host, port, database = "postgres", POSTGRES.host, str(POSTGRES.port), "test"
     if change == "port":
         port = "1"
     elif change == "user":
@@ -526,4 +514,4 @@ class TestPostgresContract(SourceContract):
             "CREATE TABLE contract_empty (id bigint PRIMARY KEY, label text)",
             self.schema,
         )
-        return f"postgresql://postgres:{PASSWORD}@{HOST}:5432/test?schema={self.schema}"
+        return f"postgresql://postgres:{PASSWORD}@{POSTGRES}/test?schema={self.schema}"

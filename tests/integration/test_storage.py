@@ -23,7 +23,8 @@ from phasewise.samples import SAMPLE_SETTINGS, change_source, stage_batch, write
 from phasewise.snapshots import open_reader, query_warehouse
 from phasewise.storage import create_storage_secret, list_stored
 from phasewise.warehouse_commands import diff, rollback, snapshots
-from tests.integration.warehouses import HOST, fork, is_postgres_reachable, postgres_catalog, s3_bucket
+from tests.integration.warehouses import fork, postgres_catalog, s3_bucket
+from tests.servers import find_postgres
 
 SETTINGS = SAMPLE_SETTINGS
 AT_ONCE = SETTINGS.model_copy(update={"snapshot_retention_days": 0})
@@ -46,8 +47,8 @@ def catalog(request: pytest.FixtureRequest) -> Iterator[str]:
     if request.param == "sqlite":
         yield ""
         return
-    if not is_postgres_reachable():
-        pytest.skip(f"no PostgreSQL with a database `test` on {HOST}:5432")
+    if why_not := find_postgres().why_not:
+        pytest.skip(why_not)
     with postgres_catalog() as url:
         yield f'catalog = "{url}"'
 

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
-import subprocess
-import tempfile
-import time
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -20,11 +17,10 @@ from phasewise.errors import SourceUnavailable
 from phasewise.project import Project, load_project
 from phasewise.settings import Settings
 from phasewise.sources import check_project, describe_project_table, open_source
+from tests.servers import NOBODY, find_binary, find_port, new_home, run, running
 
 SETTINGS = Settings(threads=2, memory_limit="256MB", connect_timeout=5, min_free_bytes=0)
 PASSWORD = "hush-hush"
-#: PostgreSQL refuses to run as root.
-NOBODY = 65534 if os.geteuid() == 0 else None
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed"),
@@ -58,7 +54,7 @@ def _preloaded():
 
 @pytest.fixture(scope="module")
 def postgresql() -> Iterator[Server]:
-    if shutil.which("postgres") is None:
+    if find_binary("postgres") is None:
         pytest.skip("PostgreSQL's server is not installed")
     with serve(run_postgresql) as server:
         yield server
@@ -66,7 +62,7 @@ def postgresql() -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def mariadb() -> Iterator[Server]:
-    if shutil.which("mariadbd") is None or shutil.which("mariadb-install-db") is None:
+    if find_binary("mariadbd") is None or find_binary("mariadb-install-db") is None:
         pytest.skip("MariaDB's server is not installed")
     with serve(run_mariadb) as server:
         yield server
@@ -75,26 +71,22 @@ def mariadb() -> Iterator[Server]:
 @contextmanager
 def serve(run_server: Callable[[Path], AbstractContextManager[int]]) -> Iterator[Server]:
     """Run a server that takes connections by TLS only, with a table ``t``."""
-    # Not in pytest's folder, which only its owner can enter.
-    home = Path(tempfile.mkdtemp(prefix="phasewise-tls-", dir="/tmp"))
-    try:
+    with new_home() as home:
         authority, stranger = make_authority(home, "authority"), make_authority(home, "stranger")
         make_certificate(home, "server", authority)
-        home.chmod(0o755)
-        for path in (home, *home.iterdir()):
+        for path in home.iterdir():
             os.chown(path, NOBODY or os.getuid(), -1)
         with run_server(home) as port:
             yield Server(port=port, authority=authority, stranger=stranger)
-    finally:
-        shutil.rmtree(home)
 
 
 @contextmanager
 def run_postgresql(home: Path) -> Iterator[int]:
-    binaries, data = Path(shutil.which("postgres") or "").resolve().parent, home / "data"
+    server, data = find_binary("postgres"), home / "data"
+    assert server is not None
     (home / "password").write_text(PASSWORD)
     arguments = ["-D", data, "-U", "postgres", "-A", "scram-sha-256", f"--pwfile={home / 'password'}", "--no-sync"]
-    run([binaries / "initdb", *arguments], home, user=NOBODY)
+    run([server.parent / "initdb", *arguments], home, user=NOBODY)
     (data / "pg_hba.conf").write_text("hostssl all all 127.0.0.1/32 scram-sha-256\n")
     port = find_port()
     settings = {
@@ -108,7 +100,8 @@ def run_postgresql(home: Path) -> Iterator[int]:
     options = [text for name, value in settings.items() for text in ("-c", f"{name}={value}")]
     login = f"host=127.0.0.1 port={port} user=postgres dbname=postgres sslmode=require connect_timeout=5"
     client = ["psql", "-X", "-q", "-v", "ON_ERROR_STOP=1", "-c", "CREATE TABLE t AS SELECT 7 AS n", login]
-    with run_until_end([binaries / "postgres", "-D", data, "-p", str(port), *options], home, client):
+    command = [server, "-D", data, "-p", str(port), *options]
+    with running(command, home, client, variables={"PGPASSWORD": PASSWORD}, end=signal.SIGINT):
         yield port
 
 
@@ -125,30 +118,8 @@ def run_mariadb(home: Path) -> Iterator[int]:
         f"CREATE USER etl@'%' IDENTIFIED BY '{PASSWORD}'; GRANT SELECT, RELOAD ON *.* TO etl@'%'"
     )
     client = ["mariadb", "--no-defaults", f"--socket={sock}", "--user=root", "-e", sql]
-    with run_until_end([shutil.which("mariadbd") or "", *common, *options, *tls], home, client):
+    with running([find_binary("mariadbd") or "", *common, *options, *tls], home, client):
         yield port
-
-
-@contextmanager
-def run_until_end(command: list[str | Path], home: Path, client: list[str]) -> Iterator[None]:
-    """Run the server *command*, wait until *client* has done its work there, and end it afterwards."""
-    environment = {**os.environ, "PGPASSWORD": PASSWORD}
-    with (home / "log").open("wb") as log, subprocess.Popen(command, user=NOBODY, stderr=log, cwd=home) as process:
-        try:
-            deadline = time.monotonic() + 30
-            while subprocess.run(client, env=environment, capture_output=True, check=False).returncode:
-                if time.monotonic() > deadline:
-                    pytest.fail(f"The server does not start:\n{(home / 'log').read_text()}")
-                time.sleep(0.1)
-            yield
-        finally:
-            process.terminate()
-
-
-def find_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 def make_authority(home: Path, name: str) -> Path:
@@ -165,10 +136,6 @@ def make_certificate(home: Path, name: str, authority: Path) -> None:
     (home / "names").write_text("subjectAltName=DNS:localhost")
     signer = ["-CA", authority, "-CAkey", authority.with_suffix(".key"), "-CAcreateserial", "-days", "2"]
     run(["openssl", "x509", "-req", *signer, "-extfile", "names", "-in", f"{name}.csr", "-out", f"{name}.crt"], home)
-
-
-def run(command: list[str | Path], home: Path, user: int | None = None) -> None:
-    subprocess.run(command, cwd=home, user=user, check=True, capture_output=True, timeout=60)
 
 
 def make_project(root: Path, url: str) -> Project:

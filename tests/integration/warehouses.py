@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import subprocess
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
@@ -14,26 +13,13 @@ from urllib.parse import quote
 import httpx
 import pytest
 
-HOST = os.environ.get("PGHOST", "127.0.0.1")
-
-
-def psql(sql: str) -> str:
-    command = ["psql", "-h", HOST, "-U", "postgres", "-d", "test", "-v", "ON_ERROR_STOP=1", "-qAt"]
-    environment = {**os.environ, "PGOPTIONS": "-c client_min_messages=error"}
-    return subprocess.run(command, input=sql, text=True, capture_output=True, check=True, env=environment).stdout
-
-
-def is_postgres_reachable() -> bool:
-    try:
-        return psql("SELECT 1").strip() == "1"
-    except (OSError, subprocess.CalledProcessError):
-        return False
+from tests.servers import find_postgres, psql
 
 
 @contextmanager
 def postgres_catalog() -> Iterator[str]:
     """Yield the URL of a catalog in PostgreSQL that does not exist yet; drop it afterwards."""
-    url = f"postgresql://postgres:a%20secret@{HOST}:5432/test?schema=pw_lake_{uuid.uuid4().hex[:10]}"
+    url = f"postgresql://postgres:a%20secret@{find_postgres()}/test?schema=pw_lake_{uuid.uuid4().hex[:10]}"
     try:
         yield url
     finally:
