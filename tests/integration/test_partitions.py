@@ -144,7 +144,8 @@ def test_a_postgres_table_in_parts_is_its_source_at_one_moment(tmp_path: Path, s
     with writing(transfer) as transfers:
         printed = run_batch(project)
 
-    attach = f"'{postgres_url('')}' AS source (TYPE postgres, READ_ONLY, SCHEMA '{schema}')"
+    server = f"host={POSTGRES.host} port={POSTGRES.port} user=postgres dbname=test"
+    attach = f"'{server}' AS source (TYPE postgres, READ_ONLY, SCHEMA '{schema}')"
     assert len(transfers) > 1
     assert "Triggering 8 instances of process-table-etl" in printed, printed
     assert find_differences(project, attach, "plain", schema) == []
