@@ -11,7 +11,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -314,7 +314,11 @@ async def _listen(run_ids: Sequence[str], hints: asyncio.Queue[str | None]) -> N
     while True:
         try:
             # The subscriber's own reconnects would hide the gap in which events were lost.
-            async with get_events_subscriber(filter=_final_events(run_ids), reconnection_attempts=0) as subscriber:
+            subscriber = get_events_subscriber(filter=_final_events(run_ids), reconnection_attempts=0)
+            async with AsyncExitStack() as stack:
+                # Before it connects: cancelled between that and the server's answer it would leave its socket open.
+                stack.push_async_exit(subscriber)
+                await subscriber.__aenter__()
                 hints.put_nowait(None)
                 pause = _COALESCE_PAUSE
                 async for event in subscriber:

@@ -19,6 +19,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from prefect.client.orchestration import PrefectClient
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from websockets import ServerConnection, Subprotocol, serve
 
 from phasewise import flow_runs
 from phasewise.flow_runs import PrefectFlowRuns, RunRequest, watch_runs
@@ -307,3 +309,26 @@ async def test_triggering_costs_much_less_than_two_calls_a_child_and_grows_no_fa
     assert calls[2000] <= 2 * 2000
     assert calls[2000] <= 4 * calls[500]
     assert calls[2000] <= 2000 / 20
+
+
+async def test_listening_that_is_over_before_the_server_has_answered_leaves_no_connection_open() -> None:
+    is_open, is_closed = asyncio.Event(), asyncio.Event()
+
+    async def say_nothing(connection: ServerConnection) -> None:
+        is_open.set()
+        await connection.recv()  # who it is that asks
+        await connection.wait_closed()
+        is_closed.set()
+
+    subprotocols = [Subprotocol("prefect")]
+    async with serve(say_nothing, "127.0.0.1", 0, subprotocols=subprotocols, close_timeout=0) as server:
+        port = next(iter(server.sockets)).getsockname()[1]
+        with temporary_settings({PREFECT_API_URL: f"http://127.0.0.1:{port}/api"}):
+            listening = asyncio.create_task(flow_runs._listen([str(UUID(int=1))], asyncio.Queue()))
+            await asyncio.wait_for(is_open.wait(), 20)
+            await asyncio.sleep(0.1)
+
+            listening.cancel()
+
+            await asyncio.wait([listening])
+            await asyncio.wait_for(is_closed.wait(), 5)
