@@ -15,9 +15,9 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -146,18 +146,21 @@ def _mariadb(address: Address, sql: str, database: str = "") -> str:
     return subprocess.run(command, input=sql, text=True, capture_output=True, check=True, env=env).stdout
 
 
+def _answers(ask: Callable[[Address, str], str], address: Address) -> bool:
+    try:
+        return ask(address, "SELECT 1").strip() == "1"
+    except (OSError, subprocess.CalledProcessError):
+        return False
+
+
 @functools.cache
 def find_postgres() -> Address:
     usual = Address(host=os.environ.get("PGHOST", "127.0.0.1"), port=5432)
-    try:
-        _psql(usual, "SELECT 1")
-    except (OSError, subprocess.CalledProcessError):
-        server = find_binary("postgres")
-    else:
+    if _answers(_psql, usual):
         return usual
+    server = find_binary("postgres")
     if server is None or shutil.which("psql") is None:
-        why_not = f"no PostgreSQL with a database `test` on {usual}, and none is installed"
-        return Address(host=usual.host, port=usual.port, why_not=why_not)
+        return replace(usual, why_not=f"no PostgreSQL with a database `test` on {usual}, and none is installed")
     home, port = _running.enter_context(new_home()), find_port()
     options = ["-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C.UTF-8", "--no-sync"]
     run([server.parent / "initdb", "-D", home / "data", *options], home, user=NOBODY)
@@ -173,15 +176,11 @@ def find_postgres() -> Address:
 @functools.cache
 def find_mariadb() -> Address:
     usual = Address(host=os.environ.get("MYSQL_HOST", "127.0.0.1"), port=3306)
-    try:
-        _mariadb(usual, "SELECT 1")
-    except (OSError, subprocess.CalledProcessError):
-        server, install = find_binary("mariadbd"), find_binary("mariadb-install-db")
-    else:
+    if _answers(_mariadb, usual):
         return usual
+    server, install = find_binary("mariadbd"), find_binary("mariadb-install-db")
     if server is None or install is None or shutil.which("mariadb") is None:
-        why_not = f"no MariaDB with a free root on {usual}, and none is installed"
-        return Address(host=usual.host, port=usual.port, why_not=why_not)
+        return replace(usual, why_not=f"no MariaDB with a free root on {usual}, and none is installed")
     home, port = _running.enter_context(new_home()), find_port()
     common = ["--no-defaults", *(["--user=nobody"] if NOBODY else []), f"--datadir={home / 'data'}"]
     run([install, *common, "--auth-root-authentication-method=normal", "--skip-test-db"], home)

@@ -402,7 +402,8 @@ class _Zygote:
         for pid in self._children:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)
-        _kill_with_descendants({pid for pid, started in self._guarded.items() if started and _started(pid) == started})
+        if guarded := {pid for pid, started in self._guarded.items() if started and _started(pid) == started}:
+            _kill_with_descendants(guarded)
 
     def _read(self) -> bool:
         try:

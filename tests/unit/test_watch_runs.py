@@ -315,8 +315,8 @@ async def test_listening_that_is_over_before_the_server_has_answered_leaves_no_c
     is_open, is_closed = asyncio.Event(), asyncio.Event()
 
     async def say_nothing(connection: ServerConnection) -> None:
+        await connection.recv()  # who it is that asks, and now waits for the answer
         is_open.set()
-        await connection.recv()  # who it is that asks
         await connection.wait_closed()
         is_closed.set()
 
@@ -326,7 +326,6 @@ async def test_listening_that_is_over_before_the_server_has_answered_leaves_no_c
         with temporary_settings({PREFECT_API_URL: f"http://127.0.0.1:{port}/api"}):
             listening = asyncio.create_task(flow_runs._listen([str(UUID(int=1))], asyncio.Queue()))
             await asyncio.wait_for(is_open.wait(), 20)
-            await asyncio.sleep(0.1)
 
             listening.cancel()
 
