@@ -44,7 +44,7 @@ test: .venv/installed-dev ## run all tests (TESTS="tests/unit -k name" for some)
 
 # The oldest and the newest Prefect that pyproject.toml allows; the locked one is what `make test` runs with.
 PREFECT_RANGE := 3.8.7 3.9.1
-PREFECT_TESTS := tests/unit/test_worker.py tests/integration/test_server_schema.py tests/integration/test_worker.py \
+PREFECT_TESTS := tests/unit/worker/test_worker.py tests/integration/test_server_schema.py tests/integration/test_worker.py \
 	tests/integration/test_flow_runs_contract.py
 # Tests among them of what is ours alone, two fifths of their time: limits of memory, forkservers that are replaced.
 PREFECT_SKIPS := memory or forkserver or code_of_now or start_soon

@@ -19,12 +19,15 @@ from pathlib import Path
 
 import duckdb
 
-from phasewise import lake, staging
-from phasewise.audit import read_parquet
-from phasewise.project import Project
-from phasewise.publish import open_writer, publish_batch
-from phasewise.samples import stage_batch, write_project
+from phasewise.lake.quoting import quote_identifier
+from phasewise.lake.session import preload_extensions
+from phasewise.project.config import Project
+from phasewise.publishing.audits import read_parquet
+from phasewise.publishing.publish import publish_batch
+from phasewise.publishing.writer import open_writer
 from phasewise.settings import Settings
+from phasewise.staging.manifest import list_manifests, staged_files
+from phasewise.testing.projects import stage_batch, write_project
 
 SETTINGS = Settings(threads=2, memory_limit="1GB")
 
@@ -48,7 +51,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     # Both systems begin with extensions whose signatures are checked, as flow runs of the warm worker do.
-    lake.preload_extensions(("ducklake", "sqlite_scanner"))
+    preload_extensions(("ducklake", "sqlite_scanner"))
     with tempfile.TemporaryDirectory() as folder:
         project = build_project(Path(folder), tables=arguments.tables, rows=arguments.rows)
         runs = [
@@ -94,9 +97,9 @@ def publish_registered(project: Project, batch: str) -> None:
 def publish_rewritten(project: Project, batch: str) -> None:
     with open_writer(project, SETTINGS) as connection:
         connection.execute("begin")
-        for manifest in staging.list_manifests(project, batch):
-            files = read_parquet(staging.staged_files(project, manifest))
-            name = lake.quote_identifier(manifest.table)
+        for manifest in list_manifests(project, batch):
+            files = read_parquet(staged_files(project, manifest))
+            name = quote_identifier(manifest.table)
             connection.execute(f"create or replace table lake.main.{name} as from {files}")
         connection.execute("commit")
 

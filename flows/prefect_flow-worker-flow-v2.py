@@ -2,7 +2,7 @@
 
 import sys
 
-from phasewise.cli import deploy, run, run_command
+from phasewise.cli.app import deploy, run, run_command
 
 COMMANDS = {"deploy": deploy, "run": run}
 

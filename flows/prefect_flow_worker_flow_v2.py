@@ -9,7 +9,7 @@ from phasewise.flows import (
     process_table_etl,
     sub_etl,
 )
-from phasewise.orchestrator import trigger_subflow, wait_for_flow_runs
+from phasewise.orchestration.phases import trigger_subflow, wait_for_flow_runs
 
 __all__ = [
     "cleanup_flow1",

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pytest
 
-from phasewise.forkserver import die_with_parent
+from phasewise.system.processes import die_with_parent
 from tests.conftest import MARK
 
 #: PostgreSQL refuses to run as root.

@@ -1,4 +1,4 @@
-"""Write src/phasewise/sql/server_schema.sql: the empty database of the installed Prefect, as its migrations leave it.
+"""Write src/phasewise/server/server_schema.sql: the empty database of the installed Prefect, as migrations leave it.
 
 Run it when the oldest supported Prefect moves. The migrations take some 10 seconds.
 """
@@ -12,7 +12,7 @@ import sqlite3
 import tempfile
 from pathlib import Path
 
-TARGET = Path(__file__).parents[1] / "src" / "phasewise" / "sql" / "server_schema.sql"
+TARGET = Path(__file__).parents[1] / "src" / "phasewise" / "server" / "server_schema.sql"
 HEAD = """\
 -- The tables of a Prefect {version} server on SQLite, as its migrations leave them. Running those for a new database
 -- takes 4 s of CPU and up to 12 s of waiting for the disk, running this 0.1 s; Prefect migrates on from the revision

@@ -12,7 +12,8 @@ from pathlib import Path
 import duckdb
 
 from benchmarks.harness import environments, postgresql, processes
-from phasewise.lake import find_extension, quote_literal
+from phasewise.lake.quoting import quote_literal
+from phasewise.lake.session import find_extension
 
 TABLES = ("lineitem", "orders", "partsupp", "part", "customer", "supplier", "nation", "region")
 SOURCES = ("postgresql", "sqlite", "duckdb")

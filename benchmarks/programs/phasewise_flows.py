@@ -11,7 +11,7 @@ from prefect import flow, runtime, task
 from phasewise import FanOut, Phase, Step, run_phases
 
 if TYPE_CHECKING:
-    from phasewise.deployments import Deployment
+    from phasewise.orchestration.deployments import Deployment
 
 
 @task
@@ -74,7 +74,7 @@ def _run_id() -> str:
 
 
 def list_deployments() -> "list[Deployment]":
-    from phasewise.deployments import ORCHESTRATORS, TABLES, Deployment
+    from phasewise.orchestration.deployments import ORCHESTRATORS, TABLES, Deployment
 
     file = Path(__file__)
     queues = {"main": ORCHESTRATORS, "pre": ORCHESTRATORS, "sub": ORCHESTRATORS, "final": ORCHESTRATORS}
@@ -92,7 +92,7 @@ def list_deployments() -> "list[Deployment]":
 
 
 def deploy(pool: str) -> None:
-    from phasewise.deployments import deploy as deploy_all
+    from phasewise.orchestration.deployments import deploy as deploy_all
     from phasewise.settings import Settings
 
     asyncio.run(deploy_all(list_deployments(), pool=pool, settings=Settings()))

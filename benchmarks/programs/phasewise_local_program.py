@@ -7,8 +7,8 @@ import time
 
 from phasewise_flows import list_deployments
 
-from phasewise.flow_runs import RunRequest
-from phasewise.local import LocalFlowRuns
+from phasewise.local.runs import LocalFlowRuns
+from phasewise.orchestration.flow_runs import RunRequest
 from phasewise.settings import Settings
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import duckdb
 from reading import Job, run
 
-from phasewise.lake import find_extension, quote_literal
-from phasewise.project import load_project
+from phasewise.lake.quoting import quote_literal
+from phasewise.lake.session import find_extension
+from phasewise.project.config import load_project
 from phasewise.settings import Settings
 from phasewise.sources import describe_project_table, open_source
 

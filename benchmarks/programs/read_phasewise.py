@@ -9,10 +9,11 @@ from pathlib import Path
 
 from reading import Job, run
 
-from phasewise import lake
-from phasewise.project import load_project
+from phasewise.lake.session import preload_extensions
+from phasewise.project.config import load_project
 from phasewise.settings import Settings
-from phasewise.staging import extract_table, open_snapshot
+from phasewise.staging.extract import extract_table
+from phasewise.staging.source_snapshot import open_snapshot
 
 BATCH = "benchmark"
 
@@ -35,5 +36,5 @@ def settings(job: Job) -> Settings:
 
 
 # As in a flow run of the warm worker, whose signatures of extensions have been checked before the fork.
-lake.preload_extensions(("sqlite_scanner", "postgres_scanner"))
+preload_extensions(("sqlite_scanner", "postgres_scanner"))
 run(read, prepared=holding_moment)

@@ -12,7 +12,7 @@ from pathlib import Path
 from benchmarks.harness import postgresql, prefect_api, processes
 from benchmarks.systems import Context, Submit
 from benchmarks.systems.programs import PROGRAMS, Program
-from phasewise.stack import client_environment, running_stack
+from phasewise.stack.control import client_environment, running_stack
 
 POOL = "bench"
 

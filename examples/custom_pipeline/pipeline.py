@@ -6,9 +6,9 @@ from typing import Any
 from prefect import flow, get_run_logger
 
 from phasewise import BATCH, PHASES, Phase, Step
-from phasewise.lake import open_session
-from phasewise.project import find_project, load_project
-from phasewise.queries import fetch_int
+from phasewise.lake.queries import fetch_int
+from phasewise.lake.session import open_session
+from phasewise.project.config import find_project, load_project
 from phasewise.settings import Settings
 from phasewise.sources import list_project_tables, open_source
 

@@ -6,34 +6,34 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from phasewise.errors import FlowRunsFailed as FlowRunsFailed
     from phasewise.errors import PhasewiseError as PhasewiseError
-    from phasewise.orchestrator import run_phases as run_phases
-    from phasewise.orchestrator import trigger_subflow as trigger_subflow
-    from phasewise.orchestrator import wait_for_flow_runs as wait_for_flow_runs
+    from phasewise.orchestration.phases import run_phases as run_phases
+    from phasewise.orchestration.phases import trigger_subflow as trigger_subflow
+    from phasewise.orchestration.phases import wait_for_flow_runs as wait_for_flow_runs
     from phasewise.outcomes import PhaseOutcome as PhaseOutcome
     from phasewise.outcomes import RunOutcome as RunOutcome
     from phasewise.outcomes import StepOutcome as StepOutcome
-    from phasewise.pipeline import BATCH as BATCH
-    from phasewise.pipeline import PHASES as PHASES
-    from phasewise.pipeline import FanOut as FanOut
-    from phasewise.pipeline import Phase as Phase
-    from phasewise.pipeline import Step as Step
+    from phasewise.project.pipeline import BATCH as BATCH
+    from phasewise.project.pipeline import PHASES as PHASES
+    from phasewise.project.pipeline import FanOut as FanOut
+    from phasewise.project.pipeline import Phase as Phase
+    from phasewise.project.pipeline import Step as Step
 
 __version__ = _version("phasewise")
 
 _HOMES = {
-    "run_phases": "orchestrator",
-    "trigger_subflow": "orchestrator",
-    "wait_for_flow_runs": "orchestrator",
+    "run_phases": "orchestration.phases",
+    "trigger_subflow": "orchestration.phases",
+    "wait_for_flow_runs": "orchestration.phases",
     "PhaseOutcome": "outcomes",
     "RunOutcome": "outcomes",
     "StepOutcome": "outcomes",
     "FlowRunsFailed": "errors",
     "PhasewiseError": "errors",
-    "BATCH": "pipeline",
-    "PHASES": "pipeline",
-    "FanOut": "pipeline",
-    "Phase": "pipeline",
-    "Step": "pipeline",
+    "BATCH": "project.pipeline",
+    "PHASES": "project.pipeline",
+    "FanOut": "project.pipeline",
+    "Phase": "project.pipeline",
+    "Step": "project.pipeline",
 }
 
 __all__ = [*_HOMES, "__version__"]

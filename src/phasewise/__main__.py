@@ -2,7 +2,7 @@
 
 import sys
 
-from phasewise.cli import main
+from phasewise.cli.app import main
 
 if __name__ == "__main__":
     sys.exit(main())

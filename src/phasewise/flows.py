@@ -26,11 +26,7 @@ from prefect.exceptions import Abort
 from prefect.flow_engine import run_flow_async
 from prefect.settings import get_current_settings
 
-from phasewise import audit, cleanup, isolation, lake, marts, publish, snapshots, sources, staging
-from phasewise.batch_report import BatchData, describe_moments, write_batch_report
-from phasewise.batches import resume_batch
-from phasewise.claim import claiming_project, ending_when_cancelled, hold_project, identify_process
-from phasewise.deployments import plan_deployments
+from phasewise import sources
 from phasewise.errors import (
     BatchCancelled,
     FlowRunsFailed,
@@ -43,16 +39,45 @@ from phasewise.errors import (
     UnfaithfulValue,
     UnknownBatch,
 )
-from phasewise.flow_runs import LOCAL_RUN, FlowRuns, current_flow_runs, current_logger, report_summary
-from phasewise.history import read_batch_runs, read_durations
-from phasewise.local import LocalFlowRuns
-from phasewise.orchestrator import run_phases, start_phase
+from phasewise.lake.marts import read_mart
+from phasewise.lake.publications import latest_publication
+from phasewise.lake.session import open_session
+from phasewise.lake.warehouse import attach_lake, has_lake, list_extensions, prepare_lake, reach_warehouse
+from phasewise.local.runs import LocalFlowRuns
+from phasewise.orchestration.batch_lock import claiming_project, ending_when_cancelled, hold_project, identify_process
+from phasewise.orchestration.batches import resume_batch
+from phasewise.orchestration.deployments import plan_deployments
+from phasewise.orchestration.fan_out_order import order_longest_first
+from phasewise.orchestration.flow_runs import LOCAL_RUN, FlowRuns, current_logger, report_summary
+from phasewise.orchestration.phases import run_phases, start_phase
+from phasewise.orchestration.prefect_runs import current_flow_runs
+from phasewise.orchestration.run_history import read_batch_runs, read_durations
 from phasewise.outcomes import StepOutcome
-from phasewise.partitions import SplitTable, name_item
-from phasewise.pipeline import BATCH, FanOut, Phase, Step, load_phases
-from phasewise.plan import order_longest_first
-from phasewise.project import Project, find_project, load_project, redact_url, resolve_table
+from phasewise.project.config import Project, find_project, load_project, redact_url, resolve_table
+from phasewise.project.pipeline import BATCH, FanOut, Phase, Step, load_phases
+from phasewise.publishing.audit_batch import audit_staged
+from phasewise.publishing.audits import AuditResult, audit_published, raise_for
+from phasewise.publishing.maintenance import LakeMaintenance, maintain_lake
+from phasewise.publishing.publish import publish_batch, renew_marts
+from phasewise.publishing.staging_cleanup import StagingCleanup, remove_finished_staging
+from phasewise.report.from_batch import BatchData, describe_moments, write_batch_report
 from phasewise.settings import Settings
+from phasewise.staging.batch import (
+    begin_batch,
+    find_publishable_batch,
+    give_up_tables,
+    list_batches,
+    new_batch_id,
+    prepare_staging,
+    read_given_up,
+    read_plan,
+    remember_lake,
+)
+from phasewise.staging.extract import extract_table
+from phasewise.staging.manifest import Manifest, list_manifests, name_manifest
+from phasewise.staging.partition_plan import plan_partitions
+from phasewise.staging.partitions import SplitTable, name_item
+from phasewise.staging.source_snapshot import forget_snapshot, open_snapshot
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -171,7 +196,7 @@ async def run_local(resume: str | None = None) -> dict[str, Any]:
 
 def _find_local_batch(prefix: str) -> str:
     project, _ = _load()
-    found = [batch.id for batch in staging.list_batches(project) if batch.id.startswith(prefix.lower())]
+    found = [batch.id for batch in list_batches(project) if batch.id.startswith(prefix.lower())]
     if len(found) != 1:
         raise UnknownBatch(
             f'{len(found) or "No"} batches in {project.staging} begin with "{prefix}".',
@@ -189,7 +214,7 @@ async def _run_locally(name: str, function: Callable[[], Awaitable[dict[str, Any
         table_concurrency=settings.table_concurrency,
         cancel_grace_seconds=settings.cancel_grace_seconds,
         preload=("duckdb", "phasewise.flows"),
-        setup=("phasewise.lake:preload_extensions",),
+        setup=("phasewise.lake.session:preload_extensions",),
         environment={"PHASEWISE_PROJECT": str(project.root)},
     )
     async with (
@@ -252,7 +277,7 @@ def pre_etl(batch_id: str | None = None) -> dict[str, Any]:
 def pre_etl_task() -> dict[str, Any]:
     project, settings = _load()
     problems = sources.check_project(project, settings)
-    for prepare in (staging.prepare_staging, lake.prepare_lake):
+    for prepare in (prepare_staging, prepare_lake):
         try:
             prepare(project, settings)
         except PhasewiseError as exc:
@@ -275,14 +300,14 @@ def _combine(problems: list[PhasewiseError]) -> PhasewiseError:
 async def sub_etl(batch_id: str | None = None) -> dict[str, Any]:
     """Stage all tables of the project in parallel, large ones in parts, then run both cleanups in parallel."""
     project, settings = _load()
-    batch = batch_id or _own_run_id() or staging.new_batch_id()
+    batch = batch_id or _own_run_id() or new_batch_id()
     tables = sources.list_project_tables(project, sources.open_source(project, settings))
-    tables = list(staging.begin_batch(project, batch, tables).tables)
-    staging.remember_lake(project, settings, batch)
-    with staging.open_snapshot(project, settings, batch) as snapshot:
+    tables = list(begin_batch(project, batch, tables).tables)
+    remember_lake(project, settings, batch)
+    with open_snapshot(project, settings, batch) as snapshot:
         if snapshot is not None and snapshot.get("remark"):
             current_logger().warning("Source: %s", snapshot["remark"])
-        splits = staging.plan_partitions(project, settings, batch, snapshot)
+        splits = plan_partitions(project, settings, batch, snapshot)
         for split in splits.values():
             if split.note:
                 current_logger().warning("%s: %s", split.table, split.note)
@@ -347,13 +372,13 @@ async def _stage_tables(project: Project, settings: Settings, batch: str, fan_ou
         failed = (await started.wait()).tolerated
     except FlowRunsFailed as exc:
         if any(name in outcome.message for outcome in exc.outcomes for name in _SOURCE_AT_FAULT):
-            staging.forget_snapshot(project, batch)
+            forget_snapshot(project, batch)
         raise
     # The parts of one table give up the whole: readers never get some of them.
     reasons: dict[str, list[str]] = {}
     for run in failed:
         reasons.setdefault(fan_out.find_whole(run.item or ""), []).append(run.describe())
-    staging.give_up_tables(project, batch, {table: "; ".join(lines) for table, lines in reasons.items()})
+    give_up_tables(project, batch, {table: "; ".join(lines) for table, lines in reasons.items()})
     if failed:
         logger.warning("%d of %d ETL subflows failed, within the budget", len(failed), len(fan_out.items))
     else:
@@ -382,14 +407,14 @@ def process_table_etl(table: str, batch_id: str | None = None, partition: str | 
 
     With *partition* only that part of a table which the batch has split, such as ``2/4``.
     """
-    manifest = _run_task(sql_query_task, table, batch_id or staging.new_batch_id(), partition)
+    manifest = _run_task(sql_query_task, table, batch_id or new_batch_id(), partition)
     summary = {
         "table": manifest.table,
         **({"partition": manifest.partition} if manifest.partition else {}),
         "rows": manifest.rows,
         "size_bytes": manifest.size_bytes,
         "seconds": round(manifest.seconds, 3),
-        "manifest": staging.name_manifest(manifest),
+        "manifest": name_manifest(manifest),
     }
     report_summary(summary)
     return {"status": "table_complete", "batch_id": manifest.batch, **summary}
@@ -402,11 +427,11 @@ def process_table_etl(table: str, batch_id: str | None = None, partition: str | 
     retry_delay_seconds=_RETRY_DELAYS,
     retry_condition_fn=_should_retry,
 )
-def sql_query_task(table: str, batch: str, partition: str | None) -> staging.Manifest:
+def sql_query_task(table: str, batch: str, partition: str | None) -> Manifest:
     project, settings = _load()
     known = sources.list_project_tables(project, sources.open_source(project, settings))
     table = resolve_table(table, known)
-    manifest = staging.extract_table(project, settings, batch=batch, table=table, partition=partition)
+    manifest = extract_table(project, settings, batch=batch, table=table, partition=partition)
     current_logger().info(
         "%s: %d rows, %d bytes staged in %.2f s",
         name_item(table, partition),
@@ -427,9 +452,9 @@ def cleanup_flow1(batch_id: str | None = None) -> dict[str, Any]:
 
 
 @task(name="cleanup-task-1")
-def cleanup_task_1(batch: str | None) -> cleanup.StagingCleanup:
+def cleanup_task_1(batch: str | None) -> StagingCleanup:
     project, settings = _load()
-    return cleanup.remove_finished_staging(project, settings, keep={batch} if batch else set())
+    return remove_finished_staging(project, settings, keep={batch} if batch else set())
 
 
 @_etl_flow("cleanup-flow-2")
@@ -442,9 +467,9 @@ def cleanup_flow2(batch_id: str | None = None) -> dict[str, Any]:
 
 
 @task(name="cleanup-task-2")
-def cleanup_task_2() -> cleanup.LakeMaintenance:
+def cleanup_task_2() -> LakeMaintenance:
     project, settings = _load()
-    return cleanup.maintain_lake(project, settings)
+    return maintain_lake(project, settings)
 
 
 @_etl_flow("final-etl-job")
@@ -466,10 +491,10 @@ def final_etl(batch_id: str | None = None) -> dict[str, Any]:
 @task(name="final-etl-task", tags={"post-processing"})
 def final_etl_task(batch_id: str | None) -> dict[str, Any]:
     project, settings = _load()
-    batch = batch_id or staging.find_publishable_batch(project, since=_find_start(project, settings))
+    batch = batch_id or find_publishable_batch(project, since=_find_start(project, settings))
     if batch is not None:
         return _publish(project, settings, batch, is_partial=batch_id is None)
-    if not lake.has_lake(project):
+    if not has_lake(project):
         raise NothingStaged(
             f'Nothing is staged for "{project.name}", and its warehouse is empty.',
             hint="Load it first: make run-distributed (or process_table_etl for single tables).",
@@ -482,18 +507,16 @@ def _publish(project: Project, settings: Settings, batch: str, *, is_partial: bo
 
     With *is_partial* (single tables, staged by hand) audits and marts that need other tables may wait for them.
     """
-    plan, manifests = staging.read_plan(project, batch), staging.list_manifests(project, batch)
-    given_up = staging.read_given_up(project, batch)
+    plan, manifests = read_plan(project, batch), list_manifests(project, batch)
+    given_up = read_given_up(project, batch)
     data = BatchData(project=project, batch=batch, manifests=manifests, audits=[], given_up=given_up)
     try:
         with _open_warehouse(project, settings) as connection:
-            found = isolation.audit_staged(
-                connection, project, manifests, plan, without=given_up, is_partial=is_partial
-            )
+            found = audit_staged(connection, project, manifests, plan, without=given_up, is_partial=is_partial)
         _log_audits(found.results)
         data = replace(data, audits=found.results, set_aside=found.set_aside)
-        audit.raise_for(found.results)
-        publication = publish.publish_batch(
+        raise_for(found.results)
+        publication = publish_batch(
             project, settings, batch, without=given_up, is_partial=is_partial, set_aside=found.set_aside
         )
     except Exception as exc:
@@ -513,17 +536,17 @@ def _publish(project: Project, settings: Settings, batch: str, *, is_partial: bo
 def _find_start(project: Project, settings: Settings) -> datetime | None:
     """Return when the batch began that readers see; None when nothing was published."""
     with _open_warehouse(project, settings) as connection:
-        latest = snapshots.latest_publication(connection) if lake.has_lake(project) else None
+        latest = latest_publication(connection) if has_lake(project) else None
     return latest.staged_at if latest else None
 
 
 def _renew(project: Project, settings: Settings) -> dict[str, Any]:
     """Audit the published tables again, build the marts from them anew and write a report."""
     with _open_warehouse(project, settings) as connection:
-        results = audit.audit_published(connection, project)
+        results = audit_published(connection, project)
     _log_audits(results)
-    audit.raise_for(results)
-    publication = publish.renew_marts(project, settings)
+    raise_for(results)
+    publication = renew_marts(project, settings)
     data = BatchData(project=project, batch=publication.batch, manifests=[], audits=results, publication=publication)
     return _report(project, settings, data, status="renewed")
 
@@ -545,7 +568,7 @@ def _report(
     html, report_error = None, None
     try:
         with _open_warehouse(project, settings) as connection:
-            mart_data = [marts.read_mart(connection, mart) for mart in project.marts if mart.name in publication.marts]
+            mart_data = [read_mart(connection, mart) for mart in project.marts if mart.name in publication.marts]
         data = replace(data, marts=mart_data, runs=_batch_runs(data.batch))
         html = _write_report(data, status=status, message=message)
     except Exception as exc:  # noqa: BLE001 - whatever it is, the batch is published
@@ -592,10 +615,10 @@ def _write_report(data: BatchData, *, status: Literal["published", "failed", "re
 @contextmanager
 def _open_warehouse(project: Project, settings: Settings) -> Iterator[duckdb.DuckDBPyConnection]:
     """Yield a session with the lake attached for reading, as ``lake``; without it while nothing was published."""
-    with lake.open_session(settings, extensions=lake.list_extensions(project)) as connection:
-        lake.reach_warehouse(connection, project)
-        if lake.has_lake(project):
-            lake.attach_lake(connection, project, read_only=True)
+    with open_session(settings, extensions=list_extensions(project)) as connection:
+        reach_warehouse(connection, project)
+        if has_lake(project):
+            attach_lake(connection, project, read_only=True)
         yield connection
 
 
@@ -608,7 +631,7 @@ def _batch_runs(batch: str) -> list[StepOutcome]:
     return read_batch_runs(batch)
 
 
-def _log_audits(results: Sequence[audit.AuditResult]) -> None:
+def _log_audits(results: Sequence[AuditResult]) -> None:
     logger = current_logger()
     for result in results:
         if not result.passed:

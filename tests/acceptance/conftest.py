@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from phasewise.demo import build_demo_source
-from phasewise.stack import StackInfo, running_stack
+from phasewise.cli.example import build_demo_source
+from phasewise.stack.control import StackInfo, running_stack
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 POOL = "default-pool"

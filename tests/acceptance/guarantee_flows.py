@@ -17,7 +17,8 @@ from prefect import flow
 from prefect.runtime import flow_run
 
 from phasewise import BATCH, FanOut, Phase, Step, run_phases
-from phasewise.flow_runs import PrefectFlowRuns, report_summary
+from phasewise.orchestration.flow_runs import report_summary
+from phasewise.orchestration.prefect_runs import PrefectFlowRuns
 
 
 def act(folder: str, name: str) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from pathlib import Path
 import httpx
 
 from phasewise import FanOut, Phase
-from phasewise.flow_runs import PrefectFlowRuns
-from phasewise.orchestrator import start_phase
+from phasewise.orchestration.phases import start_phase
+from phasewise.orchestration.prefect_runs import PrefectFlowRuns
 
 
 async def main(count: int, folder: str) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from phasewise.samples import write_project
-from phasewise.stack import StackInfo
+from phasewise.stack.control import StackInfo
+from phasewise.testing.projects import write_project
 from tests.acceptance.conftest import SHOP, Shell, wait_for
 from tests.conftest import marked_processes
 

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from phasewise.project import Project, load_project
-from phasewise.samples import SAMPLE_SETTINGS
-from phasewise.snapshots import query_warehouse
+from phasewise.lake.publications import query_warehouse
+from phasewise.project.config import Project, load_project
+from phasewise.testing.projects import SAMPLE_SETTINGS
 from tests.acceptance.conftest import CHECKOUT, Shell
 from tests.servers import find_postgres
 

@@ -19,10 +19,10 @@ from typing import IO, Any
 import httpx
 import pytest
 
-from phasewise.project import Project
-from phasewise.samples import SAMPLE_SETTINGS, change_source, write_project
-from phasewise.snapshots import query_warehouse
-from phasewise.stack import StackInfo, find_stack, running_stack
+from phasewise.lake.publications import query_warehouse
+from phasewise.project.config import Project
+from phasewise.stack.control import StackInfo, find_stack, running_stack
+from phasewise.testing.projects import SAMPLE_SETTINGS, change_source, write_project
 from tests.acceptance.conftest import SHOP, Shell, wait_for
 from tests.servers import find_postgres, psql
 
@@ -117,8 +117,8 @@ class Server:
 
 def deploy(stack: StackInfo, home: Path) -> None:
     """Deploy the flows of guarantee_flows: leaves on the queue of tables, the others on that of orchestrators."""
-    from phasewise.deployments import Deployment
-    from phasewise.deployments import deploy as deploy_all
+    from phasewise.orchestration.deployments import Deployment
+    from phasewise.orchestration.deployments import deploy as deploy_all
     from phasewise.settings import Settings
 
     folder = Path(__file__).parent
@@ -1067,6 +1067,6 @@ def server_pid(server: Server) -> int:
             line = (folder / "cmdline").read_bytes()
         except OSError:
             continue
-        if b"phasewise.server" in line and parent_pid(int(folder.name)) == server.stack.pid:
+        if b"phasewise.server.app" in line and parent_pid(int(folder.name)) == server.stack.pid:
             return int(folder.name)
     raise AssertionError("the stack has no server process")

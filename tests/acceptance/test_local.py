@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from phasewise.claim import hold_project
-from phasewise.lake import attach_lake, list_snapshots, open_session
-from phasewise.project import Project, load_project
-from phasewise.samples import SAMPLE_SETTINGS, change_source, write_project
+from phasewise.lake.session import open_session
+from phasewise.lake.warehouse import attach_lake, list_snapshots
+from phasewise.orchestration.batch_lock import hold_project
+from phasewise.project.config import Project, load_project
+from phasewise.testing.projects import SAMPLE_SETTINGS, change_source, write_project
 from tests.acceptance.conftest import CHECKOUT, SHOP, Shell, wait_for
 
 pytestmark = pytest.mark.timeout(200)

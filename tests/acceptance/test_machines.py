@@ -13,10 +13,10 @@ from pathlib import Path
 import httpx
 import pytest
 
-from phasewise.project import load_project
-from phasewise.samples import SAMPLE_SETTINGS
-from phasewise.snapshots import query_warehouse
-from phasewise.stack import StackInfo, running_stack
+from phasewise.lake.publications import query_warehouse
+from phasewise.project.config import load_project
+from phasewise.stack.control import StackInfo, running_stack
+from phasewise.testing.projects import SAMPLE_SETTINGS
 from tests.acceptance.conftest import POOL, SHOP, wait_for
 from tests.integration.warehouses import postgres_catalog, s3_bucket
 from tests.servers import find_postgres, psql

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from phasewise.samples import change_source, write_project
-from phasewise.stack import StackInfo
+from phasewise.stack.control import StackInfo
+from phasewise.testing.projects import change_source, write_project
 from tests.acceptance.conftest import Shell, wait_for
 
 pytestmark = pytest.mark.timeout(300)

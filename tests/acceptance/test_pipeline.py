@@ -11,11 +11,12 @@ import duckdb
 import httpx
 import pytest
 
-from phasewise.lake import attach_lake, find_extension, list_snapshots, open_session
-from phasewise.project import Project, load_project
-from phasewise.publish import publish_batch
-from phasewise.samples import SAMPLE_SETTINGS, change_source, stage_batch, write_project
-from phasewise.stack import StackInfo
+from phasewise.lake.session import find_extension, open_session
+from phasewise.lake.warehouse import attach_lake, list_snapshots
+from phasewise.project.config import Project, load_project
+from phasewise.publishing.publish import publish_batch
+from phasewise.stack.control import StackInfo
+from phasewise.testing.projects import SAMPLE_SETTINGS, change_source, stage_batch, write_project
 from tests.acceptance.conftest import SHOP, Shell, wait_for
 
 

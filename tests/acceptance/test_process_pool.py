@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from phasewise.lake import attach_lake, open_session
-from phasewise.samples import SAMPLE_SETTINGS, write_project
-from phasewise.stack import running_stack
+from phasewise.lake.session import open_session
+from phasewise.lake.warehouse import attach_lake
+from phasewise.stack.control import running_stack
+from phasewise.testing.projects import SAMPLE_SETTINGS, write_project
 from tests.acceptance.conftest import POOL, SHOP, Shell
 from tests.acceptance.test_pipeline import call, children, newest_main
 

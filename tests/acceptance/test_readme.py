@@ -14,11 +14,11 @@ from pathlib import Path
 import httpx
 import pytest
 
-from phasewise.pipeline import Phase, load_phases, validate_phases
-from phasewise.project import load_project
-from phasewise.publish import publish_batch
-from phasewise.samples import SAMPLE_SETTINGS, stage_batch, write_project
-from phasewise.stack import StackInfo
+from phasewise.project.config import load_project
+from phasewise.project.pipeline import Phase, load_phases, validate_phases
+from phasewise.publishing.publish import publish_batch
+from phasewise.stack.control import StackInfo
+from phasewise.testing.projects import SAMPLE_SETTINGS, stage_batch, write_project
 from tests.acceptance.conftest import CHECKOUT, SHOP, Shell, wait_for
 
 README = (CHECKOUT / "README.md").read_text(encoding="utf-8")

@@ -17,7 +17,7 @@ from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from phasewise.stack import StackInfo, running_stack
+from phasewise.stack.control import StackInfo, running_stack
 
 FLOWS = Path(__file__).parent / "worker_flows.py"
 POOL = "warm"

@@ -12,15 +12,25 @@ from pathlib import Path
 
 import pytest
 
-from phasewise import lake
-from phasewise.cleanup import maintain_lake
 from phasewise.errors import LakeError, WarehouseBusy, WarehouseTooNew
-from phasewise.isolation import audit_staged
-from phasewise.project import Project, load_project
-from phasewise.publish import publish_batch, rollback_batch
-from phasewise.samples import SAMPLE_SETTINGS, change_source, stage_batch, write_project
-from phasewise.snapshots import diff_batches, query_warehouse
-from phasewise.staging import list_manifests, read_manifest
+from phasewise.lake.publications import diff_batches, query_warehouse
+from phasewise.lake.session import open_session, preload_extensions
+from phasewise.lake.warehouse import (
+    WAREHOUSE_FORMAT,
+    attach_lake,
+    has_lake,
+    list_extensions,
+    lock_lake,
+    prepare_lake,
+    reach_warehouse,
+)
+from phasewise.project.config import Project, load_project
+from phasewise.publishing.audit_batch import audit_staged
+from phasewise.publishing.maintenance import maintain_lake
+from phasewise.publishing.publish import publish_batch
+from phasewise.publishing.rollback import rollback_batch
+from phasewise.staging.manifest import list_manifests, read_manifest
+from phasewise.testing.projects import SAMPLE_SETTINGS, change_source, stage_batch, write_project
 from tests.integration.warehouses import postgres_catalog
 from tests.servers import find_postgres, psql
 
@@ -31,7 +41,7 @@ pytestmark = find_postgres().needed()
 
 @pytest.fixture(scope="module", autouse=True)
 def _preloaded():
-    lake.preload_extensions(("sqlite_scanner", "postgres_scanner", "ducklake"))
+    preload_extensions(("sqlite_scanner", "postgres_scanner", "ducklake"))
 
 
 @pytest.fixture
@@ -52,14 +62,14 @@ def project(tmp_path: Path, catalog: str) -> Project:
 
 
 def test_two_lines_put_the_catalog_into_postgresql_and_the_files_elsewhere(project: Project):
-    assert not lake.has_lake(project)
-    lake.prepare_lake(project, SETTINGS)
-    assert not lake.has_lake(project)
+    assert not has_lake(project)
+    prepare_lake(project, SETTINGS)
+    assert not has_lake(project)
     first = stage_batch(project)
 
     publish_batch(project, SETTINGS, first)
 
-    assert lake.has_lake(project)
+    assert has_lake(project)
     assert not project.warehouse.exists()
     assert list((project.root / "mnt" / "lake" / "main" / "t").glob("*.parquet"))
     # What is staged lies in the folder that all machines reach.
@@ -85,13 +95,13 @@ def test_looking_back_and_going_back_work_as_with_a_catalog_in_sqlite(project: P
 
 def test_a_second_writer_is_told_who_holds_the_lock(project: Project):
     with (
-        lake.lock_lake(project, timeout=0),
+        lock_lake(project, timeout=0),
         pytest.raises(WarehouseBusy, match=f"Process {os.getpid()} on .* is writing"),
-        lake.lock_lake(project, timeout=0.1),
+        lock_lake(project, timeout=0.1),
     ):
         pass
 
-    with lake.lock_lake(project, timeout=5):
+    with lock_lake(project, timeout=5):
         pass
 
 
@@ -99,7 +109,7 @@ def test_two_catalogs_of_one_database_have_a_lock_each(project: Project, tmp_pat
     with postgres_catalog() as url:
         other = project.model_copy(update={"catalog": url})
 
-        with lake.lock_lake(project, timeout=0), lake.lock_lake(other, timeout=0):
+        with lock_lake(project, timeout=0), lock_lake(other, timeout=0):
             pass
 
 
@@ -116,16 +126,16 @@ def test_the_lock_ends_with_the_process_that_holds_it(project: Project):
     assert done.returncode == -signal.SIGKILL
 
     # The server needs a moment to see that the connection is closed.
-    with lake.lock_lake(project, timeout=5):
+    with lock_lake(project, timeout=5):
         pass
 
 
 def test_a_warehouse_of_a_newer_phasewise_is_refused(project: Project, catalog: str):
     publish_batch(project, SETTINGS, stage_batch(project))
-    psql(f"update {catalog.rpartition('=')[2]}.phasewise_format set format = {lake.WAREHOUSE_FORMAT + 1}")
+    psql(f"update {catalog.rpartition('=')[2]}.phasewise_format set format = {WAREHOUSE_FORMAT + 1}")
 
-    with lake.open_session(SETTINGS) as connection, pytest.raises(WarehouseTooNew, match="Nothing was changed"):
-        lake.attach_lake(connection, project)
+    with open_session(SETTINGS) as connection, pytest.raises(WarehouseTooNew, match="Nothing was changed"):
+        attach_lake(connection, project)
 
 
 def test_a_catalog_that_does_not_answer_is_named_without_its_password(project: Project, tmp_path: Path):
@@ -133,7 +143,7 @@ def test_a_catalog_that_does_not_answer_is_named_without_its_password(project: P
     away = project.model_copy(update={"catalog": url})
 
     with pytest.raises(LakeError, match=r"postgresql://postgres:\*\*\*@.*Connection refused") as caught:
-        lake.prepare_lake(away, SETTINGS)
+        prepare_lake(away, SETTINGS)
 
     chain = f"{caught.value} {caught.value.__cause__} {away!r} {away.warehouse_name}"
     assert "hush" not in chain
@@ -146,7 +156,7 @@ def test_a_schema_that_may_not_be_created_is_an_error_of_the_warehouse(project: 
         poor = project.model_copy(update={"catalog": catalog.replace("postgres:a%20secret", f"{role}:x")})
 
         with pytest.raises(LakeError, match="permission denied for database test"):
-            lake.prepare_lake(poor, SETTINGS)
+            prepare_lake(poor, SETTINGS)
     finally:
         psql(f"drop role {role}")
 
@@ -155,8 +165,8 @@ def test_options_of_the_url_reach_the_server(project: Project, catalog: str):
     named = project.model_copy(update={"catalog": f"{catalog}&application_name=it%27s%20me"})
     publish_batch(project, SETTINGS, stage_batch(project))
 
-    with lake.open_session(SETTINGS) as connection:
-        lake.attach_lake(connection, named, read_only=True)
+    with open_session(SETTINGS) as connection:
+        attach_lake(connection, named, read_only=True)
         connection.execute("from lake.snapshots()").fetchall()
         assert psql("select count(*) from pg_stat_activity where application_name = 'it''s me'").strip() != "0"
 
@@ -172,10 +182,10 @@ def test_the_password_comes_from_the_environment(project: Project, catalog: str,
 def publish(project: Project, batch: str, sql: str = "") -> None:
     change_source(project.root, sql)
     stage_batch(project, batch=batch)
-    with lake.open_session(SETTINGS, extensions=lake.list_extensions(project)) as connection:
-        lake.reach_warehouse(connection, project)
-        if lake.has_lake(project):
-            lake.attach_lake(connection, project, read_only=True)
+    with open_session(SETTINGS, extensions=list_extensions(project)) as connection:
+        reach_warehouse(connection, project)
+        if has_lake(project):
+            attach_lake(connection, project, read_only=True)
         found = audit_staged(connection, project, list_manifests(project, batch))
     publish_batch(project, SETTINGS, batch, set_aside=found.set_aside)
 

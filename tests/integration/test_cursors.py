@@ -10,13 +10,13 @@ from types import MappingProxyType
 import duckdb
 import pytest
 
-from phasewise import lake
-from phasewise.project import Project, load_project
-from phasewise.publish import publish_batch
-from phasewise.samples import SAMPLE_SETTINGS as SETTINGS
-from phasewise.samples import stage_batch
-from phasewise.snapshots import open_reader
-from phasewise.staging import read_manifest
+from phasewise.lake.publications import open_reader
+from phasewise.lake.session import preload_extensions
+from phasewise.project.config import Project, load_project
+from phasewise.publishing.publish import publish_batch
+from phasewise.staging.manifest import read_manifest
+from phasewise.testing.projects import SAMPLE_SETTINGS as SETTINGS
+from phasewise.testing.projects import stage_batch
 from tests.servers import find_mariadb, find_postgres, mariadb, psql
 
 Case = tuple[str, list[str], list[str]]
@@ -37,7 +37,7 @@ CASES: Mapping[str, Case] = {
 
 @pytest.fixture(scope="module", autouse=True)
 def _preloaded():
-    lake.preload_extensions(("postgres_scanner", "mysql_scanner", "ducklake", "sqlite_scanner"))
+    preload_extensions(("postgres_scanner", "mysql_scanner", "ducklake", "sqlite_scanner"))
 
 
 @find_postgres().needed()

@@ -10,12 +10,19 @@ from typing import Any
 
 import pytest
 
-from phasewise import exchange, lake, staging
-from phasewise.cleanup import maintain_lake, remove_finished_staging
-from phasewise.project import Project, load_project
-from phasewise.publish import publish_batch
-from phasewise.samples import SAMPLE_SETTINGS, write_project
-from phasewise.snapshots import query_warehouse
+from phasewise.lake.publications import query_warehouse
+from phasewise.lake.session import preload_extensions
+from phasewise.project.config import Project, load_project
+from phasewise.publishing.maintenance import maintain_lake
+from phasewise.publishing.publish import publish_batch
+from phasewise.publishing.staging_cleanup import remove_finished_staging
+from phasewise.staging import replication
+from phasewise.staging.batch import begin_batch, give_up_tables, list_batches, read_given_up, read_plan
+from phasewise.staging.extract import extract_table
+from phasewise.staging.manifest import list_manifests, read_manifest
+from phasewise.staging.replication import _read, fetch_staging
+from phasewise.staging.source_snapshot import open_snapshot
+from phasewise.testing.projects import SAMPLE_SETTINGS, write_project
 from tests.integration.warehouses import postgres_catalog, s3_bucket
 from tests.servers import find_postgres
 
@@ -26,13 +33,13 @@ pytestmark = find_postgres().needed()
 
 @pytest.fixture(scope="module", autouse=True)
 def _preloaded():
-    lake.preload_extensions(("sqlite_scanner", "postgres_scanner", "httpfs", "ducklake"))
+    preload_extensions(("sqlite_scanner", "postgres_scanner", "httpfs", "ducklake"))
 
 
 def stage(project: Project, batch: str) -> None:
-    staging.begin_batch(project, batch, ["a", "b"])
+    begin_batch(project, batch, ["a", "b"])
     for table in ("a", "b"):
-        staging.extract_table(project, SETTINGS, batch=batch, table=table)
+        extract_table(project, SETTINGS, batch=batch, table=table)
 
 
 @pytest.fixture
@@ -53,55 +60,55 @@ def machines(tmp_path: Path) -> Iterator[tuple[Project, Project]]:
 
 def test_two_machines_stage_one_batch_and_either_publishes_it(machines: tuple[Project, Project]):
     one, two = machines
-    staging.begin_batch(one, "b1", ["a", "b"])
-    staging.extract_table(one, SETTINGS, batch="b1", table="a")
-    staging.extract_table(two, SETTINGS, batch="b1", table="b")
+    begin_batch(one, "b1", ["a", "b"])
+    extract_table(one, SETTINGS, batch="b1", table="a")
+    extract_table(two, SETTINGS, batch="b1", table="b")
 
-    (batch,) = staging.list_batches(one)
+    (batch,) = list_batches(one)
     assert (batch.tables, batch.missing) == (("a", "b"), ())
     publish_batch(two, SETTINGS, "b1")
 
-    assert staging.list_batches(one)[0].is_published
+    assert list_batches(one)[0].is_published
     assert query_warehouse(one, SETTINGS, "from total")[1] == [(6,)]
 
 
 def test_a_batch_that_begins_on_two_machines_has_one_plan(machines: tuple[Project, Project]):
     one, two = machines
 
-    first = staging.begin_batch(one, "b1", ["a"])
+    first = begin_batch(one, "b1", ["a"])
 
-    assert staging.begin_batch(two, "b1", ["a", "b"]) == first
+    assert begin_batch(two, "b1", ["a", "b"]) == first
 
 
 def test_a_table_that_another_machine_staged_is_not_extracted_again(machines: tuple[Project, Project]):
     one, two = machines
-    first = staging.extract_table(one, SETTINGS, batch="b1", table="a")
+    first = extract_table(one, SETTINGS, batch="b1", table="a")
 
-    assert staging.extract_table(two, SETTINGS, batch="b1", table="a") == first
-    assert staging.read_manifest(two, "b1", "a") == first
+    assert extract_table(two, SETTINGS, batch="b1", table="a") == first
+    assert read_manifest(two, "b1", "a") == first
 
 
 def test_a_moment_is_known_on_all_machines_and_gone_on_all(machines: tuple[Project, Project]):
     one, two = machines
-    staging.begin_batch(one, "b1", ["a", "b"])
+    begin_batch(one, "b1", ["a", "b"])
 
-    with staging.open_snapshot(one, SETTINGS, "b1"):
-        staging.begin_batch(two, "b1", ["a", "b"])
+    with open_snapshot(one, SETTINGS, "b1"):
+        begin_batch(two, "b1", ["a", "b"])
         assert (two.staging / "b1" / "snapshot.json").exists()
 
-    staging.list_manifests(two, "b1")
+    list_manifests(two, "b1")
     assert not (two.staging / "b1" / "snapshot.json").exists()
 
 
 def test_tables_that_were_given_up_are_given_up_on_all_machines(machines: tuple[Project, Project]):
     one, two = machines
-    staging.begin_batch(one, "b1", ["a", "b"])
-    staging.extract_table(two, SETTINGS, batch="b1", table="a")
+    begin_batch(one, "b1", ["a", "b"])
+    extract_table(two, SETTINGS, batch="b1", table="a")
 
-    staging.give_up_tables(one, "b1", {"b": "it's gone"})
+    give_up_tables(one, "b1", {"b": "it's gone"})
 
-    assert staging.list_batches(two)[0].is_complete
-    assert staging.read_given_up(two, "b1") == {"b": "it's gone"}
+    assert list_batches(two)[0].is_complete
+    assert read_given_up(two, "b1") == {"b": "it's gone"}
 
 
 def test_a_cleanup_on_one_machine_is_one_on_all(machines: tuple[Project, Project]):
@@ -111,7 +118,7 @@ def test_a_cleanup_on_one_machine_is_one_on_all(machines: tuple[Project, Project
 
     assert remove_finished_staging(two, SETTINGS, keep=()).removed == ("b1",)
 
-    assert staging.list_batches(one) == []
+    assert list_batches(one) == []
     assert not (one.staging / "b1").exists()
 
 
@@ -119,21 +126,21 @@ def test_what_another_process_writes_meanwhile_stays(
     machines: tuple[Project, Project], monkeypatch: pytest.MonkeyPatch
 ):
     one, _ = machines
-    staging.begin_batch(one, "b1", ["a", "b"])
-    ask = exchange._read
+    begin_batch(one, "b1", ["a", "b"])
+    ask = _read
 
     def ask_and_be_late(*args: Any) -> dict[Path, str]:
         stored = ask(*args)
         monkeypatch.undo()
-        staging.extract_table(one, SETTINGS, batch="b1", table="a")
-        staging.begin_batch(one, "b2", ["a"])
+        extract_table(one, SETTINGS, batch="b1", table="a")
+        begin_batch(one, "b2", ["a"])
         return stored
 
-    monkeypatch.setattr(exchange, "_read", ask_and_be_late)
-    exchange.fetch_staging(one)
+    monkeypatch.setattr(replication, "_read", ask_and_be_late)
+    fetch_staging(one)
 
     assert (one.staging / "b1" / "a" / "manifest.json").exists()
-    assert staging.read_plan(one, "b2") is not None
+    assert read_plan(one, "b2") is not None
 
 
 def test_files_that_another_machine_staged_are_no_orphans(machines: tuple[Project, Project]):

@@ -9,10 +9,10 @@ import pytest
 
 from phasewise.errors import PublishConflict, SchemaDrift
 from phasewise.flows import final_etl
-from phasewise.project import Project
-from phasewise.publish import rollback_batch
-from phasewise.samples import SAMPLE_SETTINGS, change_source, stage_batch, write_project
-from phasewise.staging import find_batch_folder
+from phasewise.project.config import Project
+from phasewise.publishing.rollback import rollback_batch
+from phasewise.staging.batch import find_batch_folder
+from phasewise.testing.projects import SAMPLE_SETTINGS, change_source, stage_batch, write_project
 
 SOURCE = "create table t (id integer primary key, n decimal(10,2)); insert into t values (1, 1.25);"
 

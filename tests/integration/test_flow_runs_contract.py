@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from phasewise.deployments import Deployment, deploy
-from phasewise.flow_runs import FlowRuns, PrefectFlowRuns
+from phasewise.orchestration.deployments import Deployment, deploy
+from phasewise.orchestration.flow_runs import FlowRuns
+from phasewise.orchestration.prefect_runs import PrefectFlowRuns
 from phasewise.settings import Settings
-from phasewise.stack import StackInfo
-from tests.unit.flow_runs_contract import FlowRunsContract
+from phasewise.stack.control import StackInfo
+from tests.unit.orchestration.flow_runs_contract import FlowRunsContract
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -31,7 +32,7 @@ class TestPrefectFlowRuns(FlowRunsContract):
             Deployment(
                 flow_name=name,
                 name="d",
-                entrypoint=f"tests/unit/local_flows.py:{name}",
+                entrypoint=f"tests/unit/local/local_flows.py:{name}",
                 work_queue="tables",
                 root=ROOT,
             )

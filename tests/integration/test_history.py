@@ -9,7 +9,7 @@ from prefect import flow
 from prefect.client.schemas.objects import FlowRun
 from prefect.states import Completed, Failed, Running
 
-from phasewise.history import read_durations
+from phasewise.orchestration.run_history import read_durations
 from tests.integration.conftest import Runs
 
 

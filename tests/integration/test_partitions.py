@@ -15,10 +15,16 @@ from pathlib import Path
 
 import pytest
 
-from phasewise import lake, staging
 from phasewise.errors import StagingError
-from phasewise.project import Project, load_project
+from phasewise.lake.session import open_session, preload_extensions
+from phasewise.lake.warehouse import attach_lake
+from phasewise.project.config import Project, load_project
 from phasewise.settings import Settings
+from phasewise.staging.batch import begin_batch
+from phasewise.staging.extract import extract_table
+from phasewise.staging.manifest import Manifest, list_manifests, staged_files
+from phasewise.staging.partition_plan import plan_partitions
+from phasewise.staging.source_snapshot import open_snapshot
 from tests.servers import find_mariadb, find_postgres, mariadb, psql
 
 SETTINGS = Settings(threads=2, memory_limit="512MB", min_free_bytes=0)
@@ -33,7 +39,7 @@ needs_postgres = POSTGRES.needed()
 
 @pytest.fixture(scope="module", autouse=True)
 def _preloaded():
-    lake.preload_extensions(("ducklake", "sqlite_scanner", "postgres_scanner"))
+    preload_extensions(("ducklake", "sqlite_scanner", "postgres_scanner"))
 
 
 @pytest.fixture
@@ -98,8 +104,8 @@ def writing(transfer: Callable[[int, int, int], None]) -> Iterator[list[int]]:
 
 def find_differences(project: Project, attach: str, table: str, source: str) -> list[tuple]:
     """Return the rows that only the lake has, and those that only the source has."""
-    with lake.open_session(SETTINGS, extensions=("ducklake", "sqlite_scanner", "postgres_scanner")) as connection:
-        lake.attach_lake(connection, project, read_only=True)
+    with open_session(SETTINGS, extensions=("ducklake", "sqlite_scanner", "postgres_scanner")) as connection:
+        attach_lake(connection, project, read_only=True)
         connection.execute(f"ATTACH {attach}")
         ours, theirs = f"FROM lake.main.{table}", f"FROM source.{source}.{table}"
         return [
@@ -110,8 +116,8 @@ def find_differences(project: Project, attach: str, table: str, source: str) -> 
 
 
 def count_published(project: Project, table: str, what: str) -> tuple:
-    with lake.open_session(SETTINGS) as connection:
-        lake.attach_lake(connection, project, read_only=True)
+    with open_session(SETTINGS) as connection:
+        attach_lake(connection, project, read_only=True)
         row = connection.execute(f"SELECT {what} FROM lake.main.{table}").fetchone()
         assert row is not None
         return row
@@ -180,14 +186,14 @@ def test_a_sqlite_table_in_parts_is_its_source_at_one_moment(tmp_path: Path):
     assert count_published(project, "account", ACCOUNTS) == (ROWS, ROWS, 0)
 
 
-def stage(project: Project, table: str, *, batch: str = "b1", only: int | None = None) -> list[staging.Manifest]:
+def stage(project: Project, table: str, *, batch: str = "b1", only: int | None = None) -> list[Manifest]:
     """Stage the parts of *table*, or the first *only* of them, at a moment of their own; return what is complete."""
-    staging.begin_batch(project, batch, [table])
-    with staging.open_snapshot(project, SETTINGS, batch) as snapshot:
-        split = staging.plan_partitions(project, SETTINGS, batch, snapshot)[table]
+    begin_batch(project, batch, [table])
+    with open_snapshot(project, SETTINGS, batch) as snapshot:
+        split = plan_partitions(project, SETTINGS, batch, snapshot)[table]
         for name in split.list_names()[:only]:
-            staging.extract_table(project, SETTINGS, batch=batch, table=table, partition=name)
-    return staging.list_manifests(project, batch)
+            extract_table(project, SETTINGS, batch=batch, table=table, partition=name)
+    return list_manifests(project, batch)
 
 
 @needs_postgres
@@ -227,8 +233,8 @@ def test_a_partitioned_parent_is_divided_by_its_key_in_the_servers_own_order(tmp
     parts = stage(project, "parent")
 
     assert [part.rows for part in parts] == [5000] * 4
-    with lake.open_session(SETTINGS, extensions=()) as connection:
-        files = [str(path) for part in parts for path in staging.staged_files(project, part)]
+    with open_session(SETTINGS, extensions=()) as connection:
+        files = [str(path) for part in parts for path in staged_files(project, part)]
         counted = connection.execute("SELECT count(DISTINCT (name, n)) FROM read_parquet(?)", [files]).fetchone()
     assert counted == (20000,)
 
@@ -249,9 +255,9 @@ def test_more_pages_than_are_counted_are_divided_by_their_rows_however_they_are_
     )
     project = write_project(tmp_path, postgres_url(schema), "[table.skewed]\npartition_rows = 5000\n")
 
-    staging.begin_batch(project, "b1", ["skewed"])
-    with staging.open_snapshot(project, SETTINGS, "b1") as snapshot:
-        parts = staging.plan_partitions(project, SETTINGS, "b1", snapshot)["skewed"].partitions
+    begin_batch(project, "b1", ["skewed"])
+    with open_snapshot(project, SETTINGS, "b1") as snapshot:
+        parts = plan_partitions(project, SETTINGS, "b1", snapshot)["skewed"].partitions
 
     rows = [int(psql(f"SELECT count(*) FROM skewed WHERE {part.condition}", schema)) for part in parts]
     assert int(psql("SELECT pg_relation_size('skewed') / 8192", schema)) == 12000
@@ -273,8 +279,8 @@ def check_divided_by_cursors(root: Path, url: str, cursors: tuple[str, ...]) -> 
         assert len(rows) == 4, cursor
         assert max(rows) <= 2 * min(rows), (cursor, rows)
         assert len({part.snapshot for part in parts}) == 1
-        with lake.open_session(SETTINGS, extensions=()) as connection:
-            files = [str(path) for part in parts for path in staging.staged_files(project, part)]
+        with open_session(SETTINGS, extensions=()) as connection:
+            files = [str(path) for part in parts for path in staged_files(project, part)]
             counted = connection.execute(
                 f"SELECT count(*), count(DISTINCT id), count({cursor}) FROM read_parquet(?)", [files]
             ).fetchone()
@@ -318,18 +324,18 @@ def test_a_table_that_is_written_anew_in_the_middle_never_looks_complete(tmp_pat
     psql("CREATE TABLE t (id int); INSERT INTO t SELECT generate_series(1, 20000);", schema)
     psql("DELETE FROM t WHERE id < 9000;", schema)
     project = write_project(tmp_path, postgres_url(schema), "[table.t]\npartition_rows = 6000\n")
-    staging.begin_batch(project, "b1", ["t"])
+    begin_batch(project, "b1", ["t"])
 
-    with staging.open_snapshot(project, SETTINGS, "b1") as snapshot:
-        names = staging.plan_partitions(project, SETTINGS, "b1", snapshot)["t"].list_names()
-        staging.extract_table(project, SETTINGS, batch="b1", table="t", partition=names[0])
+    with open_snapshot(project, SETTINGS, "b1") as snapshot:
+        names = plan_partitions(project, SETTINGS, "b1", snapshot)["t"].list_names()
+        extract_table(project, SETTINGS, batch="b1", table="t", partition=names[0])
         psql("VACUUM FULL t", schema)
-        rest = [staging.extract_table(project, SETTINGS, batch="b1", table="t", partition=name) for name in names[1:]]
+        rest = [extract_table(project, SETTINGS, batch="b1", table="t", partition=name) for name in names[1:]]
 
     assert {part.rows for part in rest} == {0}
-    assert sum(part.rows for part in staging.list_manifests(project, "b1")) < rest[0].table_rows
+    assert sum(part.rows for part in list_manifests(project, "b1")) < rest[0].table_rows
     with pytest.raises(StagingError, match="moment of the source that is gone"):
-        staging.extract_table(project, SETTINGS, batch="b1", table="t", partition=names[0])
+        extract_table(project, SETTINGS, batch="b1", table="t", partition=names[0])
 
 
 @pytest.fixture
@@ -359,8 +365,8 @@ def test_a_mysql_table_is_divided_by_its_key_in_the_servers_own_order(tmp_path: 
 
         assert [part.rows for part in parts] == [5000] * 4
         assert len({part.snapshot for part in parts}) == 1
-        with lake.open_session(SETTINGS, extensions=()) as connection:
-            files = [str(path) for part in parts for path in staging.staged_files(project, part)]
+        with open_session(SETTINGS, extensions=()) as connection:
+            files = [str(path) for part in parts for path in staged_files(project, part)]
             counted = connection.execute(f"SELECT count(DISTINCT {columns}) FROM read_parquet(?)", [files]).fetchone()
         assert counted == (20000,)
 

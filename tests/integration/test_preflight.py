@@ -12,7 +12,8 @@ from prefect.client.schemas.objects import ConcurrencyLimitConfig, FlowRun
 from prefect.states import Pending, Running, Scheduled
 
 from phasewise.errors import OrchestrationError
-from phasewise.preflight import Limits, explain_waiting, read_limits
+from phasewise.orchestration.deadlock import Limits
+from phasewise.orchestration.diagnose import explain_waiting, read_limits
 from tests.integration.conftest import Runs
 
 

@@ -6,16 +6,19 @@ import shutil
 
 import pytest
 
-from phasewise import lake, staging
-from phasewise.audit import audit_batch, open_staged, raise_for
-from phasewise.cleanup import maintain_lake, remove_finished_staging
-from phasewise.demo import DEMO_FILE, build_demo_source
-from phasewise.marts import read_mart
-from phasewise.project import Project, load_project
-from phasewise.publish import publish_batch
-from phasewise.samples import stage_batch
+from phasewise.cli.example import DEMO_FILE, build_demo_source
+from phasewise.lake.marts import read_mart
+from phasewise.lake.publications import diff_batches, open_reader
+from phasewise.lake.session import open_session, preload_extensions
+from phasewise.project.config import Project, load_project
+from phasewise.publishing.audits import audit_batch, open_staged, raise_for
+from phasewise.publishing.maintenance import maintain_lake
+from phasewise.publishing.publish import publish_batch
+from phasewise.publishing.staging_cleanup import remove_finished_staging
 from phasewise.settings import Settings, find_checkout
-from phasewise.snapshots import diff_batches, open_reader
+from phasewise.staging.batch import read_plan
+from phasewise.staging.manifest import list_manifests
+from phasewise.testing.projects import stage_batch
 
 # Two nights of 27 tables: seconds on an idle machine, a minute on a busy one.
 pytestmark = pytest.mark.timeout(240)
@@ -25,7 +28,7 @@ SETTINGS = Settings(threads=2, memory_limit="512MB", min_free_bytes=0)
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    lake.preload_extensions(("sqlite_scanner", "ducklake"))
+    preload_extensions(("sqlite_scanner", "ducklake"))
     checkout = find_checkout()
     assert checkout is not None
     root = tmp_path_factory.mktemp("baseball")
@@ -43,10 +46,10 @@ def batch(project: Project) -> str:
 
 
 def test_the_audits_find_what_is_known_about_the_data(project: Project, batch: str):
-    manifests = staging.list_manifests(project, batch)
-    with lake.open_session(SETTINGS) as connection:
+    manifests = list_manifests(project, batch)
+    with open_session(SETTINGS) as connection:
         open_staged(connection, project, manifests)
-        results = audit_batch(connection, project, manifests, staging.read_plan(project, batch))
+        results = audit_batch(connection, project, manifests, read_plan(project, batch))
 
     raise_for(results)
     assert {(result.name, result.bad_rows) for result in results if not result.passed} == {

@@ -13,14 +13,16 @@ from pathlib import Path
 
 import pytest
 
-from phasewise import lake
-from phasewise.cleanup import maintain_lake
-from phasewise.isolation import audit_staged
-from phasewise.project import Project
-from phasewise.publish import publish_batch
-from phasewise.samples import SAMPLE_SETTINGS, change_source, stage_batch, write_project
-from phasewise.snapshots import list_publications, open_reader
-from phasewise.staging import list_manifests, read_plan
+from phasewise.lake.publications import list_publications, open_reader
+from phasewise.lake.session import open_session, preload_extensions
+from phasewise.lake.warehouse import attach_lake
+from phasewise.project.config import Project
+from phasewise.publishing.audit_batch import audit_staged
+from phasewise.publishing.maintenance import maintain_lake
+from phasewise.publishing.publish import publish_batch
+from phasewise.staging.batch import read_plan
+from phasewise.staging.manifest import list_manifests
+from phasewise.testing.projects import SAMPLE_SETTINGS, change_source, stage_batch, write_project
 from tests.integration.warehouses import drop_catalog, fork, postgres_catalog
 from tests.servers import find_postgres
 
@@ -31,7 +33,7 @@ KILLS = 32
 
 @pytest.fixture(scope="module", autouse=True)
 def _preloaded():
-    lake.preload_extensions(("sqlite_scanner", "postgres_scanner", "ducklake"))
+    preload_extensions(("sqlite_scanner", "postgres_scanner", "ducklake"))
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -114,7 +116,9 @@ def test_orphans_of_a_killed_publisher_go_within_one_cleanup(project: Project, m
     publish_batch(project, SETTINGS, stage_generation(project, 0))
     batch = stage_generation(project, 1)
     known = set((project.warehouse / "data").rglob("*.parquet"))
-    monkeypatch.setattr("phasewise.publish.build_marts", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(
+        "phasewise.publishing.publish.build_marts", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+    )
     pid = fork(lambda: publish_batch(project, SETTINGS, batch))
     assert os.waitpid(pid, 0)[1] == signal.SIGKILL
     monkeypatch.undo()
@@ -142,8 +146,8 @@ def test_readers_never_see_a_mix_nor_fail_while_others_publish_and_clean(project
 
     pid = fork(write)
     passes, seen = 0, set()
-    with lake.open_session(SETTINGS) as connection:
-        lake.attach_lake(connection, project, read_only=True)
+    with open_session(SETTINGS) as connection:
+        attach_lake(connection, project, read_only=True)
         while os.waitpid(pid, os.WNOHANG)[0] == 0:
             # A reader that holds a transaction, as a BI tool would.
             connection.execute("begin")
@@ -238,8 +242,8 @@ def stage_increment(project: Project, generation: int) -> str:
 
 
 def publish_increment(project: Project, batch: str) -> None:
-    with lake.open_session(SETTINGS) as connection:
-        lake.attach_lake(connection, project)
+    with open_session(SETTINGS) as connection:
+        attach_lake(connection, project)
         manifests = list_manifests(project, batch)
         found = audit_staged(connection, project, manifests, read_plan(project, batch))
     publish_batch(project, SETTINGS, batch, set_aside=found.set_aside)
@@ -272,7 +276,9 @@ def test_rows_quarantine_and_cursor_of_a_publisher_that_is_killed_are_all_old_or
         """Kill the publisher in the function *name*, or at any instant."""
         with monkeypatch.context() as patch:
             if name is not None:
-                patch.setattr(f"phasewise.publish.{name}", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+                patch.setattr(
+                    f"phasewise.publishing.publish.{name}", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+                )
             pid = fork(lambda: publish_increment(project, batch))
             if name is None:
                 # The sleep is the test's input: the instant of the kill.

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from phasewise.flows import final_etl
-from phasewise.samples import stage_batch, write_project
+from phasewise.testing.projects import stage_batch, write_project
 
 
 def test_the_result_and_the_report_say_how_many_rows_are_in_quarantine_and_why(

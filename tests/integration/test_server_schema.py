@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from phasewise.server import create_database
+from phasewise.server.app import create_database
 
 MIGRATE = """
 import asyncio

@@ -22,14 +22,20 @@ import pymysql
 import pytest
 from pymysql.constants import COMMAND
 
-from phasewise import lake, sources, staging
+from phasewise import sources
 from phasewise.errors import ProjectError, SchemaDrift, SourceUnavailable, StagingError, TableMissing, UnfaithfulValue
-from phasewise.project import Project, load_project
-from phasewise.publish import publish_batch
+from phasewise.lake.publications import open_reader
+from phasewise.lake.session import open_session, preload_extensions
+from phasewise.project.config import Project, load_project
+from phasewise.publishing.publish import publish_batch
 from phasewise.settings import Settings
-from phasewise.snapshots import open_reader
-from phasewise.source_contract import PASSWORD, ROWS, SourceContract
 from phasewise.sources import check_project, list_project_tables, mysql_moment, open_source
+from phasewise.staging.batch import begin_batch, new_batch_id
+from phasewise.staging.extract import extract_table
+from phasewise.staging.manifest import Manifest, list_manifests, staged_files
+from phasewise.staging.partition_plan import plan_partitions
+from phasewise.staging.source_snapshot import open_snapshot
+from phasewise.testing.source_contract import PASSWORD, ROWS, SourceContract
 from tests.servers import find_mariadb, mariadb
 
 SETTINGS = Settings(threads=2, memory_limit="512MB", connect_timeout=2)
@@ -47,7 +53,7 @@ def connect(database: str) -> pymysql.connections.Connection:
 
 @pytest.fixture(scope="module", autouse=True)
 def _preloaded():
-    lake.preload_extensions(("mysql_scanner", "ducklake", "sqlite_scanner"))
+    preload_extensions(("mysql_scanner", "ducklake", "sqlite_scanner"))
 
 
 @pytest.fixture
@@ -75,15 +81,15 @@ def make(tmp_path: Path, database: str) -> Make:
 
 
 def read(project: Project, table: str) -> tuple[list[str], list[tuple]]:
-    manifest = staging.extract_table(project, SETTINGS, batch=staging.new_batch_id(), table=table)
+    manifest = extract_table(project, SETTINGS, batch=new_batch_id(), table=table)
     assert manifest.rows == manifest.source_rows
     rows = rows_of(project, manifest)
     return [column.type for column in manifest.columns], rows
 
 
-def rows_of(project: Project, manifest: staging.Manifest) -> list[tuple]:
-    with lake.open_session(SETTINGS, extensions=()) as connection:
-        files = [str(path) for path in staging.staged_files(project, manifest)]
+def rows_of(project: Project, manifest: Manifest) -> list[tuple]:
+    with open_session(SETTINGS, extensions=()) as connection:
+        files = [str(path) for path in staged_files(project, manifest)]
         result = connection.execute("FROM read_parquet(?) ORDER BY 1", [files])
         assert [str(column[1]) for column in result.description] == [column.type for column in manifest.columns]
         return result.fetchall()
@@ -275,12 +281,12 @@ def test_a_sum_that_a_writer_keeps_is_intact_in_the_lake(make: Make, database: s
     rows = "SELECT seq AS id, 10 AS n, repeat('x', 100) AS pad FROM seq_1_to_5000"
     project = make("".join(f"CREATE TABLE {one} (id int PRIMARY KEY, n int, pad text) {rows};" for one in ACCOUNTS))
     mariadb(f"GRANT RELOAD ON *.* TO {database}@'%'")
-    staging.begin_batch(project, "b1", ACCOUNTS)
+    begin_batch(project, "b1", ACCOUNTS)
     settings = SETTINGS.model_copy(update={"table_concurrency": 2})  # one of three processes waits
 
     with transfers(database) as done:
         wait_for_more(done)
-        with staging.open_snapshot(project, settings, "b1") as token:
+        with open_snapshot(project, settings, "b1") as token:
             for tables in ACCOUNTS[:1], ACCOUNTS[1:]:
                 processes = [
                     subprocess.Popen([sys.executable, "-c", EXTRACT, str(project.root), table]) for table in tables
@@ -292,7 +298,7 @@ def test_a_sum_that_a_writer_keeps_is_intact_in_the_lake(make: Make, database: s
     total = " + ".join(f"(SELECT sum(n) FROM {one})" for one in ACCOUNTS)
     with open_reader(project, settings) as connection:
         assert connection.execute(f"SELECT {total}").fetchone() == (4 * 5000 * 10,)
-    manifests = staging.list_manifests(project, "b1")
+    manifests = list_manifests(project, "b1")
     assert all(one.rows == one.source_rows == 5000 for one in manifests)
     assert {one.snapshot for one in manifests} == {token["id"]}
     assert token["remark"] is None
@@ -303,10 +309,10 @@ def test_without_a_lock_one_connection_holds_the_moment_and_says_why(make: Make,
         "CREATE TABLE a (n int); CREATE TABLE b (n int); INSERT INTO a VALUES (60); INSERT INTO b VALUES (40)"
     )
 
-    with staging.open_snapshot(project, SETTINGS, "b1") as token:
-        first = staging.extract_table(project, SETTINGS, batch="b1", table="a")
+    with open_snapshot(project, SETTINGS, "b1") as token:
+        first = extract_table(project, SETTINGS, batch="b1", table="a")
         mariadb("UPDATE a SET n = 50; UPDATE b SET n = 50", database)
-        second = staging.extract_table(project, SETTINGS, batch="b1", table="b")
+        second = extract_table(project, SETTINGS, batch="b1", table="b")
 
     assert rows_of(project, first) + rows_of(project, second) == [(60,), (40,)]
     assert first.snapshot == second.snapshot == token["id"]
@@ -321,7 +327,7 @@ def test_a_lock_that_is_not_to_be_had_holds_nobody_up(make: Make, database: str,
 
     with closing(connect(database)) as other:
         other.query("LOCK TABLES t WRITE")
-        with staging.open_snapshot(project, SETTINGS, "b1") as token:
+        with open_snapshot(project, SETTINGS, "b1") as token:
             pass
 
     assert "Lock wait timeout" in token["remark"]
@@ -333,7 +339,7 @@ def test_a_login_that_fails_is_the_reason_why_no_moment_is_held(make: Make, data
     toml.write_text(toml.read_text().replace(f"{MARIADB}/{database}", f"{MARIADB}/{database}?ssl_mode=required"))
     project = load_project(project.root)
 
-    with staging.open_snapshot(project, SETTINGS, "b1") as token:
+    with open_snapshot(project, SETTINGS, "b1") as token:
         pass
 
     assert token["id"] is None
@@ -345,12 +351,12 @@ def test_tables_without_transactions_and_other_machines_are_not_at_the_moment(
 ):
     project = make("CREATE TABLE t (id int); CREATE TABLE u (id int) ENGINE = MyISAM; INSERT INTO u VALUES (1)")
 
-    with staging.open_snapshot(project, SETTINGS, "b1"):
+    with open_snapshot(project, SETTINGS, "b1"):
         mariadb("INSERT INTO t VALUES (1); INSERT INTO u VALUES (2)", database)
-        held = staging.extract_table(project, SETTINGS, batch="b1", table="t")
-        unheld = staging.extract_table(project, SETTINGS, batch="b1", table="u")
+        held = extract_table(project, SETTINGS, batch="b1", table="t")
+        unheld = extract_table(project, SETTINGS, batch="b1", table="u")
         monkeypatch.setattr(sources.platform, "node", lambda: "elsewhere")
-        elsewhere = staging.extract_table(project, SETTINGS, batch="b2", table="t", snapshot=read_token(project))
+        elsewhere = extract_table(project, SETTINGS, batch="b2", table="t", snapshot=read_token(project))
 
     assert (held.rows, held.snapshot_note) == (0, None)
     assert (unheld.rows, unheld.snapshot, unheld.snapshot_note) == (2, None, "its engine has no transactions")
@@ -363,13 +369,13 @@ def test_the_parts_of_a_table_are_not_read_at_different_moments(make: Make, monk
         "CREATE TABLE t (id int PRIMARY KEY); INSERT INTO t SELECT seq FROM seq_1_to_9; ANALYZE TABLE t",
         "[table.t]\npartition_rows = 3\n",
     )
-    staging.begin_batch(project, "b1", ["t"])
+    begin_batch(project, "b1", ["t"])
 
-    with staging.open_snapshot(project, SETTINGS, "b1") as token:
-        first, *_ = staging.plan_partitions(project, SETTINGS, "b1", token)["t"].list_names()
+    with open_snapshot(project, SETTINGS, "b1") as token:
+        first, *_ = plan_partitions(project, SETTINGS, "b1", token)["t"].list_names()
         monkeypatch.setattr(sources.platform, "node", lambda: "elsewhere")
         with pytest.raises(StagingError, match=r"must be of one moment: .*read on elsewhere.*partition_rows = 0"):
-            staging.extract_table(project, SETTINGS, batch="b1", table="t", partition=first)
+            extract_table(project, SETTINGS, batch="b1", table="t", partition=first)
 
 
 def read_token(project: Project) -> dict:
@@ -385,12 +391,12 @@ def test_a_table_that_fails_in_the_middle_of_its_rows_leaves_the_moment_to_the_n
     """)
     settings = SETTINGS.model_copy(update={"table_concurrency": 1})
 
-    with staging.open_snapshot(project, settings, "b1") as token:
+    with open_snapshot(project, settings, "b1") as token:
         leave_in_the_middle(token["socket"])
         mariadb("UPDATE t SET id = 2; UPDATE big SET d = '2024-01-01'", database)
         with pytest.raises(UnfaithfulValue, match="1 row holds a value .* 0000-00-00"):
-            staging.extract_table(project, settings, batch="b1", table="big")
-        manifest = staging.extract_table(project, settings, batch="b1", table="t")
+            extract_table(project, settings, batch="b1", table="big")
+        manifest = extract_table(project, settings, batch="b1", table="t")
 
     assert manifest.snapshot == token["id"]
     assert rows_of(project, manifest) == [(1,)]
@@ -407,10 +413,10 @@ def leave_in_the_middle(path: str) -> None:
 def test_a_moment_that_the_server_has_ended_is_an_error(make: Make, database: str):
     project = make("CREATE TABLE t (id int)")
 
-    with staging.open_snapshot(project, SETTINGS, "b1"):
+    with open_snapshot(project, SETTINGS, "b1"):
         mariadb(f"KILL USER {database}@'%'")
         with pytest.raises(SourceUnavailable, match=r"cannot be entered: .*Start a new batch"):
-            staging.extract_table(project, SETTINGS, batch="b1", table="t")
+            extract_table(project, SETTINGS, batch="b1", table="t")
 
 
 def test_a_moment_is_given_up_when_it_is_held_for_too_long(make: Make, database: str):
@@ -419,21 +425,21 @@ def test_a_moment_is_given_up_when_it_is_held_for_too_long(make: Make, database:
     settings = SETTINGS.model_copy(update={"source_snapshot_hours": 1 / 3600, "table_concurrency": 2})
     held = f"SELECT count(*) FROM information_schema.processlist WHERE user = '{database}'"
 
-    with staging.open_snapshot(project, settings, "b1"):
+    with open_snapshot(project, settings, "b1"):
         assert mariadb(held).strip() == "3"
         deadline = time.monotonic() + 20
         while mariadb(held).strip() != "0":
             assert time.monotonic() < deadline, "the server still holds the moment"
             time.sleep(0.1)
         with pytest.raises(SourceUnavailable, match=r"hours old\. Start a new batch"):
-            staging.extract_table(project, settings, batch="b1", table="t")
+            extract_table(project, settings, batch="b1", table="t")
 
 
 def test_what_a_killed_holder_left_goes_with_the_next(make: Make):
     project = make("CREATE TABLE t (id int)")
     code = (
         "import os, sys; from pathlib import Path; from phasewise import staging;"
-        "from phasewise.project import load_project; from phasewise.settings import Settings;"
+        "from phasewise.project.config import load_project; from phasewise.settings import Settings;"
         "project = load_project(Path(sys.argv[1]));"
         "held = staging.open_snapshot(project, Settings(), 'b1'); print(held.__enter__()['socket'], flush=True);"
         "os.kill(os.getpid(), 9)"
@@ -444,7 +450,7 @@ def test_what_a_killed_holder_left_goes_with_the_next(make: Make):
     assert folder.is_dir()
     os.utime(folder, (0, 0))
 
-    with staging.open_snapshot(project, SETTINGS, "b1") as first, staging.open_snapshot(project, SETTINGS, "b2"):
+    with open_snapshot(project, SETTINGS, "b1") as first, open_snapshot(project, SETTINGS, "b2"):
         assert not folder.exists()
         assert Path(first["socket"]).exists()
 
@@ -452,7 +458,7 @@ def test_what_a_killed_holder_left_goes_with_the_next(make: Make):
 def test_nothing_of_a_moment_is_left(make: Make, database: str):
     project = make("CREATE TABLE t (id int)")
 
-    with staging.open_snapshot(project, SETTINGS, "b1") as token, socket.socket(socket.AF_UNIX) as waiting:
+    with open_snapshot(project, SETTINGS, "b1") as token, socket.socket(socket.AF_UNIX) as waiting:
         assert stat.S_IMODE(Path(token["socket"]).parent.stat().st_mode) == 0o700
         waiting.connect(token["socket"])
 

@@ -18,14 +18,19 @@ from pathlib import Path
 
 import pytest
 
-from phasewise import lake, staging
 from phasewise.errors import ProjectError, SchemaDrift, SourceError, SourceUnavailable, TableMissing, UnfaithfulValue
-from phasewise.project import Project, load_project
-from phasewise.publish import publish_batch
+from phasewise.lake.publications import open_reader
+from phasewise.lake.quoting import quote_identifier, quote_literal
+from phasewise.lake.session import open_session, preload_extensions
+from phasewise.project.config import Project, load_project
+from phasewise.publishing.publish import publish_batch
 from phasewise.settings import Settings
-from phasewise.snapshots import open_reader
-from phasewise.source_contract import PASSWORD, ROWS, SourceContract
 from phasewise.sources import check_project, list_project_tables, open_source
+from phasewise.staging.batch import begin_batch, new_batch_id
+from phasewise.staging.extract import extract_table
+from phasewise.staging.manifest import list_manifests, read_manifest, staged_files
+from phasewise.staging.source_snapshot import open_snapshot
+from phasewise.testing.source_contract import PASSWORD, ROWS, SourceContract
 from tests.servers import find_postgres, psql, psql_command
 
 SETTINGS = Settings(threads=2, memory_limit="512MB", connect_timeout=2)
@@ -39,7 +44,7 @@ Make = Callable[..., Project]
 
 @pytest.fixture(scope="module", autouse=True)
 def _preloaded():
-    lake.preload_extensions(("postgres_scanner", "ducklake", "sqlite_scanner"))
+    preload_extensions(("postgres_scanner", "ducklake", "sqlite_scanner"))
 
 
 @pytest.fixture
@@ -63,10 +68,10 @@ def make(tmp_path: Path, schema: str) -> Make:
 
 
 def read(project: Project, table: str) -> tuple[list[str], list[tuple]]:
-    manifest = staging.extract_table(project, SETTINGS, batch=staging.new_batch_id(), table=table)
+    manifest = extract_table(project, SETTINGS, batch=new_batch_id(), table=table)
     assert manifest.rows == manifest.source_rows
-    with lake.open_session(SETTINGS, extensions=()) as connection:
-        files = [str(path) for path in staging.staged_files(project, manifest)]
+    with open_session(SETTINGS, extensions=()) as connection:
+        files = [str(path) for path in staged_files(project, manifest)]
         result = connection.execute("FROM read_parquet(?) ORDER BY 1", [files])
         assert [str(column[1]) for column in result.description] == [column.type for column in manifest.columns]
         return [column.type for column in manifest.columns], result.fetchall()
@@ -106,10 +111,10 @@ def test_dates_before_christ_and_infinity_arrive(make: Make):
         INSERT INTO t VALUES (1, 'infinity', '-infinity', 'infinity'),
             (2, '0044-03-15 BC', '4713-01-01 00:00:00 BC', '294246-12-31 23:59:59+00');
     """)
-    manifest = staging.extract_table(project, SETTINGS, batch="b", table="t")
+    manifest = extract_table(project, SETTINGS, batch="b", table="t")
 
-    with lake.open_session(SETTINGS, extensions=()) as connection:
-        file = str(staging.staged_files(project, manifest)[0])
+    with open_session(SETTINGS, extensions=()) as connection:
+        file = str(staged_files(project, manifest)[0])
         rows = connection.execute(
             "SELECT d::VARCHAR, ts::VARCHAR, tz::VARCHAR FROM read_parquet(?) ORDER BY id", [file]
         ).fetchall()
@@ -183,7 +188,7 @@ def test_types_without_a_faithful_counterpart_are_carried_as_text_and_say_so(mak
     height = max(map(len, values.values()))
     rows = [[texts[row] if row < len(texts) else None for texts in values.values()] for row in range(height)]
     literals = ", ".join(
-        "(" + ", ".join([str(n), *("NULL" if v is None else lake.quote_literal(v) for v in row)]) + ")"
+        "(" + ", ".join([str(n), *("NULL" if v is None else quote_literal(v) for v in row)]) + ")"
         for n, row in enumerate(rows)
     )
     project = make(f"""
@@ -276,8 +281,8 @@ def test_odd_values_are_found_again_in_the_published_lake(make: Make):
             (4, '5874897-12-31', '294246-12-31 23:59:59.999999', '294246-12-31 23:59:59.999999+00', '1e-300', '',
              'e', '');
     """)
-    staging.begin_batch(project, "b1", ["t"])
-    staging.extract_table(project, SETTINGS, batch="b1", table="t")
+    begin_batch(project, "b1", ["t"])
+    extract_table(project, SETTINGS, batch="b1", table="t")
 
     publish_batch(project, SETTINGS, "b1")
 
@@ -314,7 +319,7 @@ def test_odd_values_are_found_again_in_the_published_lake(make: Make):
 def test_hard_names_arrive(make: Make, other: str):
     names = ['a"b', "select", "a b", "😀", "a'b", "ctid2", "$1", "ß", "UPPER", "a\\b"]
     kinds = ["text", other] * 5
-    columns = ", ".join(f"{lake.quote_identifier(name)} {kind}" for name, kind in zip(names, kinds, strict=True))
+    columns = ", ".join(f"{quote_identifier(name)} {kind}" for name, kind in zip(names, kinds, strict=True))
     project = make(f"""CREATE TABLE "O'dd ""t\\" ({columns}); INSERT INTO "O'dd ""t\\" ("a b") VALUES ('x')""")
 
     assert read(project, "O'dd \"t\\")[1] == [(None, None, "x", *[None] * 7)]
@@ -363,7 +368,7 @@ def test_all_processes_read_at_the_snapshot_that_is_held(make: Make, schema: str
         staging.extract_table(load_project(Path(sys.argv[1])), Settings(), batch="b1", table=sys.argv[2],
             snapshot=json.loads(sys.argv[3]))
     """)
-    with staging.open_snapshot(project, SETTINGS, "b1") as token:
+    with open_snapshot(project, SETTINGS, "b1") as token:
         psql(
             "BEGIN; DELETE FROM a WHERE ctid IN (SELECT ctid FROM a LIMIT 100000); UPDATE b SET n = n + 100000; COMMIT",
             schema,
@@ -372,11 +377,11 @@ def test_all_processes_read_at_the_snapshot_that_is_held(make: Make, schema: str
             command = [sys.executable, "-c", code, str(project.root), table, json.dumps(dict(token))]
             subprocess.run(command, check=True, timeout=50)
 
-    first, second = (staging.read_manifest(project, "b1", table) for table in ("a", "b"))
+    first, second = (read_manifest(project, "b1", table) for table in ("a", "b"))
     assert first.rows == first.source_rows == 300000
     assert first.snapshot == second.snapshot is not None
-    with lake.open_session(SETTINGS, extensions=()) as connection:
-        file = str(staging.staged_files(project, second)[0])
+    with open_session(SETTINGS, extensions=()) as connection:
+        file = str(staged_files(project, second)[0])
         assert connection.execute("FROM read_parquet(?)", [file]).fetchall() == [("0",)]
 
 
@@ -388,13 +393,13 @@ def test_a_sum_that_a_writer_keeps_is_intact_in_the_lake(make: Make, schema: str
         INSERT INTO a SELECT i, 10, repeat('x', 300) FROM generate_series(1, 60000) i; INSERT INTO b TABLE a;
         INSERT INTO c SELECT i, 10 FROM generate_series(1, 60000) i; ANALYZE;
     """)
-    staging.begin_batch(project, "b1", ["a", "b", "c"])
+    begin_batch(project, "b1", ["a", "b", "c"])
 
     with transfers(schema) as count_done:
         wait_for_more(count_done)
-        with staging.open_snapshot(project, SETTINGS, "b1"):
+        with open_snapshot(project, SETTINGS, "b1"):
             for table in ("a", "b", "c"):
-                staging.extract_table(project, SETTINGS, batch="b1", table=table)
+                extract_table(project, SETTINGS, batch="b1", table=table)
                 wait_for_more(count_done)
     publish_batch(project, SETTINGS, "b1")
 
@@ -403,7 +408,7 @@ def test_a_sum_that_a_writer_keeps_is_intact_in_the_lake(make: Make, schema: str
             "SELECT (SELECT sum(n) FROM a) + (SELECT sum(n) FROM b) + (SELECT sum(n::INT) FROM c)"
         )
         assert sums.fetchone() == (3 * 60000 * 10,)
-    assert len({manifest.snapshot for manifest in staging.list_manifests(project, "b1")}) == 1
+    assert len({manifest.snapshot for manifest in list_manifests(project, "b1")}) == 1
 
 
 @contextmanager
@@ -436,26 +441,26 @@ def wait_for_more(count_done: Callable[[], int]) -> None:
 
 def test_a_snapshot_whose_holder_has_gone_is_an_error(make: Make):
     project = make("CREATE TABLE t (id int)")
-    with staging.open_snapshot(project, SETTINGS, "b1") as token:
+    with open_snapshot(project, SETTINGS, "b1") as token:
         pass
 
     with pytest.raises(SourceUnavailable, match="cannot be entered"):
-        staging.extract_table(project, SETTINGS, batch="b1", table="t", snapshot=token)
+        extract_table(project, SETTINGS, batch="b1", table="t", snapshot=token)
 
 
 def test_a_snapshot_is_given_up_when_it_is_held_for_too_long(make: Make):
     project = make("CREATE TABLE t (id int)")
     settings = SETTINGS.model_copy(update={"source_snapshot_hours": 0.5 / 3600})
 
-    with staging.open_snapshot(project, settings, "b1") as token:
+    with open_snapshot(project, settings, "b1") as token:
         deadline = time.monotonic() + 20
         while is_held(token["id"]):
             assert time.monotonic() < deadline, "the server still holds the snapshot"
             time.sleep(0.1)
         with pytest.raises(SourceUnavailable, match=r"hours old\. Start a new batch"):
-            staging.extract_table(project, settings, batch="b1", table="t")
+            extract_table(project, settings, batch="b1", table="t")
         with pytest.raises(SourceUnavailable, match="cannot be entered"):
-            staging.extract_table(project, SETTINGS, batch="b2", table="t", snapshot=token)
+            extract_table(project, SETTINGS, batch="b2", table="t", snapshot=token)
 
 
 def is_held(snapshot: str) -> bool:
@@ -499,7 +504,7 @@ def test_a_url_without_a_database_is_refused(tmp_path: Path):
 
 
 def literals(rows: list[tuple[int, str | None]]) -> str:
-    quoted = ((number, "NULL" if label is None else lake.quote_literal(label)) for number, label in rows)
+    quoted = ((number, "NULL" if label is None else quote_literal(label)) for number, label in rows)
     return ", ".join(f"({number}, {label})" for number, label in quoted)
 
 

@@ -18,11 +18,12 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from phasewise import lake
-from phasewise.project import load_project
-from phasewise.publish import publish_batch
-from phasewise.samples import SAMPLE_SETTINGS, stage_batch
-from phasewise.snapshots import open_reader
+from phasewise.lake.publications import open_reader
+from phasewise.lake.quoting import quote_identifier
+from phasewise.lake.session import preload_extensions
+from phasewise.project.config import load_project
+from phasewise.publishing.publish import publish_batch
+from phasewise.testing.projects import SAMPLE_SETTINGS, stage_batch
 from tests.servers import find_mariadb, find_postgres, psql
 
 POSTGRES_SERVER, MARIADB_SERVER = find_postgres(), find_mariadb()
@@ -192,7 +193,7 @@ few = settings(
 
 @pytest.fixture(scope="module", autouse=True)
 def _preloaded():
-    lake.preload_extensions()
+    preload_extensions()
 
 
 def connect_mariadb(database: str | None = None) -> pymysql.connections.Connection:
@@ -208,7 +209,7 @@ def check_round_trip(root: Path, url: str, generated: Sequence[Generated]) -> No
 
     with open_reader(project, SAMPLE_SETTINGS) as connection:
         for table in generated:
-            result = connection.execute(f"FROM {lake.quote_identifier(table.name)} ORDER BY id")
+            result = connection.execute(f"FROM {quote_identifier(table.name)} ORDER BY id")
             assert [column[0] for column in result.description] == ["id", *table.columns]
             assert [str(column[1]) for column in result.description[1:]] == [
                 kind.type for kind in table.columns.values()
@@ -231,7 +232,7 @@ def test_any_postgresql_table_is_published_as_it_is(
     schema = f"pw_{uuid.uuid4().hex[:10]}"
     psql(f"CREATE SCHEMA {schema}")
     try:
-        psql(";\n".join(line for table in generated for line in table.write(lake.quote_identifier)), schema)
+        psql(";\n".join(line for table in generated for line in table.write(quote_identifier)), schema)
         url = f"postgresql://postgres@{POSTGRES_SERVER}/test?schema={schema}"
         check_round_trip(tmp_path_factory.mktemp("any"), url, generated)
     finally:
@@ -264,7 +265,7 @@ def quote_mysql_name(name: str) -> str:
 def test_any_sqlite_table_is_published_as_it_is(tmp_path_factory: pytest.TempPathFactory, generated: list[Generated]):
     root = tmp_path_factory.mktemp("any")
     with closing(sqlite3.connect(root / "source.db")) as source, source:
-        for statement in [line for table in generated for line in table.write(lake.quote_identifier)]:
+        for statement in [line for table in generated for line in table.write(quote_identifier)]:
             source.execute(statement)
 
     check_round_trip(root, "sqlite:///source.db", generated)

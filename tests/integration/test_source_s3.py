@@ -8,12 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from phasewise import lake, staging
 from phasewise.errors import ProjectError, SourceUnavailable
-from phasewise.project import Project, load_project
-from phasewise.samples import SAMPLE_SETTINGS
-from phasewise.source_contract import ROWS, SourceContract
+from phasewise.lake.session import open_session, preload_extensions
+from phasewise.project.config import Project, load_project
 from phasewise.sources import open_source
+from phasewise.staging.batch import new_batch_id
+from phasewise.staging.extract import extract_table
+from phasewise.staging.manifest import staged_files
+from phasewise.staging.source_snapshot import open_snapshot
+from phasewise.testing.projects import SAMPLE_SETTINGS
+from phasewise.testing.source_contract import ROWS, SourceContract
 from tests.integration.warehouses import put_object, s3_bucket
 
 SETTINGS = SAMPLE_SETTINGS
@@ -21,7 +25,7 @@ SETTINGS = SAMPLE_SETTINGS
 
 @pytest.fixture(scope="module", autouse=True)
 def _preloaded():
-    lake.preload_extensions(("httpfs",))
+    preload_extensions(("httpfs",))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -49,9 +53,9 @@ def fill(folder: str) -> str:
 
 
 def read(project: Project, table: str) -> list[tuple]:
-    manifest = staging.extract_table(project, SETTINGS, batch=staging.new_batch_id(), table=table)
-    with lake.open_session(SETTINGS, extensions=()) as connection:
-        files = [str(path) for path in staging.staged_files(project, manifest)]
+    manifest = extract_table(project, SETTINGS, batch=new_batch_id(), table=table)
+    with open_session(SETTINGS, extensions=()) as connection:
+        files = [str(path) for path in staged_files(project, manifest)]
         return connection.execute("FROM read_parquet(?) ORDER BY 1", [files]).fetchall()
 
 
@@ -94,8 +98,8 @@ def test_a_pattern_selects_objects(tmp_path: Path):
 def test_an_object_that_changes_during_the_batch_fails_its_table(tmp_path: Path):
     project = make_project(tmp_path, fill(tmp_path.name))
 
-    with staging.open_snapshot(project, SETTINGS, "b1") as token:
-        staging.extract_table(project, SETTINGS, batch="b1", table="player", snapshot=token)
+    with open_snapshot(project, SETTINGS, "b1") as token:
+        extract_table(project, SETTINGS, batch="b1", table="player", snapshot=token)
         put_object(f"{tmp_path.name}/zipped.csv.gz", gzip.compress(b"a\n11\n12\n"))
         with pytest.raises(SourceUnavailable, match="have changed since the batch began"):
-            staging.extract_table(project, SETTINGS, batch="b1", table="zipped", snapshot=token)
+            extract_table(project, SETTINGS, batch="b1", table="zipped", snapshot=token)

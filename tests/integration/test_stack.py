@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from phasewise.stack import StackInfo, find_stack, running_stack, start_stack, start_workers, stop_stack
+from phasewise.stack.control import StackInfo, find_stack, running_stack, start_stack, start_workers, stop_stack
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -77,11 +77,11 @@ def test_two_starts_at_once_make_one_stack_and_stopping_it_leaves_nothing(home: 
 def test_a_server_or_worker_that_dies_is_started_again_and_workers_can_be_added(home: Path) -> None:
     stack = start(home)
     assert len(start_workers(home, 1).workers) == 2
-    for what in ("phasewise.server", "--name worker-1", "phasewise.forkserver"):
+    for what in ("phasewise.server.app", "--name worker-1", "phasewise.forkserver.server"):
         old = pid_of(stack, what)
         os.kill(old, signal.SIGKILL)
         until(lambda old=old: not is_alive(old))
-        if what != "phasewise.forkserver":  # a worker replaces that one when it needs it
+        if what != "phasewise.forkserver.server":  # a worker replaces that one when it needs it
             until(lambda what=what: any(what in command for command in descendants(stack.pid).values()))
 
     until(lambda: find_stack(home) is not None)
@@ -90,7 +90,7 @@ def test_a_server_or_worker_that_dies_is_started_again_and_workers_can_be_added(
 
 def test_a_supervisor_killed_by_kill_9_takes_everything_along(home: Path) -> None:
     stack = start(home)
-    until(lambda: any("phasewise.forkserver" in command for command in descendants(stack.pid).values()))
+    until(lambda: any("phasewise.forkserver.server" in command for command in descendants(stack.pid).values()))
     processes = descendants(stack.pid)
 
     os.kill(stack.pid, signal.SIGKILL)

@@ -11,18 +11,26 @@ from pathlib import Path
 
 import pytest
 
-from phasewise import lake, staging
-from phasewise.audit import audit_batch, open_staged
-from phasewise.cleanup import maintain_lake, remove_finished_staging
+from phasewise.cli.warehouse import diff, rollback, snapshots
 from phasewise.errors import LakeError, StagingError
-from phasewise.exchange import remove_shared, write_shared
-from phasewise.isolation import audit_staged
-from phasewise.project import Project
-from phasewise.publish import publish_batch, rollback_batch
-from phasewise.samples import SAMPLE_SETTINGS, change_source, stage_batch, write_project
-from phasewise.snapshots import open_reader, query_warehouse
-from phasewise.storage import create_storage_secret, list_stored
-from phasewise.warehouse_commands import diff, rollback, snapshots
+from phasewise.lake.object_store import create_storage_secret, list_stored
+from phasewise.lake.publications import open_reader, query_warehouse
+from phasewise.lake.session import open_session, preload_extensions
+from phasewise.lake.warehouse import attach_lake, list_extensions, prepare_lake, reach_warehouse
+from phasewise.project.config import Project
+from phasewise.publishing.audit_batch import audit_staged
+from phasewise.publishing.audits import audit_batch, open_staged
+from phasewise.publishing.maintenance import maintain_lake
+from phasewise.publishing.publish import publish_batch
+from phasewise.publishing.rollback import rollback_batch
+from phasewise.publishing.staging_cleanup import remove_finished_staging
+from phasewise.staging.batch import begin_batch, find_batch_folder, read_plan
+from phasewise.staging.extract import extract_table
+from phasewise.staging.manifest import list_manifests, staged_files
+from phasewise.staging.partition_plan import plan_partitions
+from phasewise.staging.replication import remove_shared, write_shared
+from phasewise.staging.source_snapshot import open_snapshot
+from phasewise.testing.projects import SAMPLE_SETTINGS, change_source, stage_batch, write_project
 from tests.integration.warehouses import fork, postgres_catalog, s3_bucket
 from tests.servers import find_postgres
 
@@ -32,7 +40,7 @@ AT_ONCE = SETTINGS.model_copy(update={"snapshot_retention_days": 0})
 
 @pytest.fixture(scope="module", autouse=True)
 def _preloaded():
-    lake.preload_extensions(("sqlite_scanner", "postgres_scanner", "httpfs", "ducklake"))
+    preload_extensions(("sqlite_scanner", "postgres_scanner", "httpfs", "ducklake"))
 
 
 @pytest.fixture(scope="module")
@@ -65,17 +73,13 @@ def project(tmp_path: Path, bucket: str, catalog: str) -> Project:
 
 def list_bucket(project: Project) -> set[str]:
     """Return the Parquet files of the project's lake on S3."""
-    with lake.open_session(SETTINGS, extensions=("httpfs",)) as connection:
+    with open_session(SETTINGS, extensions=("httpfs",)) as connection:
         create_storage_secret(connection)
         return {str(file) for file in list_stored(connection, f"{project.data_path}**/*.parquet")}
 
 
 def list_staged(project: Project, batch: str) -> set[str]:
-    return {
-        str(file)
-        for manifest in staging.list_manifests(project, batch)
-        for file in staging.staged_files(project, manifest)
-    }
+    return {str(file) for manifest in list_manifests(project, batch) for file in staged_files(project, manifest)}
 
 
 def read_total(project: Project) -> int:
@@ -83,7 +87,7 @@ def read_total(project: Project) -> int:
 
 
 def test_staged_files_are_published_where_they_were_written(project: Project):
-    lake.prepare_lake(project, SETTINGS)
+    prepare_lake(project, SETTINGS)
     batch = stage_batch(project)
     staged = list_staged(project, batch)
     assert staged == list_bucket(project)
@@ -99,12 +103,12 @@ def test_staged_files_are_published_where_they_were_written(project: Project):
 
 def test_staged_files_are_audited_before_anything_was_published(project: Project):
     batch = stage_batch(project)
-    manifests = staging.list_manifests(project, batch)
+    manifests = list_manifests(project, batch)
 
-    with lake.open_session(SETTINGS, extensions=lake.list_extensions(project)) as connection:
-        lake.reach_warehouse(connection, project)
+    with open_session(SETTINGS, extensions=list_extensions(project)) as connection:
+        reach_warehouse(connection, project)
         open_staged(connection, project, manifests)
-        results = audit_batch(connection, project, manifests, staging.read_plan(project, batch))
+        results = audit_batch(connection, project, manifests, read_plan(project, batch))
 
     assert results
     assert all(result.passed for result in results)
@@ -127,7 +131,7 @@ def test_cleanup_keeps_what_is_staged_and_deletes_what_nothing_names(project: Pr
     publish_batch(project, SETTINGS, stage_batch(project))
     given_up, open_batch = stage_batch(project), stage_batch(project)
     orphans = list_staged(project, given_up)
-    remove_shared(project, staging.find_batch_folder(project, given_up))
+    remove_shared(project, find_batch_folder(project, given_up))
 
     done = maintain_lake(project, SETTINGS, orphan_grace=timedelta(0))
 
@@ -145,12 +149,12 @@ def test_cleanup_keeps_the_parts_of_a_table_that_lacks_one(tmp_path: Path, bucke
         toml=f'[warehouse]\ndata = "{bucket}/{tmp_path.name}"\n[table.t]\npartition_rows = 1\n',
     )
     publish_batch(project, SETTINGS, stage_batch(project))
-    staging.begin_batch(project, "b1", ["t"])
-    with staging.open_snapshot(project, SETTINGS, "b1") as snapshot:
-        parts = staging.plan_partitions(project, SETTINGS, "b1", snapshot)["t"].list_names()
-        staging.extract_table(project, SETTINGS, batch="b1", table="t", partition=parts[0])
+    begin_batch(project, "b1", ["t"])
+    with open_snapshot(project, SETTINGS, "b1") as snapshot:
+        parts = plan_partitions(project, SETTINGS, "b1", snapshot)["t"].list_names()
+        extract_table(project, SETTINGS, batch="b1", table="t", partition=parts[0])
         maintain_lake(project, SETTINGS, orphan_grace=timedelta(0))
-        staging.extract_table(project, SETTINGS, batch="b1", table="t", partition=parts[1])
+        extract_table(project, SETTINGS, batch="b1", table="t", partition=parts[1])
 
     publish_batch(project, SETTINGS, "b1")
 
@@ -160,7 +164,7 @@ def test_cleanup_keeps_the_parts_of_a_table_that_lacks_one(tmp_path: Path, bucke
 def test_a_file_that_was_just_uploaded_may_still_get_its_manifest(project: Project):
     publish_batch(project, SETTINGS, stage_batch(project))
     batch = stage_batch(project)
-    shutil.rmtree(staging.find_batch_folder(project, batch) / "t")
+    shutil.rmtree(find_batch_folder(project, batch) / "t")
 
     assert maintain_lake(project, SETTINGS).deleted_files == 0
 
@@ -205,7 +209,9 @@ def test_a_publisher_killed_before_its_commit_leaves_the_batch_to_the_next(
     change_source(project.root, "update t set n = 1;")
     batch = stage_batch(project)
     before = list_bucket(project)
-    monkeypatch.setattr("phasewise.publish.build_marts", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(
+        "phasewise.publishing.publish.build_marts", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+    )
     pid = fork(lambda: publish_batch(project, SETTINGS, batch))
     assert os.waitpid(pid, 0)[1] == signal.SIGKILL
     monkeypatch.undo()
@@ -221,7 +227,7 @@ def test_a_publisher_killed_before_its_commit_leaves_the_batch_to_the_next(
 def test_a_staged_file_that_is_gone_is_not_published(project: Project):
     publish_batch(project, SETTINGS, stage_batch(project))
     batch = stage_batch(project)
-    folder = staging.find_batch_folder(project, batch)
+    folder = find_batch_folder(project, batch)
     texts = {path: path.read_text() for path in folder.glob("**/*.json")}
     remove_shared(project, folder)
     maintain_lake(project, SETTINGS, orphan_grace=timedelta(0))
@@ -244,7 +250,7 @@ def test_what_is_new_is_merged_and_what_was_deleted_is_found(tmp_path: Path, buc
     publish_batch(project, SETTINGS, stage_batch(project))
     change_source(project.root, "update t set n = 20, at = 2 where id = 2; delete from t where id = 1;")
     batch = stage_batch(project)
-    assert staging.list_manifests(project, batch)[0].key_files
+    assert list_manifests(project, batch)[0].key_files
 
     # The keys of the source are no file of the lake, and yet they are needed until the batch is published.
     maintain_lake(project, SETTINGS, orphan_grace=timedelta(0))
@@ -263,10 +269,10 @@ def test_rows_are_set_aside(tmp_path: Path, bucket: str, catalog: str):
         '[table.t]\nkey = ["id"]\nquarantine = ["key"]\nquarantine_limit = "100%"\n',
     )
     batch = stage_batch(project)
-    manifests = staging.list_manifests(project, batch)
-    with lake.open_session(SETTINGS, extensions=lake.list_extensions(project)) as connection:
-        lake.reach_warehouse(connection, project)
-        found = audit_staged(connection, project, manifests, staging.read_plan(project, batch))
+    manifests = list_manifests(project, batch)
+    with open_session(SETTINGS, extensions=list_extensions(project)) as connection:
+        reach_warehouse(connection, project)
+        found = audit_staged(connection, project, manifests, read_plan(project, batch))
 
     publish_batch(project, SETTINGS, batch, set_aside=found.set_aside)
 
@@ -289,11 +295,11 @@ def test_batches_are_listed_read_compared_and_gone_back_to(
     ids = "select list(n order by n) from {}"
     for number in range(3):
         batch = stage_batch(project, batch=f"b{number}")
-        with lake.open_session(SETTINGS, extensions=lake.list_extensions(project)) as connection:
-            lake.reach_warehouse(connection, project)
+        with open_session(SETTINGS, extensions=list_extensions(project)) as connection:
+            reach_warehouse(connection, project)
             if number:
-                lake.attach_lake(connection, project, read_only=True)
-            found = audit_staged(connection, project, staging.list_manifests(project, batch))
+                attach_lake(connection, project, read_only=True)
+            found = audit_staged(connection, project, list_manifests(project, batch))
         publish_batch(project, SETTINGS, batch, set_aside=found.set_aside)
         change_source(
             tmp_path, f"update t set n = {number + 2}; insert into grown values ({number + 2}, {number + 2});"
@@ -320,7 +326,7 @@ def test_storage_that_does_not_answer_is_named_without_the_credentials(
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:1")
 
     with pytest.raises(LakeError, match="s3://lake/.* cannot be written.*AWS_") as prepared:
-        lake.prepare_lake(project, SETTINGS)
+        prepare_lake(project, SETTINGS)
     with pytest.raises(StagingError, match="s3://lake/.* cannot be written.*AWS_") as staged:
         stage_batch(project)
 

@@ -12,11 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from phasewise import lake, staging
 from phasewise.errors import SourceUnavailable
-from phasewise.project import Project, load_project
+from phasewise.lake.session import preload_extensions
+from phasewise.project.config import Project, load_project
 from phasewise.settings import Settings
 from phasewise.sources import check_project, describe_project_table, open_source
+from phasewise.staging.batch import begin_batch
+from phasewise.staging.extract import extract_table
+from phasewise.staging.source_snapshot import open_snapshot
 from tests.servers import NOBODY, find_binary, find_port, new_home, run, running
 
 SETTINGS = Settings(threads=2, memory_limit="256MB", connect_timeout=5, min_free_bytes=0)
@@ -49,7 +52,7 @@ MARIADB = "mysql://etl:{password}@localhost:{port}/shop"
 
 @pytest.fixture(scope="module", autouse=True)
 def _preloaded():
-    lake.preload_extensions(("postgres_scanner", "mysql_scanner"))
+    preload_extensions(("postgres_scanner", "mysql_scanner"))
 
 
 @pytest.fixture(scope="module")
@@ -155,12 +158,12 @@ def test_mariadb_is_read_by_tls(tmp_path: Path, mariadb: Server, mode: str):
 
 def check_read(root: Path, url: str) -> None:
     project = make_project(root, url)
-    staging.begin_batch(project, "b1", ["t"])
+    begin_batch(project, "b1", ["t"])
 
     assert check_project(project, SETTINGS) == []
     assert [c.type for c in describe_project_table(project, open_source(project, SETTINGS), "t").columns] == ["INTEGER"]
-    with staging.open_snapshot(project, SETTINGS, "b1") as token:
-        manifest = staging.extract_table(project, SETTINGS, batch="b1", table="t")
+    with open_snapshot(project, SETTINGS, "b1") as token:
+        manifest = extract_table(project, SETTINGS, batch="b1", table="t")
 
     assert token is not None
     assert (manifest.rows, manifest.source_rows, manifest.snapshot) == (1, 1, token["id"])
@@ -199,7 +202,7 @@ def check_error(root: Path, url: str, source: str, what: str, advice: str) -> No
     project = make_project(root, url)
 
     with pytest.raises(SourceUnavailable) as caught:
-        staging.extract_table(project, SETTINGS, batch="b1", table="t")
+        extract_table(project, SETTINGS, batch="b1", table="t")
 
     assert what in str(caught.value)
     assert source in str(caught.value)

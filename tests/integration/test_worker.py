@@ -22,9 +22,9 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.settings import get_current_settings
 from prefect.states import Cancelled, Cancelling, Pending, Suspended
 
-from phasewise.forkserver import Forkserver
-from phasewise.stack import StackInfo
-from phasewise.worker import PRELOAD, SETUP
+from phasewise.forkserver.client import Forkserver
+from phasewise.stack.control import StackInfo
+from phasewise.worker.worker import PRELOAD, SETUP
 from tests.integration.conftest import FLOWS, Runs
 
 INSTALLED_WITH_PREFECT = {
@@ -344,7 +344,7 @@ def small_cgroup(size_bytes: int) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def worker_of_a_pool(pool: str, stack: StackInfo, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
-    command = [sys.executable, "-c", "from phasewise.worker import main; main()", "--pool", pool, "--name", pool]
+    command = [sys.executable, "-c", "from phasewise.worker.worker import main; main()", "--pool", pool, "--name", pool]
     with subprocess.Popen(command, env={**os.environ, "PREFECT_API_URL": stack.api_url, **environment}) as worker:
         try:
             yield worker

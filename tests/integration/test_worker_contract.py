@@ -28,7 +28,7 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelling, Suspended
 
-from phasewise.stack import StackInfo
+from phasewise.stack.control import StackInfo
 from tests.integration.conftest import Runs, create_python
 
 pytestmark = pytest.mark.timeout(420)
@@ -250,7 +250,7 @@ def worker(
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Run a worker of type *kind* which executes the statements *before* at first."""
     pool = pool or POOLS[kind]
-    command = [sys.executable, "-c", f"{before}\nfrom phasewise.worker import main; main()"]
+    command = [sys.executable, "-c", f"{before}\nfrom phasewise.worker.worker import main; main()"]
     command += ["--pool", pool, "--name", name or pool, "--type", kind]
     environment = {
         **os.environ,

@@ -19,8 +19,8 @@ from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
 from prefect.client.schemas.filters import LogFilter
 from prefect.client.schemas.objects import FlowRun
 
-from phasewise.stack import StackInfo
-from phasewise.worker import WarmProcessWorker
+from phasewise.stack.control import StackInfo
+from phasewise.worker.worker import WarmProcessWorker
 from tests.integration.conftest import FLOWS, Runs, create_python
 
 pytestmark = pytest.mark.timeout(150)
@@ -44,7 +44,7 @@ def started(stack: StackInfo, *command: str, **changes: str) -> Iterator[subproc
 
 
 def worker_command(pool: str, name: str) -> list[str]:
-    return ["-c", "from phasewise.worker import main; main()", "--pool", pool, "--name", name]
+    return ["-c", "from phasewise.worker.worker import main; main()", "--pool", pool, "--name", name]
 
 
 async def test_prefects_own_commands_create_a_pool_of_our_type_and_start_a_worker(runs: Runs, stack: StackInfo) -> None:
@@ -199,13 +199,13 @@ async def until_online(runs: Runs, workers: set[str]) -> None:
 
 
 DEAF = """
-import phasewise.worker as worker
+from phasewise.worker import __main__, worker
 
 def refuse(*_, **__):
     raise ConnectionError("no events here")
 
 worker.get_events_subscriber = refuse
-worker.main()
+__main__.main()
 """
 
 

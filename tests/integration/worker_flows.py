@@ -125,7 +125,7 @@ def with_tasks_for_a_while() -> None:
 
 def record_imports(file: str, **arguments: Any) -> int:
     """Forked in place of ``run_flow_run``: writes what the run imports after the fork to *file*."""
-    from phasewise.worker import run_flow_run
+    from phasewise.worker.child import run_flow_run
 
     at_the_fork = set(sys.modules)
     # At exit, because flushing logs and events is part of what a run does.

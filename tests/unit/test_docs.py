@@ -13,9 +13,9 @@ import pytest
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from phasewise.cli import EXIT_CODES, app
-from phasewise.deployments import BUILT_IN
-from phasewise.project import _ProjectFile, load_project
+from phasewise.cli.app import EXIT_CODES, app
+from phasewise.orchestration.deployments import BUILT_IN
+from phasewise.project.config import _ProjectFile, load_project
 from phasewise.settings import Settings
 from phasewise.sources import _BUILT_IN as SOURCES
 

@@ -82,7 +82,7 @@ def test_changelog_names_the_version_or_has_it_unreleased():
 def test_prefect_finds_the_worker_through_its_entry_point():
     found = {e.name: e.value for e in entry_points(group="prefect.collections")}
 
-    assert found["phasewise"] == "phasewise.worker"
+    assert found["phasewise"] == "phasewise.worker.worker"
 
 
 def test_licence_is_the_apache_licence():

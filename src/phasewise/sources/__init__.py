@@ -26,10 +26,10 @@ from typing import Any, Protocol
 import duckdb
 
 from phasewise.errors import PhasewiseError, ProjectError, SchemaDrift, SourceError
-from phasewise.lake import normalize_type
-from phasewise.project import Project, Table, redact_url
+from phasewise.lake.object_store import File
+from phasewise.lake.session import normalize_type
+from phasewise.project.config import Project, Table, redact_url
 from phasewise.settings import Settings
-from phasewise.storage import File
 
 #: What ``open_snapshot`` hands to the processes that read: small, JSON-able, without secrets. Its ``id`` is equal
 #: for those tables, and only those, that were read at the same moment; None where none could be held. Optional are

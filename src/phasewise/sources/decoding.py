@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 from phasewise.errors import UnfaithfulValue
-from phasewise.lake import quote_identifier, quote_literal
+from phasewise.lake.quoting import quote_identifier, quote_literal
 from phasewise.sources import Column
 
 #: Types of moments that ``decode_text`` decodes.

@@ -15,8 +15,9 @@ from urllib.parse import parse_qsl, urlsplit
 import duckdb
 
 from phasewise.errors import PhasewiseError, ProjectError, SourceError, SourceUnavailable, TableMissing
-from phasewise.lake import open_session, quote_identifier, quote_literal
-from phasewise.project import redact_url
+from phasewise.lake.quoting import quote_identifier, quote_literal
+from phasewise.lake.session import open_session
+from phasewise.project.config import redact_url
 from phasewise.settings import Settings
 from phasewise.sources import Column, SnapshotToken, SourceTable, StagedRows
 from phasewise.sources.ranges import divide, find_bounds

@@ -33,7 +33,7 @@ from typing import Any
 import pymysql
 from pymysql.constants import CLIENT
 
-from phasewise.passwords import find_own_password
+from phasewise.lake.credentials import find_own_password
 
 _CHUNK = 256 * 1024
 _FOLDER = "phasewise-mysql-"

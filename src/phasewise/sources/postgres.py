@@ -18,14 +18,15 @@ from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit, urlunsp
 import duckdb
 
 from phasewise.errors import PhasewiseError, ProjectError, SourceError, SourceUnavailable, TableMissing, UnfaithfulValue
-from phasewise.lake import open_session, quote_identifier, quote_literal, use_one_thread
-from phasewise.passwords import lend_password
-from phasewise.project import redact_url
+from phasewise.lake.credentials import lend_password
+from phasewise.lake.object_store import File
+from phasewise.lake.quoting import quote_identifier, quote_literal
+from phasewise.lake.session import open_session, use_one_thread
+from phasewise.project.config import redact_url
 from phasewise.settings import Settings
 from phasewise.sources import Column, SnapshotToken, SourceTable, StagedRows
 from phasewise.sources.decoding import explain_unfaithful
 from phasewise.sources.ranges import Dialect, divide, divide_by_values, find_bounds
-from phasewise.storage import File
 
 #: PostgreSQL's internal type name → the lake's type, where the binary scan keeps every value.
 _PLAIN = {

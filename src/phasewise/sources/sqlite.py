@@ -30,8 +30,9 @@ from phasewise.errors import (
     TableMissing,
     UnfaithfulValue,
 )
-from phasewise.lake import quote_identifier, quote_literal, use_one_thread
-from phasewise.project import redact_url
+from phasewise.lake.quoting import quote_identifier, quote_literal
+from phasewise.lake.session import use_one_thread
+from phasewise.project.config import redact_url
 from phasewise.settings import Settings
 from phasewise.sources import Column, SnapshotToken, SourceTable, StagedRows
 from phasewise.sources.decoding import MOMENTS

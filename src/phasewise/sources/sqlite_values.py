@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 
 from phasewise.errors import UnfaithfulValue
-from phasewise.lake import quote_identifier, quote_literal
+from phasewise.lake.quoting import quote_identifier, quote_literal
 from phasewise.sources import Column, SourceTable
 from phasewise.sources.decoding import MOMENTS, decode_text, explain_unfaithful, fail_where_null
 

@@ -1,0 +1,67 @@
+"""The commands that act on a batch while it runs or after it failed: cancel, resume, why."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Annotated
+
+from cyclopts import App, Parameter
+
+from phasewise.project.config import find_project
+from phasewise.settings import Settings
+
+_Batch = Annotated[str | None, Parameter(help="Id of the batch, or the beginning of it. Default: the newest.")]
+
+
+def add_batch_commands(
+    app: App, choose_server: Callable[[], Settings], run_main: Callable[[Settings, str], None]
+) -> None:
+    """Add the commands to *app*.
+
+    *choose_server* decides which server they talk to; *run_main* goes on with a batch in this process.
+    """
+
+    @app.command
+    def cancel(batch: _Batch = None, /) -> None:
+        """Cancel a running batch and everything below it. What it staged is kept for a resume."""
+        project = find_project(choose_server())
+        from prefect.client.schemas.objects import StateType
+
+        from phasewise.orchestration.batches import cancel_batch, find_batch
+
+        active = [StateType.RUNNING, StateType.PENDING, StateType.SCHEDULED, StateType.CANCELLING]
+        found = asyncio.run(find_batch(project, batch, states=active))
+        count = asyncio.run(cancel_batch(found.run_id))
+        print(f"Cancelled batch {found.run_id}: {count} flow runs were asked to end.")
+        print(f"Resume it with: phasewise resume {found.run_id}")
+
+    @app.command
+    def why(run: Annotated[str, Parameter(help="Id of the flow run.")], /) -> None:
+        """Say why a flow run has not started yet, and what would start it."""
+        choose_server()
+        from phasewise.orchestration.diagnose import explain_waiting
+
+        for reason in asyncio.run(explain_waiting(run)):
+            print(reason)
+
+    @app.command
+    def resume(batch: _Batch = None, /) -> None:
+        """Run a batch that did not complete again: only what did not complete is run.
+
+        One that was started with `phasewise run` goes on in the process of this command, any other on the workers.
+        """
+        settings = choose_server()
+        project = find_project(settings)
+        from prefect.client.schemas.objects import StateType
+
+        from phasewise.orchestration.batches import find_batch, is_deployed, resume_batch
+
+        ended = [StateType.FAILED, StateType.CRASHED, StateType.CANCELLED]
+        found = asyncio.run(find_batch(project, batch, states=ended))
+        if not asyncio.run(is_deployed(found.run_id)):
+            print(f"Batch {found.run_id} was started in a process of its own; it goes on in this one.", flush=True)
+            run_main(settings, found.run_id)
+        else:
+            asyncio.run(resume_batch(found.run_id))
+            print(f"Batch {found.run_id} is scheduled again. Follow it at {found.url}")

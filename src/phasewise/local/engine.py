@@ -1,0 +1,352 @@
+"""What stands in for Prefect's engine where no server records runs: flows and tasks are called, with their retries.
+
+A flow that runs here sees what it would see anywhere: ``get_run_logger``, ``prefect.runtime.flow_run``, tasks that
+are called, submitted and mapped. Their caching, hooks, timeouts and concurrency limits by tag need a server and are
+left out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NoReturn
+from uuid import UUID
+
+from prefect import Flow, Task, flow_engine, task_engine
+from prefect.client.schemas.objects import FlowRun, State
+from prefect.context import FlowRunContext
+from prefect.flows import load_flow_from_entrypoint
+from prefect.futures import resolve_futures_to_results
+from prefect.settings import (
+    PREFECT_API_URL,
+    PREFECT_LOGGING_TO_API_ENABLED,
+    PREFECT_SERVER_ALLOW_EPHEMERAL_MODE,
+    get_current_settings,
+    temporary_settings,
+)
+from prefect.settings import Settings as PrefectSettings
+from prefect.states import Completed, Failed
+from prefect.utilities.callables import call_with_parameters
+from prefect.utilities.importtools import load_script_as_module
+from pydantic import TypeAdapter
+
+from phasewise.errors import OrchestrationError, PhasewiseError, PipelineInvalid
+from phasewise.orchestration.flow_runs import LOCAL_RUN, LocalRun, RunRequest, current_logger
+from phasewise.outcomes import StepOutcome
+
+_FLOWS = "PHASEWISE_LOCAL_FLOWS"
+
+#: How a list of flow runs travels between processes.
+OUTCOMES = TypeAdapter(list[StepOutcome])
+
+_WITHOUT_SERVER = {PREFECT_LOGGING_TO_API_ENABLED: False, PREFECT_SERVER_ALLOW_EPHEMERAL_MODE: False}
+
+#: Set when this process was asked to end: nothing is tried again after that.
+_stopping = threading.Event()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ending:
+    """How one attempt at a flow run ended."""
+
+    state_type: str
+    message: str = ""
+    summary: Mapping[str, Any] | None = None
+
+
+def load_flow(entrypoint: str, root: Path | None) -> Flow[..., Any]:
+    """Return the flow at *entrypoint*; one that names a file is relative to *root*. A file is run once a process."""
+    if root is None:
+        flow: Flow[..., Any] = load_flow_from_entrypoint(entrypoint, use_placeholder_flow=False)
+        return flow
+    file, _, function = entrypoint.rpartition(":")
+    found: Any = getattr(_load_file(root / file), function, None)
+    if not isinstance(found, Flow):
+        raise PipelineInvalid(f'{root / file} has no flow "{function}".', hint="Decorate the function with @flow.")
+    return found
+
+
+@functools.cache
+def _load_file(path: Path) -> ModuleType:
+    return load_script_as_module(str(path))
+
+
+def describe_flows(flows: Collection[tuple[str, Path | None]]) -> dict[str, str]:
+    """Return the environment that tells ``load_flows`` to load *flows*: entry points with their roots."""
+    return {_FLOWS: json.dumps([(entrypoint, str(root) if root else None) for entrypoint, root in flows])}
+
+
+def load_flows() -> None:
+    """Load the flows that the environment names, before the first fork."""
+    for entrypoint, root in json.loads(os.environ[_FLOWS]):
+        with suppress(Exception):  # a run that needs it says what is wrong with it
+            load_flow(entrypoint, Path(root) if root else None)
+
+
+@contextmanager
+def entering_flow_run(
+    local: LocalRun, *, name: str, flow: Flow[..., Any] | None = None, parameters: Mapping[str, Any] | None = None
+) -> Iterator[None]:
+    """Make *local* the current flow run of this context, for Phasewise and for Prefect, while the block runs."""
+    # Prefect's own records, without what only a server knows.
+    known: dict[str, Any] = {"id": UUID(local.run_id), "name": name, "flow_id": None, "tags": [], "labels": {}}
+    seen: dict[str, Any] = {"flow": flow, "flow_run": FlowRun.model_construct(**known)}
+    context = FlowRunContext.model_construct(**seen, parameters=dict(parameters or {}))
+    with ExitStack() as stack:
+        stack.callback(LOCAL_RUN.reset, LOCAL_RUN.set(local))
+        if _uses_server(get_current_settings()):
+            stack.enter_context(temporary_settings(_WITHOUT_SERVER, restore_defaults={PREFECT_API_URL}))
+        if flow is not None:
+            context.task_runner = stack.enter_context(flow.task_runner.duplicate())
+        stack.enter_context(context)
+        yield
+
+
+def _uses_server(settings: PrefectSettings) -> bool:
+    """Return whether Prefect would talk to a server with *settings*, or start one of its own."""
+    is_logging = settings.logging.to_api.enabled
+    return settings.api.url is not None or is_logging or settings.server.ephemeral.enabled
+
+
+async def run_orchestrator(flow: Flow[..., Any], parameters: Mapping[str, Any], local: LocalRun, name: str) -> Ending:
+    """Run a flow that waits for others, in this event loop."""
+    with entering_flow_run(local, name=name, flow=flow, parameters=parameters):
+        try:
+            await _call_flow(flow, parameters)
+        except Exception as exc:  # noqa: BLE001 - a flow may raise anything; the run records it
+            return _describe_failure(exc)
+    return Ending(state_type="COMPLETED", summary=local.summary)
+
+
+# ── in a process of its own ──────────────────────────────────────────────────────────────────────────────────────
+
+
+class _Stopped(BaseException):
+    """The process was asked to end. Not an Exception: only clean-up code should see it."""
+
+
+def run_flow_run(
+    entrypoint: str, root: str | None, parameters: dict[str, Any], run_id: str, name: str, descriptor: int
+) -> int:
+    """Run one flow run and say on the socket *descriptor* how it ended; the target of a fork."""
+    signal.signal(signal.SIGTERM, _stop)
+    install()
+    with socket.socket(fileno=descriptor) as channel:
+        parent = _Parent(channel)
+        local = LocalRun(run_id=run_id, flow_runs=_NoFlowRuns(name), read_runs=parent.read_runs)
+        try:
+            ending = _run(entrypoint, Path(root) if root else None, parameters, local, name)
+        except _Stopped:
+            return 128 + signal.SIGTERM
+        parent.report(ending)
+    return 0
+
+
+def _stop(_signum: int, _frame: object) -> None:
+    _stopping.set()
+    raise _Stopped
+
+
+def _run(entrypoint: str, root: Path | None, parameters: dict[str, Any], local: LocalRun, name: str) -> Ending:
+    try:
+        flow = load_flow(entrypoint, root)
+        with entering_flow_run(local, name=name, flow=flow, parameters=parameters):
+            result = _call_flow(flow, parameters)
+            if isinstance(result, Coroutine):
+                asyncio.run(result)
+    except Exception as exc:  # noqa: BLE001 - a flow may raise anything; the run records it
+        return _describe_failure(exc)
+    return Ending(state_type="COMPLETED", summary=local.summary)
+
+
+def _describe_failure(exc: Exception) -> Ending:
+    if not isinstance(exc, PhasewiseError):  # ours say all there is to say in their message
+        current_logger().exception("Encountered exception during execution")
+    return Ending(state_type="FAILED", message=f"{type(exc).__name__}: {exc}")
+
+
+class _Parent:
+    """The process that keeps the flow runs, seen from one of them: lines of JSON over a socket."""
+
+    def __init__(self, channel: socket.socket) -> None:
+        self._file = channel.makefile("rwb")
+
+    def read_runs(self) -> list[StepOutcome]:
+        self._send({"kind": "runs"})
+        return OUTCOMES.validate_json(self._file.readline())
+
+    def report(self, ending: Ending) -> None:
+        self._send(
+            {
+                "kind": "ended",
+                "state_type": ending.state_type,
+                "message": ending.message,
+                "summary": dict(ending.summary or {}),
+                "at": datetime.now(UTC).isoformat(),
+            }
+        )
+
+    def _send(self, message: dict[str, Any]) -> None:
+        self._file.write(json.dumps(message).encode() + b"\n")
+        self._file.flush()
+
+
+class _NoFlowRuns:
+    """``FlowRuns`` of a flow that cannot have any below it."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    async def submit(self, requests: Sequence[RunRequest]) -> list[str]:
+        del requests
+        self._refuse()
+
+    def watch(self, run_ids: Sequence[str]) -> NoReturn:
+        del run_ids
+        self._refuse()
+
+    async def restart(self, run_ids: Collection[str]) -> None:
+        del run_ids
+        self._refuse()
+
+    async def cancel(self, run_ids: Collection[str]) -> None:
+        del run_ids
+        self._refuse()
+
+    def _refuse(self) -> NoReturn:
+        raise OrchestrationError(
+            f"{self._name} cannot start flow runs in a local run: it has a process of its own.",
+            hint='Make it an async flow, and give its step work_queue="orchestrators".',
+        )
+
+
+# ── calls of flows and tasks ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def install() -> None:
+    """Have flows and tasks that are called within a local run run here; outside of one Prefect's engine stays."""
+    if getattr(task_engine.run_task, "__module__", "") == __name__:
+        return
+    replacements: list[tuple[Any, str, Callable[..., Any]]] = [
+        (task_engine, "run_task", _run_task),
+        (task_engine, "run_task_sync", _run_task_sync),
+        (task_engine, "run_task_async", _run_task_async),
+        (flow_engine, "run_flow", _run_flow),
+    ]
+    for module, name, local in replacements:
+        setattr(module, name, _choose(local, getattr(module, name)))
+
+
+def _choose(local: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return original(*args, **kwargs) if LOCAL_RUN.get() is None else local(*args, **kwargs)
+
+    return run
+
+
+def _run_flow(flow: Flow[..., Any], parameters: dict[str, Any] | None = None, **options: Any) -> Any:
+    if options.get("return_type") == "state":
+        raise OrchestrationError(f"{flow.name} was called with return_state=True, which a local run does not know.")
+    return _call_flow(flow, parameters or {})
+
+
+def _call_flow(flow: Flow[..., Any], parameters: Mapping[str, Any]) -> Any:
+    arguments = flow.validate_parameters(dict(parameters)) if flow.should_validate_parameters else dict(parameters)
+    attempts = _Attempts(name=flow.name, retries=flow.retries or 0, delays=flow.retry_delay_seconds)
+    return _call_async(flow.fn, arguments, attempts) if flow.isasync else _call(flow.fn, arguments, attempts)
+
+
+def _run_task(task: Task[..., Any], **options: Any) -> Any:
+    return _run_task_async(task, **options) if task.isasync else _run_task_sync(task, **options)
+
+
+def _run_task_sync(task: Task[..., Any], **options: Any) -> Any:
+    arguments, attempts, is_state = _prepare(task, options)
+    if not is_state:
+        return _call(task.fn, arguments, attempts)
+    try:
+        return Completed(data=_call(task.fn, arguments, attempts))
+    except Exception as exc:  # noqa: BLE001 - the state carries it to whoever asks for the result
+        return Failed(data=exc, message=str(exc))
+
+
+async def _run_task_async(task: Task[..., Any], **options: Any) -> Any:
+    arguments, attempts, is_state = _prepare(task, options)
+    if not is_state:
+        return await _call_async(task.fn, arguments, attempts)
+    try:
+        return Completed(data=await _call_async(task.fn, arguments, attempts))
+    except Exception as exc:  # noqa: BLE001 - as above
+        return Failed(data=exc, message=str(exc))
+
+
+def _prepare(task: Task[..., Any], options: Mapping[str, Any]) -> tuple[dict[str, Any], _Attempts, bool]:
+    resolve_futures_to_results(options.get("wait_for") or ())
+    arguments: dict[str, Any] = resolve_futures_to_results(options.get("parameters") or {})
+    attempts = _Attempts(name=task.name, retries=task.retries, delays=task.retry_delay_seconds, task=task)
+    return arguments, attempts, options.get("return_type") == "state"
+
+
+@dataclass(kw_only=True)
+class _Attempts:
+    """Counts attempts, and says whether there is another one."""
+
+    name: str
+    retries: int
+    delays: float | list[float] | None
+    task: Task[..., Any] | None = None
+    failed: int = 0
+
+    def has_another(self, exc: Exception) -> bool:
+        self.failed += 1
+        if self.failed > self.retries or _stopping.is_set() or not self._may_help(exc):
+            return False
+        current_logger().warning("%s: %s; trying again.", self.name, exc)
+        return True
+
+    def _may_help(self, exc: Exception) -> bool:
+        if self.task is None or self.task.retry_condition_fn is None:
+            return True
+        state: State[Any] = Failed(data=exc, message=str(exc))
+        # There is no task run to show; conditions look at the state.
+        condition: Callable[..., Any] = self.task.retry_condition_fn
+        return bool(condition(self.task, None, state))
+
+    @property
+    def delay(self) -> float:
+        if isinstance(self.delays, list):
+            return self.delays[min(self.failed, len(self.delays)) - 1] if self.delays else 0.0
+        return self.delays or 0.0
+
+
+def _call(function: Callable[..., Any], arguments: dict[str, Any], attempts: _Attempts) -> Any:
+    while True:
+        try:
+            return call_with_parameters(function, arguments)
+        except Exception as exc:
+            if not attempts.has_another(exc):
+                raise
+            time.sleep(attempts.delay)
+
+
+async def _call_async(function: Callable[..., Any], arguments: dict[str, Any], attempts: _Attempts) -> Any:
+    while True:
+        try:
+            result: Any = call_with_parameters(function, arguments)
+            return await result
+        except Exception as exc:
+            if not attempts.has_another(exc):
+                raise
+            await asyncio.sleep(attempts.delay)

@@ -1,0 +1,151 @@
+"""The batches of a project on the server: found again, cancelled, resumed. A batch is a main_etl run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from prefect.client.orchestration import PrefectClient, get_client
+from prefect.client.schemas.filters import (
+    FlowFilter,
+    FlowFilterName,
+    FlowRunFilter,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
+from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.sorting import FlowRunSort
+from prefect.exceptions import ObjectNotFound
+from prefect.states import AwaitingRetry, Cancelled, Cancelling
+
+from phasewise.errors import BatchRunning, UnknownBatch
+from phasewise.orchestration.cancel import cancel_runs
+from phasewise.orchestration.run_reads import describe_run
+from phasewise.outcomes import StepOutcome
+
+MAIN_FLOW = "main-etl-job"
+#: Label of a main_etl run: the folder of its project.
+PROJECT_LABEL = "phasewise-project"
+#: Label of a main_etl run: the process that it runs in.
+PROCESS_LABEL = "phasewise-process"
+#: Variable that tells a flow run which project it is of.
+_PROJECT_VARIABLE = "PHASEWISE_PROJECT"
+_PAGE = 200
+#: Seconds before it is due from which on a batch counts as one that is on its way.
+_DUE_SECONDS = 60.0
+
+
+async def find_batch(project: Path, batch: str | None = None, *, states: Sequence[StateType] = ()) -> StepOutcome:
+    """Return the main_etl run *batch* (its id, or the beginning of it), or the newest of *project* in *states*.
+
+    Raises:
+        UnknownBatch: there is none.
+    """
+    async with get_client() as client:
+        runs = await read_main_runs(client, list(states) if batch is None else [])
+    if batch is not None:
+        found = [run for run in runs if str(run.id).startswith(batch.lower())]
+        if len(found) != 1:
+            raise UnknownBatch(
+                f'{len(found)} batches begin with "{batch}".' if found else f'There is no batch "{batch}".',
+                hint="Their ids are those of the main-etl-job runs in the Prefect UI.",
+            )
+        return describe_run(found[0])
+    async with get_client() as client:
+        mine = [run for run in runs if _is_due(run) and await _find_project(client, run) == str(project)]
+    if not mine:
+        wanted = " or ".join(state.value.lower() for state in states) or "known"
+        raise UnknownBatch(f"No batch of {project} is {wanted}.", hint="Name one by its id.")
+    # One that runs comes before one that waits for its turn.
+    return describe_run(min(mine, key=lambda run: run.state is None or run.state.is_scheduled()))
+
+
+def _is_due(run: FlowRun) -> bool:
+    """Return whether *run* is on its way, or was: a schedule creates the runs of many nights ahead."""
+    if run.state is None or not run.state.is_scheduled():
+        return True
+    due = run.next_scheduled_start_time or run.expected_start_time
+    return due is None or due <= datetime.now(UTC) + timedelta(seconds=_DUE_SECONDS)
+
+
+async def _find_project(client: PrefectClient, run: FlowRun) -> str | None:
+    """Return the folder of the project that *run* is of; one that has not begun has not said so itself."""
+    if (label := run.labels.get(PROJECT_LABEL)) is not None:
+        return str(label)
+    if (told := read_project(_read_environment(run.job_variables))) is not None or run.deployment_id is None:
+        return told
+    try:
+        deployment = await client.read_deployment(run.deployment_id)
+    except ObjectNotFound:
+        return None
+    return read_project(_read_environment(deployment.job_variables))
+
+
+def _read_environment(job_variables: Mapping[str, Any] | None) -> Mapping[str, str]:
+    return (job_variables or {}).get("env") or {}
+
+
+def read_project(environment: Mapping[str, str]) -> str | None:
+    """Return the folder of the project that flow runs with this environment are of."""
+    return environment.get(_PROJECT_VARIABLE)
+
+
+async def cancel_batch(run_id: str) -> int:
+    """Cancel a batch and everything below it, all levels at once; return how many runs were asked to end."""
+    async with get_client() as client:
+        run = await client.read_flow_run(UUID(run_id))
+        below = await cancel_runs(client, [run.id])
+        if run.state is not None and not run.state.is_final() and run.deployment_id is None:
+            # It is in a process of the user's, which looks at its state by itself, if it lives. No worker does it.
+            await client.set_flow_run_state(run.id, Cancelled(message="Cancelled."), force=True)
+        elif run.state is not None and not run.state.is_final() and run.id not in below:
+            await client.set_flow_run_state(run.id, Cancelling(message="Cancelled."))
+        return len(below)
+
+
+async def resume_batch(run_id: str, *, process: str | None = None) -> FlowRun:
+    """Schedule a batch that did not complete again: it runs what did not complete, and nothing else.
+
+    One that was started in a process of the user's is no worker's to run: whoever runs it names its *process*.
+
+    Raises:
+        BatchRunning: it has not ended yet; a second process of it would get into the first one's way.
+        UnknownBatch: there is nothing to resume: it completed.
+    """
+    async with get_client() as client:
+        run = await client.read_flow_run(UUID(run_id))
+        if run.state is None or not run.state.is_final():
+            raise BatchRunning(
+                f"Batch {run_id} has not ended: it is {run.state.name if run.state else 'without a state'}.",
+                hint=f"End it first if it hangs: phasewise cancel {run_id}",
+            )
+        if run.state.is_completed():
+            raise UnknownBatch(
+                f"Batch {run_id} is complete, so there is nothing to resume.",
+                hint="Start a new one: make run-distributed",
+            )
+        if process is not None:
+            # Before it runs: the process that it still names is gone, and a run of such a process counts as crashed.
+            await client.update_flow_run_labels(run.id, {PROCESS_LABEL: process})
+        await client.set_flow_run_state(run.id, AwaitingRetry(message="Resumed."), force=True)
+        return await client.read_flow_run(run.id)
+
+
+async def is_deployed(run_id: str) -> bool:
+    """Tell whether a worker runs the batch; if not, it was started in a process of the user's."""
+    async with get_client() as client:
+        return (await client.read_flow_run(UUID(run_id))).deployment_id is not None
+
+
+async def read_main_runs(client: PrefectClient, states: Sequence[StateType]) -> list[FlowRun]:
+    """Return the newest main_etl runs, those in *states* if any are given, newest first."""
+    state_filter = FlowRunFilterState(type=FlowRunFilterStateType(any_=list(states))) if states else None
+    return await client.read_flow_runs(
+        flow_filter=FlowFilter(name=FlowFilterName(any_=[MAIN_FLOW])),
+        flow_run_filter=FlowRunFilter(state=state_filter),
+        sort=FlowRunSort.START_TIME_DESC,
+        limit=_PAGE,
+    )

@@ -1,0 +1,283 @@
+"""The deployments, the work pool and its work queues as data; deploy them, and check that a run could start."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+from uuid import UUID
+
+import httpx
+from prefect import Flow
+from prefect.client.orchestration import PrefectClient, get_client
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.filters import (
+    FlowFilter,
+    FlowFilterName,
+    WorkerFilter,
+    WorkerFilterStatus,
+    WorkPoolFilter,
+    WorkPoolFilterName,
+)
+from prefect.client.schemas.objects import WorkPool
+from prefect.client.schemas.responses import DeploymentResponse
+from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
+from prefect.flows import load_flow_from_entrypoint
+from prefect.utilities.callables import parameter_schema
+from prefect.workers.utilities import get_default_base_job_template_for_infrastructure_type
+
+from phasewise.errors import DeploymentMissing, NoWorkerOnline, OrchestrationError, PipelineInvalid
+from phasewise.orchestration.batches import MAIN_FLOW, read_project
+from phasewise.orchestration.deadlock import check_deadlock
+from phasewise.orchestration.diagnose import read_limits
+from phasewise.project.pipeline import Phase, list_steps
+from phasewise.settings import Settings
+
+DEFAULT_POOL = "default-pool"
+DEFAULT_WORKER_TYPE = "warm-process"
+ORCHESTRATORS = "orchestrators"
+TABLES = "tables"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deployment:
+    """A deployment as it should be on the server."""
+
+    flow_name: str
+    name: str
+    #: ``module.function``, or ``file.py:function`` below the project's folder.
+    entrypoint: str
+    work_queue: str
+    tags: tuple[str, ...] = ("phasewise",)
+    #: Folder that a file entry point is relative to.
+    root: Path | None = None
+
+    @property
+    def full_name(self) -> str:
+        return f"{self.flow_name}/{self.name}"
+
+
+def _built_in(flow_name: str, function: str, work_queue: str) -> Deployment:
+    name = f"{flow_name.removesuffix('-job')}-deployment"
+    return Deployment(flow_name=flow_name, name=name, entrypoint=f"phasewise.flows.{function}", work_queue=work_queue)
+
+
+#: The seven, in the order in which they are deployed and reported.
+BUILT_IN: tuple[Deployment, ...] = (
+    _built_in("main-etl-job", "main_etl", ORCHESTRATORS),
+    _built_in("pre-etl-job", "pre_etl", ORCHESTRATORS),
+    _built_in("sub-etl-job", "sub_etl", ORCHESTRATORS),
+    _built_in("final-etl-job", "final_etl", ORCHESTRATORS),
+    _built_in("process-table-etl", "process_table_etl", TABLES),
+    _built_in("cleanup-flow-1", "cleanup_flow1", TABLES),
+    _built_in("cleanup-flow-2", "cleanup_flow2", TABLES),
+)
+
+
+def plan_deployments(phases: Sequence[Phase], root: Path, *, main: str | None = None) -> list[Deployment]:
+    """Return the seven and one more for each step of *phases* that brings its own code.
+
+    *main* is another name for the deployment of ``main_etl``: one that belongs to a single project of a server.
+
+    Raises:
+        PipelineInvalid: a step names a deployment that is none of the seven and brings no code.
+    """
+    first = replace(BUILT_IN[0], name=main or BUILT_IN[0].name)
+    planned = {deployment.full_name: deployment for deployment in (first, *BUILT_IN[1:])}
+    for step in list_steps(phases):
+        if step.entrypoint is not None:
+            flow_name, _, name = step.deployment.partition("/")
+            planned[step.deployment] = Deployment(
+                flow_name=flow_name,
+                name=name,
+                entrypoint=step.entrypoint,
+                work_queue=step.work_queue,
+                root=root if ".py:" in step.entrypoint else None,
+            )
+    return list(planned.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deployed:
+    """What ``deploy`` did to one deployment."""
+
+    deployment: Deployment
+    #: False when it stood on the server exactly like this before.
+    is_changed: bool
+    #: The environment that it gave to its runs until now; empty for a new one.
+    environment_before: Mapping[str, str] = field(default_factory=dict)
+
+
+async def deploy(
+    deployments: Iterable[Deployment],
+    *,
+    pool: str,
+    settings: Settings,
+    phases: Sequence[Phase] = (),
+    environment: Mapping[str, str] = MappingProxyType({}),
+) -> list[Deployed]:
+    """Create or update *deployments* on the server, with the work pool and its two queues where they are missing.
+
+    What is there already as it should be is left alone, so deploying twice changes nothing. *environment* is what
+    the flow runs need to find their project; it must hold no secrets, since deployments are readable by everyone.
+    *phases* is what ``main_etl`` will run with them.
+
+    Raises:
+        PipelineInvalid: with the limits of the server, *phases* could wait for themselves for ever.
+        PipelineInvalid: the code of a step cannot be loaded, or its flow has another name than its deployment.
+    """
+    async with get_client() as client:
+        await _ensure_pool(client, pool, settings)
+        deployments = list(deployments)
+        if phases:
+            await _check_deadlock(client, pool, phases, deployments, environment)
+        return [await _apply(client, deployment, pool, environment) for deployment in deployments]
+
+
+async def _check_deadlock(
+    client: PrefectClient,
+    pool: str,
+    phases: Sequence[Phase],
+    deployments: Sequence[Deployment],
+    environment: Mapping[str, str],
+) -> None:
+    limits = await read_limits(client, pool)
+    # A project runs one batch at a time, but those of several projects share the slots.
+    projects = {read_project(environment)} | await _list_projects(client, pool)
+    check_deadlock(
+        phases,
+        limits.queues,
+        limits.pool,
+        deployment_limits=limits.deployments,
+        work_queues={deployment.full_name: deployment.work_queue for deployment in deployments},
+        batches=len(projects),
+    )
+
+
+async def _list_projects(client: PrefectClient, pool: str) -> set[str | None]:
+    """Return the projects that the pool has a deployment of ``main_etl`` for; 200 of them at most."""
+    found = await client.read_deployments(
+        flow_filter=FlowFilter(name=FlowFilterName(any_=[MAIN_FLOW])),
+        work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[pool])),
+    )
+    return {read_project((one.job_variables or {}).get("env") or {}) for one in found} - {None}
+
+
+async def check_ready(deployments: Iterable[Deployment], *, pool: str) -> None:
+    """Check that a run could start now: the deployments exist and a worker is online.
+
+    Raises:
+        DeploymentMissing, NoWorkerOnline: what is missing, and the command that mends it.
+    """
+    async with get_client() as client:
+        names = [deployment.full_name for deployment in deployments]
+        missing = [name for name in names if await _read_deployment(client, name) is None]
+        if missing:
+            raise DeploymentMissing(
+                f"The server lacks {len(missing)} of {len(names)} deployments: {', '.join(missing)}.",
+                hint="Create them: make deploy-flows",
+            )
+        await _check_worker(client, pool)
+
+
+async def _check_worker(client: PrefectClient, pool: str) -> None:
+    online = WorkerFilter(status=WorkerFilterStatus(any_=["ONLINE"]))
+    try:
+        workers = await client.read_workers_for_work_pool(pool, worker_filter=online)
+    except ObjectNotFound:
+        workers = []
+    if not workers:
+        raise NoWorkerOnline(
+            f'No worker of the work pool "{pool}" is online, so nothing would start.',
+            hint="Start one: make start-workers N=1",
+        )
+
+
+async def _ensure_pool(client: PrefectClient, name: str, settings: Settings) -> WorkPool:
+    try:
+        pool = await client.read_work_pool(name)
+    except ObjectNotFound:
+        pool = await _create_pool(client, name)
+    limits = {ORCHESTRATORS: settings.orchestrator_concurrency, TABLES: settings.table_concurrency}
+    queues = {queue.name for queue in await client.read_work_queues(work_pool_name=name)}
+    for queue, limit in limits.items():
+        if queue not in queues:
+            await client.create_work_queue(queue, work_pool_name=name, concurrency_limit=limit)
+    return pool
+
+
+async def _create_pool(client: PrefectClient, name: str) -> WorkPool:
+    template = await get_default_base_job_template_for_infrastructure_type(DEFAULT_WORKER_TYPE)
+    create = WorkPoolCreate(name=name, type=DEFAULT_WORKER_TYPE, base_job_template=template or {})
+    try:
+        return await client.create_work_pool(create)
+    except ObjectAlreadyExists:  # another deploy was faster
+        return await client.read_work_pool(name)
+
+
+async def _apply(client: PrefectClient, deployment: Deployment, pool: str, environment: Mapping[str, str]) -> Deployed:
+    flow = _load_flow(deployment)
+    wanted = _describe(deployment, flow, pool, environment)
+    existing = await _read_deployment(client, deployment.full_name)
+    if existing is not None and _is_like(existing, wanted):
+        return Deployed(deployment=deployment, is_changed=False)
+    flow_id: UUID = await client.create_flow(flow)
+    await client.create_deployment(flow_id, deployment.name, **wanted)
+    before = (existing.job_variables or {}).get("env") if existing is not None else None
+    return Deployed(deployment=deployment, is_changed=True, environment_before=before or {})
+
+
+def _load_flow(deployment: Deployment) -> Flow[..., Any]:
+    entrypoint = deployment.entrypoint
+    if deployment.root is not None:
+        entrypoint = str(deployment.root / entrypoint)
+    try:
+        flow: Flow[..., Any] = load_flow_from_entrypoint(entrypoint, use_placeholder_flow=False)
+    except Exception as exc:
+        raise PipelineInvalid(f'The code of "{deployment.full_name}" ({entrypoint}) cannot be loaded: {exc}') from exc
+    if flow.name != deployment.flow_name:
+        raise PipelineInvalid(
+            f'{entrypoint} is the flow "{flow.name}", but the step names "{deployment.full_name}".',
+            hint=f'Write deployment="{flow.name}/{deployment.name}".',
+        )
+    return flow
+
+
+def _describe(
+    deployment: Deployment, flow: Flow[..., Any], pool: str, environment: Mapping[str, str]
+) -> dict[str, Any]:
+    """Return the arguments of ``create_deployment``."""
+    pull_steps: list[dict[str, Any]] = []
+    if deployment.root is not None:
+        step = "prefect.deployments.steps.set_working_directory"
+        pull_steps = [{step: {"directory": str(deployment.root)}}]
+    return {
+        "work_pool_name": pool,
+        "work_queue_name": deployment.work_queue,
+        "entrypoint": deployment.entrypoint,
+        "tags": list(deployment.tags),
+        "description": flow.description or "",
+        "parameter_openapi_schema": parameter_schema(flow).model_dump_for_openapi(),
+        "enforce_parameter_schema": True,
+        "job_variables": {"env": dict(environment)} if environment else {},
+        "pull_steps": pull_steps,
+    }
+
+
+def _is_like(existing: DeploymentResponse, wanted: Mapping[str, Any]) -> bool:
+    return all(_normalise(getattr(existing, key)) == _normalise(value) for key, value in wanted.items())
+
+
+def _normalise(value: object) -> object:
+    return value or None
+
+
+async def _read_deployment(client: PrefectClient, full_name: str) -> DeploymentResponse | None:
+    try:
+        return await client.read_deployment_by_name(full_name)
+    except ObjectNotFound:
+        return None
+    except httpx.HTTPStatusError as exc:
+        raise OrchestrationError(f"The server answered {exc.response.status_code} for {full_name}.") from exc

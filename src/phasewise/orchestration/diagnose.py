@@ -1,0 +1,205 @@
+"""orchestration.diagnose"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Collection, Sequence
+from datetime import UTC, datetime
+from uuid import UUID
+
+from prefect.client.orchestration import PrefectClient, get_client
+from prefect.client.schemas.filters import (
+    FlowFilter,
+    FlowFilterId,
+    WorkerFilter,
+    WorkerFilterStatus,
+    WorkPoolFilter,
+    WorkPoolFilterName,
+)
+from prefect.client.schemas.objects import FlowRun, StateType, WorkPool, WorkQueue, WorkQueueStatus
+from prefect.client.schemas.responses import DeploymentResponse, FlowRunSlotSummary
+from prefect.exceptions import ObjectNotFound
+
+from phasewise.errors import OrchestrationError
+from phasewise.orchestration.batch_lock import AWAITING_BATCH
+from phasewise.orchestration.deadlock import MAX_NAMED, Limits
+
+_PAGE = 200
+#: Seconds after which a run that should have started is late; the server's own measure.
+_LATE_SECONDS = 15.0
+
+
+# ── what the server knows ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def read_limits(client: PrefectClient, pool: str) -> Limits:
+    """Return the limits on the server of the work pool, its queues and its deployments; none when it has no such pool.
+
+    Three reads, and one more for each 200 deployments.
+    """
+    try:
+        work_pool = await client.read_work_pool(pool)
+    except ObjectNotFound:
+        return Limits()
+    queues = await client.read_work_queues(work_pool_name=pool)
+    deployments = [deployment async for deployment in _read_deployments(client, pool)]
+    flows = await _read_flow_names(client, {deployment.flow_id for deployment in deployments})
+    return Limits(
+        pool=work_pool.concurrency_limit,
+        queues={queue.name: queue.concurrency_limit for queue in queues},
+        deployments={
+            f"{flows[deployment.flow_id]}/{deployment.name}": _find_limit(deployment) for deployment in deployments
+        },
+    )
+
+
+async def _read_deployments(client: PrefectClient, pool: str) -> AsyncIterator[DeploymentResponse]:
+    """Yield the deployments of the pool that have a limit."""
+    offset = 0
+    while True:
+        page = await client.read_deployments(
+            work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[pool])), limit=_PAGE, offset=offset
+        )
+        for deployment in page:
+            if _find_limit(deployment) is not None:
+                yield deployment
+        if len(page) < _PAGE:
+            return
+        offset += _PAGE
+
+
+async def _read_flow_names(client: PrefectClient, flow_ids: Collection[UUID]) -> dict[UUID, str]:
+    if not flow_ids:
+        return {}
+    flows = await client.read_flows(flow_filter=FlowFilter(id=FlowFilterId(any_=list(flow_ids))), limit=_PAGE)
+    return {flow.id: flow.name for flow in flows}
+
+
+def _find_limit(deployment: DeploymentResponse) -> int | None:
+    limit = deployment.global_concurrency_limit
+    return limit.limit if limit is not None and limit.active else None
+
+
+async def explain_waiting(run_id: str) -> list[str]:
+    """Return why the flow run *run_id* has not started, one reason a line, what to do first; never empty.
+
+    For a run that has started or ended that is said instead.
+
+    Raises:
+        OrchestrationError: the server does not know the run.
+    """
+    async with get_client() as client:
+        try:
+            run = await client.read_flow_run(UUID(run_id))
+        except (ObjectNotFound, ValueError) as exc:
+            raise OrchestrationError(
+                f"The server does not know the flow run {run_id}.", hint="Take its id from the UI or from the report."
+            ) from exc
+        state = run.state
+        if state is None or state.type not in (StateType.SCHEDULED, StateType.PENDING):
+            return [f"{run.name} does not wait: it is {state.name if state else 'without a state'}."]
+        if state.type is StateType.PENDING:
+            return [_describe_claimed(run)]
+        reasons = [*_explain_time(run), *await _explain_pool(client, run), *await _explain_deployment(client, run)]
+    return [*(reasons or ["Nothing holds it back: the next free worker takes it."]), *_describe_late(run)]
+
+
+def _describe_claimed(run: FlowRun) -> str:
+    worker = run.labels.get("prefect.worker.name", "A worker")
+    return f"{worker} has taken it {_since(run):.0f} s ago and is starting its process."
+
+
+def _since(run: FlowRun) -> float:
+    assert run.state is not None  # only runs with a state are described
+    return datetime.now(UTC).timestamp() - run.state.timestamp.timestamp()
+
+
+def _explain_time(run: FlowRun) -> list[str]:
+    due = _seconds_until_due(run)
+    if run.state is not None and run.state.name == AWAITING_BATCH:
+        return [f"{run.state.message} It asks again in {max(due, 0):.0f} s."]
+    if due <= 1:
+        return []
+    name = run.state.name if run.state is not None else None
+    what = {"AwaitingRetry": "It waits for its next attempt", "AwaitingConcurrencySlot": "It asks again for a slot"}
+    return [f"{what.get(name or '', 'It is scheduled for later')}: in {due:.0f} s."]
+
+
+def _seconds_until_due(run: FlowRun) -> float:
+    due = run.next_scheduled_start_time or run.expected_start_time
+    return due.timestamp() - datetime.now(UTC).timestamp() if due is not None else 0.0
+
+
+def _describe_late(run: FlowRun) -> list[str]:
+    late = -_seconds_until_due(run)
+    return [f"It is late: it was due {late:.0f} s ago."] if late > _LATE_SECONDS else []
+
+
+async def _explain_pool(client: PrefectClient, run: FlowRun) -> list[str]:
+    if run.work_pool_name is None or run.work_queue_name is None:
+        return ["It belongs to no work queue, so no worker will ever take it. Deploy its flow to a work pool."]
+    name = run.work_pool_name
+    pool = await client.read_work_pool(name)
+    queue = await client.read_work_queue_by_name(run.work_queue_name, work_pool_name=name)
+    return [
+        *_explain_paused(pool, queue),
+        *await _explain_workers(client, pool, queue),
+        *await _explain_limits(client, pool, queue),
+    ]
+
+
+def _explain_paused(pool: WorkPool, queue: WorkQueue) -> list[str]:
+    reasons = []
+    if pool.is_paused:
+        reasons.append(f'The work pool "{pool.name}" is paused. Go on: prefect work-pool resume {pool.name}')
+    if queue.is_paused:
+        resume = f"prefect work-queue resume {queue.name} --pool {pool.name}"
+        reasons.append(f'The work queue "{queue.name}" is paused. Go on: {resume}')
+    return reasons
+
+
+async def _explain_workers(client: PrefectClient, pool: WorkPool, queue: WorkQueue) -> list[str]:
+    online = WorkerFilter(status=WorkerFilterStatus(any_=["ONLINE"]))
+    if not await client.read_workers_for_work_pool(pool.name, worker_filter=online):
+        return [f'No worker of the work pool "{pool.name}" is online. Start one: make start-workers N=1']
+    if queue.status is WorkQueueStatus.NOT_READY:
+        return [f'No worker asks for the work queue "{queue.name}". Start one that does: make start-workers N=1']
+    return []
+
+
+async def _explain_limits(client: PrefectClient, pool: WorkPool, queue: WorkQueue) -> list[str]:
+    """Say which limits are reached, and by which runs."""
+    if pool.concurrency_limit is None and queue.concurrency_limit is None:
+        return []
+    status = await client.read_work_pool_concurrency_status(pool.name, limit=_PAGE, flow_run_limit=_PAGE)
+    reasons = []
+    for detail in status.queues:
+        limit = detail.concurrency_limit
+        if detail.queue_name == queue.name and limit is not None and detail.active_slots >= limit:
+            holders = _name_holders(detail.flow_runs, detail.active_slots)
+            reasons.append(f'The limit of {limit} of the work queue "{queue.name}" is reached: {holders}.')
+    if pool.concurrency_limit is not None and status.active_slots >= pool.concurrency_limit:
+        holders = _name_holders([run for detail in status.queues for run in detail.flow_runs], status.active_slots)
+        reasons.append(f'The limit of {pool.concurrency_limit} of the work pool "{pool.name}" is reached: {holders}.')
+    return reasons
+
+
+def _name_holders(runs: Sequence[FlowRunSlotSummary], total: int) -> str:
+    if total == 0:
+        return "it lets nothing run"
+    names = [f"{run.name} ({run.state_name})" for run in runs[:MAX_NAMED]]
+    more = f" and {total - len(names)} more" if total > len(names) else ""
+    return f"{', '.join(names)}{more}"
+
+
+async def _explain_deployment(client: PrefectClient, run: FlowRun) -> list[str]:
+    if run.deployment_id is None:
+        return []
+    try:
+        deployment = await client.read_deployment(run.deployment_id)
+    except ObjectNotFound:
+        return ["Its deployment was deleted. Deploy it again, then start a new run: make deploy-flows"]
+    limit = deployment.global_concurrency_limit
+    if limit is None or not limit.active or limit.active_slots < limit.limit:
+        return []
+    holders = f"{limit.active_slots} of its runs have a slot"
+    return [f'The limit of {limit.limit} of its deployment "{deployment.name}" is reached: {holders}.']

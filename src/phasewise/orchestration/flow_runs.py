@@ -1,0 +1,104 @@
+"""orchestration.flow_runs"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from prefect.client.orchestration import get_client
+from prefect.context import FlowRunContext
+from prefect.logging import get_logger
+from prefect.types import KeyValueLabels
+
+from phasewise.orchestration.run_reads import SUMMARY_PREFIX
+from phasewise.outcomes import StepOutcome
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRequest:
+    """A flow run that should exist."""
+
+    #: ``flow name/deployment name``.
+    deployment: str
+    #: Name of the flow run; None lets the server choose one.
+    name: str | None = None
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    #: Idempotency key: two requests with one key are one flow run.
+    key: str | None = None
+    #: Requests with one group share a node of the parent's task runs; a fan-out is one group.
+    group: str | None = None
+
+
+class FlowRuns(Protocol):
+    """Where flow runs live."""
+
+    async def submit(self, requests: Sequence[RunRequest]) -> list[str]:
+        """Make each request's flow run exist and be on its way; return the run ids in the order of *requests*.
+
+        A run that exists for the key and has completed, or is still on its way, is returned as it is; one that
+        failed, crashed or was cancelled is scheduled again under its own id.
+
+        Raises:
+            DeploymentMissing: a deployment does not exist.
+        """
+        ...
+
+    def watch(self, run_ids: Sequence[str]) -> AsyncIterator[StepOutcome]:
+        """Yield the outcome of each run once, as it becomes final."""
+        ...
+
+    async def restart(self, run_ids: Collection[str]) -> None:
+        """Schedule each run again, under its own id, that is final and did not complete."""
+        ...
+
+    async def cancel(self, run_ids: Collection[str]) -> None:
+        """Ask each run that is not final, and everything below all of them, to end; final ones stay as they are."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalRun:
+    """The flow run that this code runs in, where a process tree stands in for the server (``phasewise.local.runs``)."""
+
+    run_id: str
+    #: Where the runs below it live.
+    flow_runs: FlowRuns
+    #: Returns all flow runs of the batch, parents before children.
+    read_runs: Callable[[], list[StepOutcome]]
+    #: What ``report_summary`` was told.
+    summary: dict[str, Any] = field(default_factory=dict)
+
+
+#: Set while code runs below ``phasewise run --local``; None where a server records the runs, and outside of runs.
+LOCAL_RUN: ContextVar[LocalRun | None] = ContextVar("LOCAL_RUN", default=None)
+
+
+def report_summary(summary: Mapping[str, Any]) -> None:
+    """Keep small results (numbers, short texts) of the current flow run on the server, for its parent to read.
+
+    They travel as labels of the flow run, so no result storage has to be shared between machines. Outside of a flow
+    run this does nothing.
+    """
+    small = {key: value for key, value in summary.items() if isinstance(value, (str, int, float, bool))}
+    if (local := LOCAL_RUN.get()) is not None:
+        local.summary.update(small)
+        return
+    context = FlowRunContext.get()
+    if context is None or context.flow_run is None:
+        return
+    labels: KeyValueLabels = {f"{SUMMARY_PREFIX}{key}": value for key, value in small.items()}
+    with get_client(sync_client=True) as client:
+        client.update_flow_run_labels(context.flow_run.id, labels)
+
+
+def current_logger() -> logging.Logger | logging.LoggerAdapter[logging.Logger]:
+    """Return the logger of the current flow run, or the package's own outside of one."""
+    context = FlowRunContext.get()
+    if context is None or context.flow_run is None:
+        return get_logger("phasewise")
+    from prefect.logging.loggers import flow_run_logger
+
+    return flow_run_logger(context.flow_run, context.flow)

@@ -1,0 +1,78 @@
+"""orchestration.run_reads"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from uuid import UUID
+
+from prefect.client.orchestration import PrefectClient
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterId,
+    FlowRunFilterIdempotencyKey,
+    FlowRunFilterParentFlowRunId,
+)
+from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.sorting import FlowRunSort
+from prefect.states import Pending
+from prefect.utilities.urls import url_for
+
+from phasewise.outcomes import StepOutcome
+
+#: Label prefix under which a flow run keeps its summary on the server.
+SUMMARY_PREFIX = "phasewise."
+READ_SIZE = 200
+
+
+async def read_children(client: PrefectClient, parents: Sequence[UUID]) -> list[FlowRun]:
+    """Return the flow runs directly below *parents*."""
+    runs: list[FlowRun] = []
+    parent_filter = FlowRunFilter(parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=list(parents)))
+    while True:
+        page = await client.read_flow_runs(
+            flow_run_filter=parent_filter, limit=READ_SIZE, offset=len(runs), sort=FlowRunSort.ID_DESC
+        )
+        runs += page
+        if len(page) < READ_SIZE:
+            return runs
+
+
+async def read_by_key(client: PrefectClient, keys: Sequence[str]) -> dict[str, FlowRun]:
+    runs: list[FlowRun] = []
+    for start in range(0, len(keys), READ_SIZE):
+        key_filter = FlowRunFilterIdempotencyKey(any_=list(keys[start : start + READ_SIZE]))
+        runs += await client.read_flow_runs(flow_run_filter=FlowRunFilter(idempotency_key=key_filter), limit=READ_SIZE)
+    return {run.idempotency_key: run for run in runs if run.idempotency_key}
+
+
+async def read_runs(client: PrefectClient, run_ids: Collection[str] | Collection[UUID]) -> list[FlowRun]:
+    """Return the flow runs that the server knows of *run_ids*, in no order; a read for each 200."""
+    ids = [UUID(str(run_id)) for run_id in run_ids]
+    runs: list[FlowRun] = []
+    for start in range(0, len(ids), READ_SIZE):
+        id_filter = FlowRunFilterId(any_=ids[start : start + READ_SIZE])
+        runs += await client.read_flow_runs(flow_run_filter=FlowRunFilter(id=id_filter), limit=READ_SIZE)
+    return runs
+
+
+def describe_run(run: FlowRun, *, parent_id: str | None = None) -> StepOutcome:
+    """Return what the server says about *run*, which need not be final."""
+    state = run.state or Pending()
+    summary = {
+        key.removeprefix(SUMMARY_PREFIX): value for key, value in run.labels.items() if key.startswith(SUMMARY_PREFIX)
+    }
+    return StepOutcome(
+        name=run.name,
+        run_id=str(run.id),
+        state_type=state.type.value,
+        state_name=state.name or state.type.value.title(),
+        message=(state.message or "").removeprefix("Flow run encountered an exception: "),
+        expected_at=run.expected_start_time,
+        started_at=run.start_time,
+        ended_at=run.end_time,
+        seconds=run.total_run_time.total_seconds() if state.is_final() else None,
+        attempts=run.run_count,
+        parent_id=parent_id,
+        url=url_for(run),
+        summary=summary,
+    )

@@ -1,0 +1,243 @@
+"""staging.batch"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shutil
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from phasewise.errors import StagingError
+from phasewise.lake.object_store import StoredFile
+from phasewise.project.config import Project
+from phasewise.settings import Settings
+from phasewise.staging.load_plan import (
+    LakeView,
+    read_lake,
+)
+from phasewise.staging.manifest import batch_folder, list_staged_manifests
+from phasewise.staging.replication import fetch_staging, write_shared, write_shared_once
+from phasewise.system.files import explain_os_error
+
+_PLAN = "batch.json"
+_PUBLISHED = "published.json"
+_GIVEN_UP = "given_up.json"
+_LAKE = "lake.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchPlan:
+    """What a batch is to contain; fixed when it begins, so that a retried batch means the same."""
+
+    batch: str
+    tables: tuple[str, ...]
+    created_at: datetime
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """The state of one batch in staging."""
+
+    id: str
+    created_at: datetime
+    #: Tables with a complete manifest, in name order.
+    tables: tuple[str, ...]
+    #: Planned tables that are neither staged nor given up.
+    missing: tuple[str, ...]
+    #: The snapshot that it became; None while it is unpublished.
+    snapshot: int | None
+
+    @property
+    def is_complete(self) -> bool:
+        return not self.missing
+
+    @property
+    def is_published(self) -> bool:
+        return self.snapshot is not None
+
+
+def new_batch_id() -> str:
+    """Return an id for a batch that no ``main_etl`` run stands for: ``manual-<UTC time>-<4 hex>``."""
+    return f"manual-{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(2)}"
+
+
+def prepare_staging(project: Project, settings: Settings) -> None:
+    """Make sure that staging exists, can be written and has ``min_free_bytes`` free.
+
+    Raises:
+        StagingError: it has not; the message names the folder and the free bytes.
+    """
+    probe = project.staging / f".probe-{uuid.uuid4().hex}"
+    try:
+        project.staging.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"phasewise")
+        probe.unlink()
+    except OSError as exc:
+        raise explain_os_error(project.staging, exc) from exc
+    free_bytes = shutil.disk_usage(project.staging).free
+    if free_bytes < settings.min_free_bytes:
+        raise StagingError(
+            f"Staging {project.staging} has {free_bytes} bytes free, and a batch needs {settings.min_free_bytes}.",
+            hint="Free disk space, or lower PHASEWISE_MIN_FREE_BYTES.",
+        )
+
+
+def begin_batch(project: Project, batch: str, tables: Sequence[str]) -> BatchPlan:
+    """Write down that *batch* consists of *tables*, once; a batch that began before keeps its first plan.
+
+    Raises:
+        StagingError: staging cannot be written, or the stored plan cannot be read.
+    """
+    folder = batch_folder(project, batch)
+    plan = BatchPlan(batch=batch, tables=tuple(tables), created_at=datetime.now(UTC))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_shared_once(project, folder / _PLAN, json.dumps(asdict(plan), default=datetime.isoformat))
+    except OSError as exc:
+        raise explain_os_error(folder, exc) from exc
+    stored = read_plan(project, batch)
+    assert stored is not None  # it was written just now, or before
+    return stored
+
+
+def read_plan(project: Project, batch: str) -> BatchPlan | None:
+    """Return the plan of *batch*, None when it has not begun.
+
+    Raises:
+        StagingError: it is damaged.
+    """
+    path = batch_folder(project, batch) / _PLAN
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        return BatchPlan(
+            batch=data["batch"],
+            tables=tuple(data["tables"]),
+            created_at=datetime.fromisoformat(data["created_at"]),
+        )
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as exc:
+        raise StagingError(f"{path} is damaged.", hint=f"Remove {path.parent} and start a new batch.") from exc
+
+
+def remember_lake(project: Project, settings: Settings, batch: str) -> LakeView:
+    """Write down what the lake has when *batch* begins, once; what is read of each table follows from it.
+
+    Raises:
+        LakeError: there is a lake, and it cannot be read.
+        StagingError: staging cannot be written, or what was written cannot be read.
+    """
+    path = batch_folder(project, batch) / _LAKE
+    try:
+        if not path.exists():
+            write_shared_once(project, path, read_lake(project, settings).to_json())
+        return LakeView.from_json(path.read_text(encoding="utf-8"))
+    except OSError as exc:
+        raise explain_os_error(path.parent, exc) from exc
+    except (ValueError, KeyError, TypeError) as exc:
+        raise StagingError(f"{path} is damaged.", hint=f"Remove {path.parent} and start a new batch.") from exc
+
+
+def give_up_tables(project: Project, batch: str, reasons: Mapping[str, str]) -> None:
+    """Write down that the tables of *reasons* failed within the failure budget: the batch is published without them.
+
+    Raises:
+        StagingError: staging cannot be written.
+    """
+    folder = batch_folder(project, batch)
+    try:
+        write_shared(project, folder / _GIVEN_UP, json.dumps(dict(reasons)))
+    except OSError as exc:
+        raise explain_os_error(folder, exc) from exc
+
+
+def read_given_up(project: Project, batch: str) -> dict[str, str]:
+    """Return table → reason for the tables that *batch* is published without; not those staged since."""
+    try:
+        reasons: dict[str, str] = json.loads((batch_folder(project, batch) / _GIVEN_UP).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    staged = {manifest.table for manifest in list_staged_manifests(project, batch)}
+    return {table: reason for table, reason in reasons.items() if table not in staged}
+
+
+def list_batches(project: Project) -> list[Batch]:
+    """Return the batches in staging, oldest first; a folder without a readable plan is none."""
+    fetch_staging(project)
+    if not project.staging.is_dir():
+        return []
+    found = [batch for entry in project.staging.iterdir() if (batch := _read_batch(project, entry)) is not None]
+    return sorted(found, key=lambda batch: (batch.created_at, batch.id))
+
+
+def find_publishable_batch(project: Project, *, since: datetime | None = None) -> str | None:
+    """Return the newest batch that is staged completely and not published, None when there is none.
+
+    A batch older than a published one does not count: publishing it would take the warehouse back in time. *since* is
+    when the batch began that readers see, whose staging may be gone.
+    """
+    for batch in reversed(list_batches(project)):
+        if batch.is_published or (since is not None and batch.created_at < since):
+            return None
+        if batch.is_complete:
+            return batch.id
+    return None
+
+
+def mark_published(project: Project, batch: str, snapshot: int) -> None:
+    """Write down which snapshot *batch* became.
+
+    Raises:
+        StagingError: staging cannot be written.
+    """
+    folder = batch_folder(project, batch)
+    marker = json.dumps({"snapshot": snapshot, "at": datetime.now(UTC).isoformat()})
+    try:
+        write_shared(project, folder / _PUBLISHED, marker)
+    except OSError as exc:
+        raise explain_os_error(folder, exc) from exc
+
+
+def advise_again(file: Path | StoredFile) -> str:
+    """Return what to do where a staged *file* is missing or damaged."""
+    if isinstance(file, Path):
+        return f"Remove {file.parent} and resume the batch: the table is extracted again."
+    return "Start a new batch."  # the manifest is elsewhere, perhaps on several machines
+
+
+def find_batch_folder(project: Project, batch: str) -> Path:
+    """Return the folder of *batch*, which need not exist.
+
+    Raises:
+        StagingError: *batch* cannot be the name of a folder.
+    """
+    return batch_folder(project, batch)
+
+
+def _read_batch(project: Project, folder: Path) -> Batch | None:
+    try:
+        plan = read_plan(project, folder.name)
+        if plan is None:
+            return None
+        staged = sorted({manifest.table for manifest in list_staged_manifests(project, folder.name)})
+    except StagingError:
+        return None
+    settled = {*staged, *read_given_up(project, folder.name)}
+    return Batch(
+        id=plan.batch,
+        created_at=plan.created_at,
+        tables=tuple(staged),
+        missing=tuple(table for table in plan.tables if table not in settled),
+        snapshot=_read_snapshot(folder),
+    )
+
+
+def _read_snapshot(folder: Path) -> int | None:
+    try:
+        return int(json.loads((folder / _PUBLISHED).read_text(encoding="utf-8"))["snapshot"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

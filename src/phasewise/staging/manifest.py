@@ -1,0 +1,200 @@
+"""staging.manifest"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import duckdb
+
+from phasewise.errors import NothingStaged, StagingError
+from phasewise.lake.object_store import StoredFile, is_stored, list_stored
+from phasewise.project.config import Project
+from phasewise.sources import Column
+from phasewise.staging.load_plan import (
+    FULL_LOAD,
+    Load,
+)
+from phasewise.staging.partitions import (
+    name_item,
+    read_splits,
+)
+from phasewise.staging.replication import fetch_staging
+
+#: Layout of manifest.json; a manifest of another version is extracted again.
+MANIFEST_VERSION = 1
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What was extracted of one table."""
+
+    batch: str
+    table: str
+    #: Which part of the table it is of; None: of the whole.
+    partition: str | None = None
+    #: Rows of the whole table, as the source counted them when it was split.
+    table_rows: int | None = None
+    rows: int
+    #: Of the files on disk, compressed.
+    size_bytes: int
+    #: What the source itself counted at the moment of the scan.
+    source_rows: int
+    columns: tuple[Column, ...]
+    key: tuple[str, ...]
+    #: Names relative to the manifest's folder, or URLs on S3.
+    files: tuple[str, ...]
+    started_at: datetime
+    ended_at: datetime
+    #: URL of the source, without its password.
+    source: str
+    #: The moment of the source, where it was held for several tables: those with the same are consistent with one
+    #: another. None: the table is consistent for itself alone.
+    snapshot: str | None = None
+    #: Why the table is consistent for itself alone, where the source or the setting has a reason.
+    snapshot_note: str | None = None
+    #: Why the table was staged whole, where it may have more rows than its limit and could not be split.
+    split_note: str | None = None
+    #: Which rows were read, and what the publishing does with them.
+    load: Load = FULL_LOAD
+    #: Files with all keys of the source, where deleted rows are found by them.
+    key_files: tuple[str, ...] = ()
+    version: int = MANIFEST_VERSION
+
+    @property
+    def seconds(self) -> float:
+        return (self.ended_at - self.started_at).total_seconds()
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), default=datetime.isoformat, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        """Raises: ValueError, KeyError or TypeError when *text* is no manifest of this version."""
+        data: dict[str, Any] = json.loads(text)
+        if data["version"] != MANIFEST_VERSION:
+            raise ValueError(f"manifest version {data['version']}")
+        data["columns"] = tuple(Column(**column) for column in data["columns"])
+        data["key"], data["files"] = tuple(data["key"]), tuple(data["files"])
+        data["key_files"] = tuple(data.get("key_files", ()))
+        data["load"] = Load.from_json(data["load"]) if "load" in data else FULL_LOAD
+        data["started_at"] = datetime.fromisoformat(data["started_at"])
+        data["ended_at"] = datetime.fromisoformat(data["ended_at"])
+        return cls(**data)
+
+
+def read_manifest(project: Project, batch: str, table: str, partition: str | None = None) -> Manifest:
+    """Return the manifest of a staged table, or of a part of it.
+
+    Raises:
+        NothingStaged: the table is not staged, or not completely.
+    """
+    folder = batch_folder(project, batch) / folder_name(name_item(table, partition))
+    fetch_staging(project, batch, folder=folder.name)
+    manifest = read_complete(folder)
+    if manifest is None:
+        raise NothingStaged(f'Table "{table}" is not staged in batch {batch}.', hint="Extract it first.")
+    return manifest
+
+
+def list_manifests(project: Project, batch: str) -> list[Manifest]:
+    """Return the manifests of the tables that are staged completely, with all of their parts, in name order."""
+    fetch_staging(project, batch)
+    return list_staged_manifests(project, batch)
+
+
+def list_staged_manifests(project: Project, batch: str) -> list[Manifest]:
+    folder = batch_folder(project, batch)
+    found = read_manifests(folder)
+    staged = {(manifest.table, manifest.partition): manifest for manifest in found}
+    splits = read_splits(folder)
+    complete: list[Manifest] = []
+    for table in sorted({manifest.table for manifest in found}):
+        wanted = splits[table].list_names() if table in splits else [None]
+        if all((table, name) in staged for name in wanted):
+            complete += [staged[table, name] for name in wanted]
+    return complete
+
+
+def list_files(project: Project, batch: str) -> set[Path | StoredFile]:
+    """Return the Parquet files of all that is staged of *batch*, also of tables of which some parts are missing."""
+    fetch_staging(project, batch)
+    return {
+        file
+        for manifest in read_manifests(batch_folder(project, batch))
+        for file in (*staged_files(project, manifest), *staged_key_files(project, manifest))
+    }
+
+
+def read_manifests(folder: Path) -> list[Manifest]:
+    if not folder.is_dir():
+        return []
+    return [manifest for entry in folder.iterdir() if (manifest := read_complete(entry)) is not None]
+
+
+def staged_files(project: Project, manifest: Manifest) -> list[Path | StoredFile]:
+    """Return the Parquet files of a staged table, or of a part of it."""
+    folder = batch_folder(project, manifest.batch) / folder_name(name_item(manifest.table, manifest.partition))
+    return [StoredFile(name) if is_stored(name) else folder / name for name in manifest.files]
+
+
+def name_in_manifest(file: Path | StoredFile) -> str:
+    return file.name if isinstance(file, Path) else file.url
+
+
+def measure_file(connection: duckdb.DuckDBPyConnection, file: Path | StoredFile) -> int | None:
+    """Return the bytes of a staged file; None when it is not there."""
+    if isinstance(file, Path):
+        return file.stat().st_size if file.is_file() else None
+    listed = list_stored(connection, f"{file}*").get(file)
+    return listed.size_bytes if listed else None
+
+
+def staged_key_files(project: Project, manifest: Manifest) -> list[Path | StoredFile]:
+    """Return the Parquet files with the keys of the source; none where deleted rows need none."""
+    folder = batch_folder(project, manifest.batch) / folder_name(name_item(manifest.table, manifest.partition))
+    return [StoredFile(name) if is_stored(name) else folder / name for name in manifest.key_files]
+
+
+def name_manifest(manifest: Manifest) -> str:
+    """Return the path of a manifest's file below the staging folder, which may have another name on each machine."""
+    return f"{manifest.batch}/{folder_name(name_item(manifest.table, manifest.partition))}/{MANIFEST}"
+
+
+def batch_folder(project: Project, batch: str) -> Path:
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}", batch):
+        raise StagingError(f'"{batch}" cannot be the id of a batch.', hint="Use letters, digits, - _ and dots.")
+    return project.staging / batch
+
+
+def folder_name(table: str) -> str:
+    """Return a folder name that is safe on every file system, different for different tables.
+
+    A name of lower-case letters, digits and underscores is its own. Any other gets a digest, which also keeps
+    apart what differs by case only, where file systems do not. The manifest holds the real name.
+    """
+    if re.fullmatch(r"[a-z0-9_]{1,80}", table):
+        return table
+    readable = re.sub(r"[^a-z0-9_]+", "-", table.lower())[:40].strip("-")
+    return f"{readable}-{hashlib.sha256(table.encode('utf-8', 'surrogateescape')).hexdigest()[:12]}"
+
+
+def read_complete(folder: Path) -> Manifest | None:
+    """Return the manifest in *folder* when all that it names is there in full; else None."""
+    try:
+        manifest = Manifest.from_json((folder / MANIFEST).read_text(encoding="utf-8"))
+        if any(is_stored(name) for name in manifest.files):
+            return manifest  # they were there in full before it; publishing looks again
+        size_bytes = sum((folder / name).stat().st_size for name in manifest.files)
+        for name in manifest.key_files:
+            (folder / name).stat()
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return manifest if size_bytes == manifest.size_bytes else None

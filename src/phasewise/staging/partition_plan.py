@@ -1,0 +1,78 @@
+"""staging.partition_plan"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from phasewise.errors import PhasewiseError
+from phasewise.project.config import Project
+from phasewise.settings import Settings
+from phasewise.sources import SnapshotToken, Source, describe_project_table, open_source
+from phasewise.staging.batch import read_plan, remember_lake
+from phasewise.staging.load_plan import (
+    LakeView,
+    plan_load,
+)
+from phasewise.staging.manifest import batch_folder, folder_name, list_manifests
+from phasewise.staging.partitions import (
+    SplitTable,
+    name_item,
+    read_splits,
+    split_tables,
+    write_splits,
+)
+from phasewise.staging.replication import remove_shared
+from phasewise.system.files import explain_os_error
+
+
+def plan_partitions(
+    project: Project, settings: Settings, batch: str, snapshot: SnapshotToken | None
+) -> dict[str, SplitTable]:
+    """Decide which tables of *batch* are staged in parts, and write it down; return table → its parts.
+
+    A table that could not be split is among them too, without parts and with the reason.
+
+    Of a table with a cursor the new rows alone are read, and they are staged whole.
+    What was decided at the same moment of the source, or is staged completely, stays. A table that was staged in
+    part at another moment is divided anew, and its parts from then are removed.
+
+    Raises:
+        SourceUnavailable: the source does not answer.
+        StagingError: staging cannot be written.
+    """
+    folder = batch_folder(project, batch)
+    plan = read_plan(project, batch)
+    before = read_splits(folder)
+    moment = snapshot["id"] if snapshot else None
+    staged = {manifest.table for manifest in list_manifests(project, batch)}
+    kept = {table: split for table, split in before.items() if table in staged or split.moment == moment}
+    open_tables = [table for table in (plan.tables if plan else ()) if table not in {*kept, *staged}]
+    whole = {
+        table: replace(before[table], partitions=(), moment=moment, note=None)
+        for table in open_tables
+        if table in before
+    }
+    view = remember_lake(project, settings, batch)
+    # One for all tables: some read their whole catalogue to describe one.
+    source = open_source(project, settings)
+    large = [table for table in open_tables if _reads_all(project, source, table, view)]
+    splits = {**before, **whole, **split_tables(project, settings, large, snapshot, before=before)}
+    try:
+        if splits != before:
+            write_splits(project, folder, splits)
+        for item in (name_item(table, name) for table in whole for name in before[table].list_names()):
+            remove_shared(project, folder / folder_name(item))
+    except OSError as exc:
+        raise explain_os_error(folder, exc) from exc
+    return {table: split for table, split in splits.items() if split.partitions or split.note}
+
+
+def _reads_all(project: Project, source: Source, table: str, view: LakeView) -> bool:
+    contract = project.find_table(table)
+    if contract.cursor is None:
+        return True
+    try:
+        described = describe_project_table(project, source, table)
+        return plan_load(contract, described, view.find(table)).reads_all
+    except PhasewiseError:
+        return False  # its own flow run says what is wrong with it

@@ -1,0 +1,76 @@
+"""system.processes"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent(parent_pid: int, signum: int = signal.SIGKILL) -> None:
+    """Ask the kernel to send *signum* to this process when its parent dies, even by kill -9 (Linux only).
+
+    It follows the thread that forked, so the parent must fork from a thread that lives as long as itself.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    load_libc().prctl(_PR_SET_PDEATHSIG, int(signum), 0, 0, 0)
+    if os.getppid() != parent_pid:  # the parent died before the call: nobody will send the signal
+        os.kill(os.getpid(), signum)
+
+
+@functools.cache
+def load_libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
+
+def _read_stat(pid: int) -> list[str]:
+    """Return the fields of /proc/<pid>/stat (proc(5)) from the third on; none for a process that is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()  # the name may hold anything
+    except (OSError, UnicodeDecodeError):
+        return []
+
+
+def start_ticks(pid: int) -> str | None:
+    fields = _read_stat(pid)
+    return fields[19] if fields else None
+
+
+def kill_with_descendants(pids: set[int]) -> None:
+    processes = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
+    parents = {pid: int(fields[1]) for pid in processes if (fields := _read_stat(pid))}
+    doomed: set[int] = set()
+    while pids:
+        doomed |= pids
+        pids = {pid for pid, parent in parents.items() if parent in doomed} - doomed
+    for pid in doomed:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def is_same_process(pid: int, started: str) -> bool:
+    return start_time(pid) == started
+
+
+def start_time(pid: int) -> str | None:
+    """Return what tells this process from a later one with the same number; None when it has ended."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None if sys.platform.startswith("linux") else _start_time_by_ps(pid)
+    # After the name, which may hold spaces and parentheses: state is field 3 of proc(5), start time field 22.
+    fields = status.rpartition(")")[2].split()
+    return None if fields[0] in "ZX" else fields[19]
+
+
+def _start_time_by_ps(pid: int) -> str | None:
+    found = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True, check=False)
+    return found.stdout.strip() or None

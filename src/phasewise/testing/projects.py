@@ -1,0 +1,74 @@
+"""Small real projects for tests, ours and those of projects built on Phasewise: a SQLite source and a warehouse."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Mapping
+from contextlib import closing
+from pathlib import Path
+
+from phasewise.lake.session import open_session
+from phasewise.lake.warehouse import attach_lake, has_lake
+from phasewise.project.config import Project, load_project
+from phasewise.publishing.audit_batch import Findings, audit_staged
+from phasewise.settings import Settings
+from phasewise.sources import list_project_tables, open_source
+from phasewise.staging.batch import begin_batch, new_batch_id, read_plan
+from phasewise.staging.extract import extract_table
+from phasewise.staging.manifest import list_manifests
+
+#: One thread and little memory: what small data needs.
+SAMPLE_SETTINGS = Settings(threads=1, memory_limit="256MB", min_free_bytes=0, lock_timeout=20)
+
+
+def write_project(root: Path, *, source: str, toml: str = "", marts: Mapping[str, str] | None = None) -> Project:
+    """Write a project into the folder *root* and load it.
+
+    *source* is the SQL that fills its SQLite database, *toml* what phasewise.toml says besides the source, and
+    *marts* has the SQL of each mart by name.
+    """
+    (root / "phasewise.toml").write_text(
+        f'[project]\nname = "sample"\n[source]\nurl = "sqlite:///source.sqlite"\n{toml}', encoding="utf-8"
+    )
+    change_source(root, source)
+    (root / "marts").mkdir(exist_ok=True)
+    for name, sql in (marts or {}).items():
+        (root / "marts" / f"{name}.sql").write_text(sql, encoding="utf-8")
+    return load_project(root)
+
+
+def change_source(root: Path, sql: str) -> None:
+    """Run *sql*, one or more statements, on the source of the project in *root*."""
+    with closing(sqlite3.connect(root / "source.sqlite")) as database:
+        database.executescript(sql)
+
+
+def stage_batch(project: Project, settings: Settings = SAMPLE_SETTINGS, *, batch: str | None = None) -> str:
+    """Stage every table of *project* as one batch, a new one unless *batch* is given; return its id."""
+    batch = batch or new_batch_id()
+    plan = begin_batch(project, batch, list_project_tables(project, open_source(project, settings)))
+    for table in plan.tables:
+        extract_table(project, settings, batch=batch, table=table)
+    return batch
+
+
+def change_project(project: Project, old: str, new: str) -> Project:
+    """Replace *old* in the file of *project*; return the project as it is then.
+
+    Raises:
+        ValueError: *old* is not there.
+    """
+    path = project.root / "phasewise.toml"
+    text = path.read_text(encoding="utf-8")
+    if old not in text:
+        raise ValueError(f"{path} does not say {old!r}.")
+    path.write_text(text.replace(old, new), encoding="utf-8")
+    return load_project(project.root)
+
+
+def audit_sample(project: Project, batch: str) -> Findings:
+    """Audit *batch* as ``final_etl`` does."""
+    with open_session(SAMPLE_SETTINGS) as connection:
+        if has_lake(project):
+            attach_lake(connection, project, read_only=True)
+        return audit_staged(connection, project, list_manifests(project, batch), read_plan(project, batch))

@@ -1,0 +1,217 @@
+"""Events and logs of flow runs, on their way to the server through the worker.
+
+By itself each flow run opens a websocket for its events and a connection for its logs, and closes them a moment later:
+a handshake, two clients and several requests a run. Here it writes both into a socket that its worker reads, and the
+worker sends what comes from all its runs over connections that are open already, many at a time. It goes through
+Prefect's own hooks for processes that forward to another (those of its process-pool task runner).
+
+What a run wrote is in the kernel's hands at once, so a run that is killed loses less than one that keeps it in a queue
+of its own: the worker reads the rest after the process has ended. A worker that cannot be written to is done without:
+the run then sends for itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import struct
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
+import anyio
+import httpx
+from prefect.client.orchestration import PrefectClient
+from prefect.events import Event
+from prefect.events.worker import EventsWorker, ProcessPoolForwardingEventsClient
+from prefect.logging import get_logger
+from prefect.logging.handlers import emit_api_log, set_api_log_sink
+from prefect.settings import get_current_settings
+
+#: Seconds that a run waits for its worker to read before it sends for itself.
+_STUCK_SECONDS = 5
+#: Seconds in which logs of all runs are gathered into one request.
+_GATHER_SECONDS = 0.5
+#: Seconds between two tries at a server that is away.
+_AWAY_SECONDS = 1.0
+#: Seconds that a worker that ends gives the last logs.
+_LAST_SECONDS = 5.0
+_CHUNK_BYTES = 1 << 16
+#: What a log handler notes beside a log for whoever batches it; no field of the log.
+_SIZE = "__payload_size__"
+
+# ── the run's side ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Outlet:
+    """Where a flow run hands its events and logs over: *descriptor* is its end of the socket to the worker."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._socket = socket.socket(fileno=descriptor)
+        # Not settimeout: that would make the reading of the same socket time out too.
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", _STUCK_SECONDS, 0))
+        self._lock = threading.Lock()
+        self._pid = os.getpid()
+        self._is_open = True
+
+    def install(self) -> None:
+        """Let everything that this process would send go this way."""
+        EventsWorker.set_client_override(ProcessPoolForwardingEventsClient, event_queue=self)
+        set_api_log_sink(self._put_log)
+
+    def put(self, item: tuple[str, Event]) -> None:
+        """Hand an event over; Prefect's forwarding client takes this for a queue."""
+        if not self._write({"event": item[1].model_dump(mode="json")}):
+            EventsWorker.instance().send(item[1])
+
+    def _put_log(self, log: dict[str, Any]) -> None:
+        if not self._write({"log": log}):
+            emit_api_log(log)
+
+    def note(self, what: str) -> None:
+        """Tell the worker something about this run."""
+        self._write({"note": what})
+
+    def _write(self, message: dict[str, Any]) -> bool:
+        """Write one line; False when the worker does not take it, and from then on nothing goes this way."""
+        line = json.dumps(message).encode() + b"\n"
+        with self._lock:
+            # A process that the flow forked shares the socket, but not the lock: lines would mix.
+            if self._is_open and os.getpid() == self._pid:
+                with suppress(OSError):
+                    self._socket.sendall(line)
+                    return True
+            self._close()
+            return False
+
+    def _close(self) -> None:
+        self._is_open = False
+        EventsWorker.set_client_override(None)
+        set_api_log_sink(None)
+        if os.getpid() == self._pid:
+            with suppress(OSError):
+                self._socket.shutdown(socket.SHUT_WR)
+
+
+# ── the worker's side ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Inlet:
+    """The worker's end of the socket to one flow run."""
+
+    def __init__(self, channel: socket.socket, intake: Intake) -> None:
+        channel.setblocking(False)
+        self._channel = channel
+        self._intake = intake
+        #: What the run has told its worker.
+        self.notes: set[str] = set()
+        self._buffer = bytearray()
+        asyncio.get_running_loop().add_reader(channel, self._read)
+
+    def send(self, data: bytes) -> None:
+        with suppress(OSError):  # it has ended
+            self._channel.send(data)
+
+    def close(self) -> None:
+        """Read what is left of a process that has ended."""
+        asyncio.get_running_loop().remove_reader(self._channel)
+        # Not until the end of the file: a process that the flow has left behind may hold the other end open.
+        while self._read():
+            pass
+        self._channel.close()
+
+    def _read(self) -> bool:
+        try:
+            chunk = self._channel.recv(_CHUNK_BYTES)
+        except BlockingIOError:
+            return False
+        except OSError:
+            chunk = b""
+        if not chunk:
+            asyncio.get_running_loop().remove_reader(self._channel)
+            return False
+        self._buffer += chunk
+        for message in _lines(self._buffer):
+            if "note" in message:
+                self.notes.add(message["note"])
+            else:
+                self._intake.take(message)
+        return True
+
+
+def _lines(buffer: bytearray) -> Iterator[dict[str, Any]]:
+    """Yield the complete lines at the head of *buffer* and remove them from it."""
+    *lines, rest = buffer.split(b"\n")
+    buffer[:] = rest
+    for line in lines:
+        yield json.loads(line)
+
+
+class Intake:
+    """Sends to the server what the runs of a worker hand over."""
+
+    def __init__(self, client: PrefectClient) -> None:
+        self._client = client
+        self._logs: list[dict[str, Any]] = []
+        self._has_logs = asyncio.Event()
+        self._is_closing = False
+        self._sending: asyncio.Task[None] | None = None
+        self._logger = get_logger("phasewise.worker.event_relay")
+
+    async def __aenter__(self) -> Intake:
+        self._sending = asyncio.create_task(self._send())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Send what is left; Prefect sends the last events when the process exits."""
+        assert self._sending is not None
+        self._is_closing = True
+        self._has_logs.set()
+        # A worker ends by a cancellation, which would end this wait at once.
+        with anyio.CancelScope(shield=True):
+            await asyncio.wait([self._sending], timeout=_LAST_SECONDS)
+        self._sending.cancel()
+
+    def take(self, message: dict[str, Any]) -> None:
+        if log := message.get("log"):
+            self._logs.append(log)
+            self._has_logs.set()
+        elif event := message.get("event"):
+            EventsWorker.instance().send(Event.model_validate(event))
+
+    async def _send(self) -> None:
+        while not self._is_closing:
+            await self._has_logs.wait()
+            if not self._is_closing:
+                await asyncio.sleep(_GATHER_SECONDS)
+            self._has_logs.clear()
+            await self._send_logs()
+        await self._send_logs()  # also when it was closed before it came here
+
+    async def _send_logs(self) -> None:
+        while self._logs:
+            count, body = _batch(self._logs)
+            try:
+                await self._client.create_logs(body)
+            except httpx.TransportError:  # the server is away: it will be back
+                await asyncio.sleep(_AWAY_SECONDS)
+                continue
+            except Exception as exc:  # noqa: BLE001 - it has refused them, and would again
+                self._logger.warning("The server refused %d log lines: %s", count, exc)
+            del self._logs[:count]
+
+
+def _batch(logs: list[dict[str, Any]]) -> tuple[int, list[dict[str, Any]]]:
+    """Return as many of *logs* as may go into one request, and how many those are."""
+    limit = get_current_settings().logging.to_api.batch_size
+    size = 0
+    body: list[dict[str, Any]] = []
+    for log in logs:
+        size += log.get(_SIZE) or len(json.dumps(log))
+        if body and size > limit:
+            break
+        body.append({key: value for key, value in log.items() if key != _SIZE})
+    return len(body), body

@@ -1,0 +1,224 @@
+"""The session, the extensions, and the warehouse as a folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+import textwrap
+from contextlib import closing
+from pathlib import Path
+
+import duckdb
+import pytest
+
+from phasewise.errors import LakeError, ProjectError, WarehouseBusy, WarehouseTooNew
+from phasewise.lake.quoting import quote_identifier, quote_literal
+from phasewise.lake.session import find_extension, normalize_type, open_session, preload_extensions
+from phasewise.lake.warehouse import WAREHOUSE_FORMAT, attach_lake, has_lake, list_snapshots, lock_lake
+from phasewise.project.config import Project, load_project
+from phasewise.settings import Settings
+
+SETTINGS = Settings(threads=2, memory_limit="256MB")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _preloaded():
+    preload_extensions(("ducklake", "sqlite_scanner"))
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Project:
+    (tmp_path / "phasewise.toml").write_text('[project]\nname = "t"\n[source]\nurl = "sqlite:///s.db"\n')
+    return load_project(tmp_path)
+
+
+def fill(project: Project) -> None:
+    with open_session(SETTINGS) as connection:
+        attach_lake(connection, project)
+        connection.execute("CREATE TABLE lake.t AS SELECT 42 AS answer")
+
+
+def test_a_session_is_bounded_offline_and_in_utc():
+    with open_session(SETTINGS) as connection:
+        names = ["memory_limit", "threads", "TimeZone", "autoinstall_known_extensions", "allow_unsigned_extensions"]
+        values = connection.execute(f"SELECT {', '.join(f'current_setting({n!r})' for n in names)}").fetchone()
+
+    assert values == ("244.1 MiB", 2, "UTC", False, False)
+
+
+def test_a_session_removes_its_temporary_folder():
+    with open_session(SETTINGS) as connection:
+        folder = Path(connection.execute("SELECT current_setting('temp_directory')").fetchone()[0])
+        connection.execute("SET memory_limit = '40MB'")
+        connection.execute("CREATE TABLE t AS SELECT md5(i::VARCHAR) AS k FROM range(1_500_000) t(i)")
+        assert folder.is_dir()
+
+    assert not folder.exists()
+
+
+def test_a_setting_that_duckdb_refuses_is_named():
+    with pytest.raises(ProjectError, match="PHASEWISE_"), open_session(Settings(memory_limit="lots")):
+        pass
+
+
+def test_an_unsigned_extension_is_not_loaded_even_when_others_were_preloaded(tmp_path: Path):
+    forged = tmp_path / "httpfs.duckdb_extension"
+    content = bytearray(find_extension("httpfs").read_bytes())
+    content[-1] ^= 0xFF
+    forged.write_bytes(content)
+
+    with open_session(SETTINGS) as connection, pytest.raises(duckdb.Error, match="signature"):
+        connection.execute(f"LOAD '{forged}'")
+
+
+def test_an_extension_that_is_missing_names_its_wheel():
+    with pytest.raises(LakeError, match=r"duckdb-extension-no-such==\d"):
+        find_extension("no_such")
+
+
+def test_preloading_leaves_one_thread_and_forked_children_load_without_checking():
+    code = textwrap.dedent("""
+        import os, time
+        from phasewise import lake
+        from phasewise.settings import Settings
+        lake.preload_extensions()
+        threads = len(os.listdir("/proc/self/task"))
+        assert threads == 1, threads
+        pid = os.fork()
+        if pid == 0:
+            before = time.process_time()
+            with lake.open_session(Settings(), extensions=lake.EXTENSIONS) as connection:
+                took = time.process_time() - before
+                total = connection.execute("SELECT sum(i) FROM range(1000000) t(i)").fetchone()[0]
+            os._exit(0 if total == 499999500000 and took < 0.4 else 1)
+        raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+    """)
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
+
+    assert done.returncode == 0, done.stderr
+
+
+def test_reading_a_warehouse_that_does_not_exist_says_what_to_run(project: Project):
+    assert not has_lake(project)
+
+    with open_session(SETTINGS) as connection, pytest.raises(LakeError, match="Publish a batch first"):
+        attach_lake(connection, project, read_only=True)
+
+    assert not project.warehouse.exists()
+
+
+def test_a_warehouse_keeps_its_tables_and_its_snapshots(project: Project):
+    fill(project)
+
+    with open_session(SETTINGS) as connection:
+        attach_lake(connection, project, read_only=True)
+        assert connection.execute("SELECT answer FROM lake.t").fetchall() == [(42,)]
+        assert [snapshot.id for snapshot in list_snapshots(connection)] == [0, 1]
+
+
+def test_a_snapshot_names_its_batch(project: Project):
+    with open_session(SETTINGS) as connection:
+        attach_lake(connection, project)
+        connection.execute("BEGIN")
+        connection.execute("CREATE TABLE lake.t (a INTEGER)")
+        info = quote_literal(json.dumps({"batch": "batch-1"}))
+        connection.execute(f"CALL lake.set_commit_message('phasewise', 'publish', extra_info => {info})")
+        connection.execute("COMMIT")
+
+        newest = list_snapshots(connection)[-1]
+
+    assert (newest.batch, newest.message) == ("batch-1", "publish")
+    assert newest.at.tzinfo is not None
+
+
+def test_a_warehouse_is_seen_as_of_a_snapshot(project: Project):
+    fill(project)
+
+    with open_session(SETTINGS) as connection:
+        attach_lake(connection, project)
+        connection.execute("DROP TABLE lake.t")
+        attach_lake(connection, project, snapshot=1, name="before")
+        assert connection.execute("SELECT answer FROM before.t").fetchall() == [(42,)]
+
+
+def test_a_warehouse_can_be_moved(project: Project, tmp_path: Path):
+    fill(project)
+    project.warehouse.rename(tmp_path / "moved")
+    moved = project.model_copy(update={"warehouse": tmp_path / "moved"})
+
+    with open_session(SETTINGS) as connection:
+        attach_lake(connection, moved, read_only=True)
+        assert connection.execute("SELECT answer FROM lake.t").fetchall() == [(42,)]
+
+
+@pytest.mark.parametrize("version", ["2.0", "1.1", "1.1-dev1"])
+def test_a_warehouse_of_a_newer_ducklake_is_refused_and_not_migrated(project: Project, version: str):
+    fill(project)
+    with closing(sqlite3.connect(project.warehouse / "catalog.sqlite")) as catalog, catalog:
+        catalog.execute("UPDATE ducklake_metadata SET value = ? WHERE key = 'version'", (version,))
+
+    with open_session(SETTINGS) as connection, pytest.raises(WarehouseTooNew, match="Upgrade phasewise"):
+        attach_lake(connection, project)
+
+
+def test_a_warehouse_of_a_newer_phasewise_is_refused(project: Project):
+    fill(project)
+    (project.warehouse / "phasewise.json").write_text(json.dumps({"format": WAREHOUSE_FORMAT + 1}))
+
+    with open_session(SETTINGS) as connection, pytest.raises(WarehouseTooNew, match="Nothing was changed"):
+        attach_lake(connection, project)
+
+
+def test_a_catalog_that_is_no_database_is_an_error_of_the_warehouse(project: Project):
+    project.warehouse.mkdir()
+    (project.warehouse / "catalog.sqlite").write_text("no database" * 100)
+
+    with open_session(SETTINGS) as connection, pytest.raises(LakeError, match="file is not a database"):
+        attach_lake(connection, project)
+
+
+def test_a_second_writer_is_told_who_holds_the_lock(project: Project):
+    with (
+        lock_lake(project, timeout=0),
+        pytest.raises(WarehouseBusy, match=f"Process {os.getpid()} on .* is writing"),
+        lock_lake(project, timeout=0.1),
+    ):
+        pass
+
+    with lock_lake(project, timeout=0):
+        pass
+
+
+def test_the_lock_ends_with_the_process_that_holds_it(project: Project):
+    code = textwrap.dedent("""
+        import os, signal, sys
+        from pathlib import Path
+        from phasewise import lake
+        from phasewise.project import load_project
+        with lake.lock_lake(load_project(Path(sys.argv[1])), timeout=0):
+            os.kill(os.getpid(), signal.SIGKILL)
+    """)
+    subprocess.run([sys.executable, "-c", code, str(project.root)], timeout=50, check=False)
+
+    with lock_lake(project, timeout=0):
+        pass
+
+
+@pytest.mark.parametrize("name", ['a"b', "select", "a b", "😀", "a'b", "ümlaut"])
+def test_any_name_can_be_quoted(name: str):
+    with open_session(SETTINGS, extensions=()) as connection:
+        connection.execute(f"CREATE TABLE {quote_identifier(name)} (a INTEGER)")
+        query = f"SELECT count(*) FROM duckdb_tables() WHERE table_name = {quote_literal(name)}"
+        assert connection.execute(query).fetchone() == (1,)
+
+
+def test_types_are_normalised_to_the_names_of_duckdb():
+    given = ["text", "int8", "numeric(9, 2)", "timestamptz"]
+
+    assert [normalize_type(t) for t in given] == ["VARCHAR", "BIGINT", "DECIMAL(9,2)", "TIMESTAMP WITH TIME ZONE"]
+    with pytest.raises(ProjectError, match="not a DuckDB type"):
+        normalize_type("varchr")
