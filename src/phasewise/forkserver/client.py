@@ -1,4 +1,7 @@
-"""forkserver.client"""
+"""The handle on a forkserver and on the processes that it forks. Runs in the worker (or the local batch).
+
+When the socket closes, however the worker died, the forkserver kills its children and what it guards, and ends.
+"""
 
 from __future__ import annotations
 

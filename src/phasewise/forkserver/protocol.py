@@ -1,4 +1,11 @@
-"""forkserver.protocol"""
+"""What a worker and its forkserver say to each other over one Unix socket, and how it is framed.
+
+In frames: four bytes of length, then JSON.
+
+    worker      → forkserver   fork: target, arguments, env, cwd, and the descriptors for stdout and stderr
+    worker      → forkserver   guard | release: a process that the worker itself has started
+    forkserver  → worker       ready | forked | refused | exited
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""lake.session"""
+"""A DuckDB session with bounded memory and its extensions, which are wheels next to the engine."""
 
 from __future__ import annotations
 

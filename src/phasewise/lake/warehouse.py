@@ -1,4 +1,10 @@
-"""lake.warehouse"""
+"""The warehouse of a project: create, check and attach its DuckLake, and hold its one writer's lock.
+
+A warehouse is a folder: ``catalog.sqlite`` (DuckLake's catalog), ``data/`` (Parquet files, owned by DuckLake),
+``phasewise.json`` (the format that wrote it) and ``writer.lock``. Several machines have the catalog, the format and the
+lock in PostgreSQL (``phasewise.lake.postgres_catalog``), and the data on S3 (``phasewise.lake.object_store``) or in a
+folder that all reach. Published tables live in the schema ``main``, marts in the schema ``marts``.
+"""
 
 from __future__ import annotations
 

@@ -1,1 +1,5 @@
-"""orchestration"""
+"""Flow runs on a Prefect server: phases, waiting, cancelling, batches, deployments, and why a run waits.
+
+Uses Prefect's public client API alone and never reaches DuckDB. ``local``, ``worker``, ``server``, ``flows`` and
+``cli`` may import it. It runs in the processes of the orchestrating flows, in workers and in commands.
+"""

@@ -1,4 +1,4 @@
-"""orchestration.cancel"""
+"""Cancel flow runs and everything below them, all levels at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""orchestration.deadlock"""
+"""Find out whether a pipeline could wait for itself. Checked before it is deployed.
+
+A flow run that waits for others holds its slots all the while. When such runs hold all slots of a limit, and what they
+wait for needs one of these slots, nothing moves any more. ``check_deadlock`` computes whether that can happen, in any
+order of events; it knows no list of bad configurations.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""orchestration.diagnose"""
+"""Say why a flow run waits: read limits, queues, workers and pauses from the server."""
 
 from __future__ import annotations
 

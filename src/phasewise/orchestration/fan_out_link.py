@@ -1,4 +1,4 @@
-"""orchestration.fan_out_link"""
+"""The one task run that links a whole fan-out to its parent in Prefect's graph, and the state that it shows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""orchestration.flow_runs"""
+"""The protocol of flow runs: submit many, watch them end, restart and cancel them.
+
+``FlowRuns`` is what the orchestrator works with. ``phasewise.orchestration.prefect_runs`` adapts it to a Prefect
+server, ``phasewise.local.runs`` needs no server, and ``phasewise.testing.flow_runs`` keeps runs in memory for tests.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""orchestration.prefect_runs"""
+"""``FlowRuns`` on a Prefect server: create runs in bulk, one key each, so that asking again finds what exists."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""orchestration.run_reads"""
+"""Read flow runs from the server in pages, and describe them as outcomes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""orchestration.watch"""
+"""Watch flow runs end: events say which run to look at, a read of its state says what is true."""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""publishing.file_links"""
+"""Give staged files to the lake without copying them.
+
+They are linked because DuckLake owns what it registers, and deletes it once no snapshot needs it. On S3, which has no
+links, they were written into the lake's folder.
+"""
 
 from __future__ import annotations
 

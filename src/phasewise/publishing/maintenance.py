@@ -1,4 +1,4 @@
-"""publishing.maintenance"""
+"""Maintain the lake: expire old snapshots, merge small files, delete what no snapshot needs."""
 
 from __future__ import annotations
 

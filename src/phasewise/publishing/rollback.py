@@ -1,4 +1,4 @@
-"""publishing.rollback"""
+"""Publish an earlier batch again, as a new snapshot with the tables and marts of then."""
 
 from __future__ import annotations
 

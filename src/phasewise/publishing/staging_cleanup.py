@@ -1,4 +1,4 @@
-"""publishing.staging_cleanup"""
+"""Remove the staging of batches that are published or given up."""
 
 from __future__ import annotations
 

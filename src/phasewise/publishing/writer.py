@@ -1,4 +1,4 @@
-"""publishing.writer"""
+"""The one writer of the lake: its session and its transactions, each signed with what it published."""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""The report of a batch: one self-contained HTML file and its data as JSON beside it."""
+"""The report of a batch: one self-contained HTML file, and its data as JSON next to it.
+
+``from_batch`` makes its records of what both planes know; the rest knows neither Prefect nor DuckDB. ``flows`` and
+``cli`` may import it. It runs in the process of ``final_etl``.
+"""
 
 from phasewise.report.records import (
     AuditReport,

@@ -4,6 +4,8 @@ A source is found by the scheme of its URL. Phasewise has its own (see ``_BUILT_
 an entry point of the group ``phasewise.sources``, whose name is the scheme and whose object is called as
 ``factory(url, root, settings)`` and returns a ``Source``.
 
+Never reaches Prefect. ``staging`` and what is above may import it. It runs in the processes that read tables.
+
 The rule that every source keeps: **nothing changes silently**. A value arrives in the lake as it was, or its
 column is carried as text and says so (``Column.note``), or the extraction fails and names the column, a sample
 row and the option that decides. That option is the contract in phasewise.toml: ``columns = { hits = "VARCHAR" }``.

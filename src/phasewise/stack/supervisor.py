@@ -1,4 +1,16 @@
-"""stack.supervisor"""
+"""The process that runs a stack: it starts the server and the workers, and starts again what dies.
+
+It imports no Prefect, so it is small and up at once. Started by ``phasewise.stack``.
+
+How nothing is left behind, whoever is killed:
+
+- The command that started a stack for its own use holds one end of a pipe, the *lifeline*, and the supervisor the
+  other. However the command dies, the kernel closes its end, and the supervisor stops in good order. A signal on the
+  parent's death (PR_SET_PDEATHSIG) would come when the *thread* that started it ends, and leave no time for order.
+- The supervisor has one thread, so its children do ask for that signal: if it is killed, they are killed.
+- A worker's forkserver, and through it every flow run, ends when the worker does (see ``phasewise.forkserver``).
+  The supervisor adopts what loses its parent and does not end before it.
+"""
 
 from __future__ import annotations
 

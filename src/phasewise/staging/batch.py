@@ -1,4 +1,4 @@
-"""staging.batch"""
+"""A batch in staging: which tables it is to have, which it has given up, and what it became."""
 
 from __future__ import annotations
 

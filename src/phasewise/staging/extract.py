@@ -1,4 +1,4 @@
-"""staging.extract"""
+"""Extract one table, or one part of it, into staging. Its manifest is written last."""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""staging.manifest"""
+"""What was extracted of a table: its manifest and its files.
+
+Each table, or each part of one that is split, has a folder that is written by one process at a time (its lock), and
+read only once its manifest is there, so that nothing half-written is ever taken for complete.
+"""
 
 from __future__ import annotations
 

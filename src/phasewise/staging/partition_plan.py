@@ -1,4 +1,4 @@
-"""staging.partition_plan"""
+"""Decide which tables of a batch are staged in parts, and keep the decision for a resume."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""staging.source_snapshot"""
+"""Hold one moment of the source for all processes of a batch, and find it again."""
 
 from __future__ import annotations
 

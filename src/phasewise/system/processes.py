@@ -1,4 +1,4 @@
-"""system.processes"""
+"""Processes of the operating system: who is alive, who dies with whom, and how a process and all below it are ended."""
 
 from __future__ import annotations
 

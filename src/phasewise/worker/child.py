@@ -1,4 +1,4 @@
-"""worker.child"""
+"""The code of one flow run, or of its hooks, in the process that was forked for it."""
 
 from __future__ import annotations
 

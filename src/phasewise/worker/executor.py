@@ -1,4 +1,4 @@
-"""worker.executor"""
+"""Execute the runs of a worker in forked processes: start, watch, cancel, report. Runs in the worker's process."""
 
 from __future__ import annotations
 
