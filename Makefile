@@ -42,17 +42,16 @@ start-workers: .venv/installed ## start N workers more on the running stack (N=3
 test: .venv/installed-dev ## run all tests (TESTS="tests/unit -k name" for some)
 	@exec $(PY) -m pytest --numprocesses $(JOBS) --dist loadfile $(TESTS)
 
-# The oldest and the newest Prefect that pyproject.toml allows; the locked one is what `make test` runs with.
-PREFECT_RANGE := 3.8.7 3.9.1
+# The oldest Prefect that pyproject.toml allows and the newest there is, which are one and the same by now.
+PREFECT_RANGE := 3.9.1
 PREFECT_TESTS := tests/unit/worker/test_worker.py tests/integration/test_server_schema.py tests/integration/test_worker.py \
-	tests/integration/test_flow_runs_contract.py
+	tests/integration/test_flow_runs_contract.py tests/integration/test_schedules.py
 # Tests among them of what is ours alone, two fifths of their time: limits of memory, forkservers that are replaced.
 PREFECT_SKIPS := memory or forkserver or code_of_now or start_soon
 
-test-prefect-range: .venv/installed-dev ## run the tests of worker and server with the oldest and the newest Prefect
-	@locked=$$($(PY) -c 'from importlib.metadata import version; print(version("prefect"))'); pids=(); \
+test-prefect-range: .venv/installed-dev ## run the tests of worker, server and schedules with the oldest and the newest Prefect
+	@pids=(); \
 	for version in $(PREFECT_RANGE); do \
-	  [ $$version != $$locked ] || continue; \
 	  $(MAKE) --no-print-directory .venv/prefect-$$version/installed; \
 	  .venv/prefect-$$version/bin/python -m pytest $(PREFECT_TESTS) -k 'not ($(PREFECT_SKIPS))' >.venv/prefect-$$version/tests.log 2>&1 & pids+=($$!); \
 	done; \
@@ -60,11 +59,13 @@ test-prefect-range: .venv/installed-dev ## run the tests of worker and server wi
 	for version in $(PREFECT_RANGE); do echo "Prefect $$version:"; cat .venv/prefect-$$version/tests.log 2>/dev/null || true; done; \
 	exit $$status
 
-lint: .venv/installed-dev ## check style, types and import rules
+lint: .venv/installed-dev ## check style, types, import rules and declared dependencies
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
 	$(PY) -m mypy
 	.venv/bin/lint-imports
+	.venv/bin/deptry .
+	.venv/bin/deptry tests --exclude tests/data --ignore DEP002,DEP004
 
 format: .venv/installed-dev ## format the code and mend what ruff can mend
 	$(PY) -m ruff check --fix-only
@@ -101,7 +102,7 @@ endif
 	@rm -rf $(@D)
 	@$(PY) -m venv --without-pip $(@D)
 	@cp -al .venv/lib/python3*/site-packages/. $(@D)/lib/python3*/site-packages/
-	@$(PIP) --python $(@D)/bin/python install --quiet --only-binary :all: 'prefect==$*' 'fastapi<0.151'
+	@$(PIP) --python $(@D)/bin/python install --quiet --only-binary :all: 'prefect==$*'
 	@touch $@
 
 # The first of these that is 3.11 or newer; set PYTHON to take another.

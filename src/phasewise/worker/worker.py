@@ -5,8 +5,8 @@ everything already (``phasewise.forkserver``) instead of starting three Pythons,
 of their scheduling instead of at the next poll; the poll stays, as the fallback. What a fork cannot serve exactly as a
 new process would (see ``_why_not_warm``) takes the process worker's own way, and the run's log says why.
 
-Private names of Prefect are used here for Prefect ``>=3.8.7,<3.10``. The oldest and the newest of that range are tested
-(``make test-prefect-range``: 3.8.7 and 3.9.1); these are the modules to look at when it moves: ``prefect.runner._*``,
+Private names of Prefect are used here for Prefect ``>=3.9.1,<4``. The oldest and the newest of them are tested
+(``make test-prefect-range``: 3.9.1); these are the modules to look at when it moves: ``prefect.runner._*``,
 ``prefect._internal.*``, ``prefect.flow_engine._*`` and the underscored methods of ``BaseWorker``.
 """
 
