@@ -8,8 +8,10 @@ import sqlite3
 import subprocess
 import sys
 import textwrap
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import pytest
@@ -18,6 +20,7 @@ from phasewise import lake
 from phasewise.errors import LakeError, ProjectError, WarehouseBusy, WarehouseTooNew
 from phasewise.project import Project, load_project
 from phasewise.settings import Settings
+from phasewise.snapshots import open_reader
 
 SETTINGS = Settings(threads=2, memory_limit="256MB")
 
@@ -141,6 +144,59 @@ def test_a_warehouse_is_seen_as_of_a_snapshot(project: Project):
         connection.execute("DROP TABLE lake.t")
         lake.attach_lake(connection, project, snapshot=1, name="before")
         assert connection.execute("SELECT answer FROM before.t").fetchall() == [(42,)]
+
+
+@pytest.mark.parametrize("options", [{}, {"read_only": True}, {"snapshot": 1}, {"snapshot": 1, "name": "past"}])
+def test_a_session_reads_a_catalog_in_sqlite_through_one_connection(project: Project, options: dict[str, Any]):
+    fill(project)
+
+    with lake.open_session(SETTINGS) as connection:
+        assert find_scan_setting(connection) == ("false", "GLOBAL")  # a session that reads a source keeps its threads
+        lake.attach_lake(connection, project, **options)
+
+        assert find_scan_setting(connection) == ("true", "GLOBAL")
+
+
+def find_scan_setting(connection: duckdb.DuckDBPyConnection) -> tuple[str, str]:
+    query = "SELECT value, scope FROM duckdb_settings() WHERE name = 'sqlite_disable_multithreaded_scans'"
+    return connection.execute(query).fetchone()
+
+
+def test_a_catalog_in_sqlite_is_attached_in_one_place():
+    """Readers, audits, publishing, cleanup, replay and diff have the setting because none attaches by itself."""
+    files = [path for path in Path(lake.__file__).parent.rglob("*.py") if "ducklake:sqlite" in path.read_text()]
+
+    assert files == [Path(lake.__file__)]
+    assert files[0].read_text().count("ducklake:sqlite") == 1
+
+
+@contextmanager
+def open_plain(project: Project, settings: Settings) -> Iterator[duckdb.DuckDBPyConnection]:
+    with lake.open_session(settings) as connection:
+        lake.attach_lake(connection, project, read_only=True)
+        yield connection
+
+
+@pytest.mark.parametrize("open_lake", [open_plain, open_reader])
+def test_a_transaction_sees_its_snapshot_while_others_publish_and_expire(project: Project, open_lake: Any):
+    """Without the setting no table has rows: the files are looked up on a connection that sees the newest catalog."""
+    with lake.open_session(SETTINGS) as writer:
+        lake.attach_lake(writer, project)
+        writer.execute("CREATE SCHEMA lake.marts")
+        for table in ("first", "second"):
+            writer.execute(f"CREATE TABLE lake.{table} AS SELECT 1 AS night FROM range(500)")
+        with open_lake(project, SETTINGS) as reader:
+            reader.execute("BEGIN")
+            reader.execute("SELECT count(*) FROM lake.first").fetchall()
+            for table in ("first", "second"):
+                writer.execute(f"DELETE FROM lake.{table}")
+                writer.execute(f"INSERT INTO lake.{table} SELECT 2 FROM range(500)")
+            writer.execute("CALL ducklake_expire_snapshots('lake', older_than => now()::TIMESTAMP)")
+
+            counts = "SELECT max(night), count(*) FROM lake.{}"
+            found = [reader.execute(counts.format(table)).fetchone() for table in ("first", "second")]
+
+    assert found == [(1, 500), (1, 500)]
 
 
 def test_a_warehouse_can_be_moved(project: Project, tmp_path: Path):
