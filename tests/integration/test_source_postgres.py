@@ -26,7 +26,7 @@ from phasewise.settings import Settings
 from phasewise.snapshots import open_reader
 from phasewise.source_contract import PASSWORD, ROWS, SourceContract
 from phasewise.sources import check_project, list_project_tables, open_source
-from tests.servers import find_postgres, psql, psql_command
+from tests.servers import find_postgres, postgres_database, psql, psql_command
 
 SETTINGS = Settings(threads=2, memory_limit="512MB", connect_timeout=2)
 POSTGRES = find_postgres()
@@ -62,14 +62,44 @@ def make(tmp_path: Path, schema: str) -> Make:
     return make_project
 
 
-def read(project: Project, table: str) -> tuple[list[str], list[tuple]]:
-    manifest = staging.extract_table(project, SETTINGS, batch=staging.new_batch_id(), table=table)
+def read(project: Project, table: str, batch: str | None = None) -> tuple[list[str], list[tuple]]:
+    manifest = staging.extract_table(project, SETTINGS, batch=batch or staging.new_batch_id(), table=table)
     assert manifest.rows == manifest.source_rows
     with lake.open_session(SETTINGS, extensions=()) as connection:
         files = [str(path) for path in staging.staged_files(project, manifest)]
         result = connection.execute("FROM read_parquet(?) ORDER BY 1", [files])
         assert [str(column[1]) for column in result.description] == [column.type for column in manifest.columns]
         return [column.type for column in manifest.columns], result.fetchall()
+
+
+#: Encodings of databases, and a text that each of them has in other bytes than UTF-8.
+ENCODINGS = {"LATIN1": "é ü ß", "WIN1252": "é € œ", "EUC_JP": "日本 カナ", "UTF8": "é € 日本 🙂"}
+
+
+@pytest.mark.parametrize("client", [None, "LATIN1"])
+@pytest.mark.parametrize("options", ["", "?client_encoding=LATIN1&options=-c%20client_encoding%3DLATIN1"])
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_texts_of_a_database_arrive_whatever_encoding_it_has_and_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str, options: str, client: str | None
+):
+    text = ENCODINGS[encoding]
+    with postgres_database(encoding) as database:
+        script = f"""SET client_encoding = 'UTF8'; CREATE TABLE "{text}" (id int PRIMARY KEY, "{text}" text, j json);
+            INSERT INTO "{text}" VALUES (1, '{text}', '["{text}"]');
+            CREATE VIEW v AS SELECT * FROM "{text}" WHERE "{text}" = '{text}'"""
+        subprocess.run([*psql_command(), "-d", database], input=script, text=True, check=True, capture_output=True)
+        url = f"postgresql://postgres@{POSTGRES}/{database}{options}"
+        (tmp_path / "phasewise.toml").write_text(f'[project]\nname = "t"\n[source]\nurl = "{url}"\n')
+        project = load_project(tmp_path)
+        if client is not None:
+            monkeypatch.setenv("PGCLIENTENCODING", client)
+
+        with staging.open_snapshot(project, SETTINGS, "b1"):
+            assert read(project, text, "b1")[1] == [(1, text, f'["{text}"]')]
+        assert read(project, "v")[1] == [(1, text, f'["{text}"]')]
+        source = open_source(project, SETTINGS)
+        assert source.list_tables() == [text]
+        assert [column.name for column in source.describe_table(text).columns] == ["id", text, "j"]
 
 
 def test_plain_types_arrive_as_they_are(make: Make):
