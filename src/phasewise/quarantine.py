@@ -23,7 +23,7 @@ from pathlib import Path
 import duckdb
 
 from phasewise.errors import ProjectError, PublishConflict, StagingError
-from phasewise.lake import quote_identifier, quote_literal
+from phasewise.lake import quote_identifier, quote_literal, read_parquet
 from phasewise.merge import FILE, ROW, Increment, is_same, select_columns, select_pool, select_result
 from phasewise.queries import fetch_int
 from phasewise.snapshots import Publication, list_columns, list_tables
@@ -216,10 +216,11 @@ def take_out(connection: duckdb.DuckDBPyConnection, increment: Increment, aside:
     Raises:
         PublishConflict: the staged files are not those that were audited.
     """
+    assert aside.file is not None  # only what is published already has none
     paths = ", ".join(f"({quote_literal(file.name)}, {quote_literal(str(file))})" for file in increment.files)
     connection.execute(
         "create or replace temp table quarantine_rows as select path as file, row, reason "
-        f"from read_parquet({quote_literal(str(aside.file))}) join (values {paths}) as v(name, path) on file = name"
+        f"from {read_parquet([aside.file])} join (values {paths}) as v(name, path) on file = name"
     )
     increment = replace(increment, out="temp.quarantine_rows")
     found = fetch_int(connection, f"select count(*) from ({increment.select_out()})")
