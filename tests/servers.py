@@ -15,6 +15,7 @@ import socket
 import subprocess
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -64,6 +65,17 @@ def psql_command(address: Address | None = None) -> list[str]:
     address = address or find_postgres()
     where = ["-h", address.host, "-p", str(address.port), "-U", "postgres", "-d", "test"]
     return ["psql", "-X", *where, "-v", "ON_ERROR_STOP=1", "-qAt"]
+
+
+@contextmanager
+def postgres_database(encoding: str) -> Iterator[str]:
+    """Yield the name of an empty database in *encoding*; drop it afterwards."""
+    name = f"pw_{uuid.uuid4().hex[:10]}"
+    psql(f"CREATE DATABASE {name} ENCODING '{encoding}' TEMPLATE template0 LC_COLLATE 'C' LC_CTYPE 'C'")
+    try:
+        yield name
+    finally:
+        psql(f"DROP DATABASE {name}")
 
 
 def mariadb(sql: str, database: str = "") -> str:

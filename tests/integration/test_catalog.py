@@ -32,7 +32,7 @@ from phasewise.publishing.rollback import rollback_batch
 from phasewise.staging.manifest import list_manifests, read_manifest
 from phasewise.testing.projects import SAMPLE_SETTINGS, change_source, stage_batch, write_project
 from tests.integration.warehouses import postgres_catalog
-from tests.servers import find_postgres, psql
+from tests.servers import find_postgres, postgres_database, psql
 
 SETTINGS = SAMPLE_SETTINGS
 
@@ -117,9 +117,9 @@ def test_the_lock_ends_with_the_process_that_holds_it(project: Project):
     code = textwrap.dedent("""
         import os, signal, sys
         from pathlib import Path
-        from phasewise import lake
+        from phasewise.lake.warehouse import lock_lake
         from phasewise.project import load_project
-        with lake.lock_lake(load_project(Path(sys.argv[1])), timeout=0):
+        with lock_lake(load_project(Path(sys.argv[1])), timeout=0):
             os.kill(os.getpid(), signal.SIGKILL)
     """)
     done = subprocess.run([sys.executable, "-c", code, str(project.root)], timeout=50, check=False)
@@ -169,6 +169,25 @@ def test_options_of_the_url_reach_the_server(project: Project, catalog: str):
         attach_lake(connection, named, read_only=True)
         connection.execute("from lake.snapshots()").fetchall()
         assert psql("select count(*) from pg_stat_activity where application_name = 'it''s me'").strip() != "0"
+
+
+@pytest.mark.parametrize("encoding", ["UTF8", "LATIN1"])
+def test_names_and_values_are_the_same_whatever_the_encodings_of_writer_and_catalog(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str
+):
+    with postgres_database(encoding) as database:
+        project = write_project(
+            tmp_path,
+            source='create table "größe" (id integer primary key, "öl" text); insert into "größe" values (1, \'é\');',
+            toml=f'[warehouse]\ncatalog = "postgresql://postgres@{find_postgres()}/{database}"\ndata = "mnt"\n',
+            marts={"übersicht": 'select "öl" from "größe"'},
+        )
+        monkeypatch.setenv("PGCLIENTENCODING", "LATIN1")
+        publish_batch(project, SETTINGS, stage_batch(project))
+        monkeypatch.delenv("PGCLIENTENCODING")
+
+        assert query_warehouse(project, SETTINGS, 'from "größe"') == (["id", "öl"], [(1, "é")])
+        assert query_warehouse(project, SETTINGS, "from marts.übersicht") == (["öl"], [("é",)])
 
 
 def test_the_password_comes_from_the_environment(project: Project, catalog: str, monkeypatch: pytest.MonkeyPatch):

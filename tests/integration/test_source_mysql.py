@@ -269,11 +269,11 @@ def wait_for_more(done: list[int]) -> None:
 EXTRACT = """
 import sys
 from pathlib import Path
-from phasewise import staging
+from phasewise.staging.extract import extract_table
 from phasewise.project import load_project
 from phasewise.settings import Settings
 for table in sys.argv[2:]:
-    staging.extract_table(load_project(Path(sys.argv[1])), Settings(), batch="b1", table=table)
+    extract_table(load_project(Path(sys.argv[1])), Settings(), batch="b1", table=table)
 """
 
 
@@ -438,10 +438,10 @@ def test_a_moment_is_given_up_when_it_is_held_for_too_long(make: Make, database:
 def test_what_a_killed_holder_left_goes_with_the_next(make: Make):
     project = make("CREATE TABLE t (id int)")
     code = (
-        "import os, sys; from pathlib import Path; from phasewise import staging;"
+        "import os, sys; from pathlib import Path; from phasewise.staging.source_snapshot import open_snapshot;"
         "from phasewise.project.config import load_project; from phasewise.settings import Settings;"
         "project = load_project(Path(sys.argv[1]));"
-        "held = staging.open_snapshot(project, Settings(), 'b1'); print(held.__enter__()['socket'], flush=True);"
+        "held = open_snapshot(project, Settings(), 'b1'); print(held.__enter__()['socket'], flush=True);"
         "os.kill(os.getpid(), 9)"
     )
     command = [sys.executable, "-c", code, str(project.root)]

@@ -31,7 +31,7 @@ from phasewise.staging.extract import extract_table
 from phasewise.staging.manifest import list_manifests, read_manifest, staged_files
 from phasewise.staging.source_snapshot import open_snapshot
 from phasewise.testing.source_contract import PASSWORD, ROWS, SourceContract
-from tests.servers import find_postgres, psql, psql_command
+from tests.servers import find_postgres, postgres_database, psql, psql_command
 
 SETTINGS = Settings(threads=2, memory_limit="512MB", connect_timeout=2)
 POSTGRES = find_postgres()
@@ -67,14 +67,44 @@ def make(tmp_path: Path, schema: str) -> Make:
     return make_project
 
 
-def read(project: Project, table: str) -> tuple[list[str], list[tuple]]:
-    manifest = extract_table(project, SETTINGS, batch=new_batch_id(), table=table)
+def read(project: Project, table: str, batch: str | None = None) -> tuple[list[str], list[tuple]]:
+    manifest = extract_table(project, SETTINGS, batch=batch or new_batch_id(), table=table)
     assert manifest.rows == manifest.source_rows
     with open_session(SETTINGS, extensions=()) as connection:
         files = [str(path) for path in staged_files(project, manifest)]
         result = connection.execute("FROM read_parquet(?) ORDER BY 1", [files])
         assert [str(column[1]) for column in result.description] == [column.type for column in manifest.columns]
         return [column.type for column in manifest.columns], result.fetchall()
+
+
+#: Encodings of databases, and a text that each of them has in other bytes than UTF-8.
+ENCODINGS = {"LATIN1": "é ü ß", "WIN1252": "é € œ", "EUC_JP": "日本 カナ", "UTF8": "é € 日本 🙂"}
+
+
+@pytest.mark.parametrize("client", [None, "LATIN1"])
+@pytest.mark.parametrize("options", ["", "?client_encoding=LATIN1&options=-c%20client_encoding%3DLATIN1"])
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_texts_of_a_database_arrive_whatever_encoding_it_has_and_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str, options: str, client: str | None
+):
+    text = ENCODINGS[encoding]
+    with postgres_database(encoding) as database:
+        script = f"""SET client_encoding = 'UTF8'; CREATE TABLE "{text}" (id int PRIMARY KEY, "{text}" text, j json);
+            INSERT INTO "{text}" VALUES (1, '{text}', '["{text}"]');
+            CREATE VIEW v AS SELECT * FROM "{text}" WHERE "{text}" = '{text}'"""
+        subprocess.run([*psql_command(), "-d", database], input=script, text=True, check=True, capture_output=True)
+        url = f"postgresql://postgres@{POSTGRES}/{database}{options}"
+        (tmp_path / "phasewise.toml").write_text(f'[project]\nname = "t"\n[source]\nurl = "{url}"\n')
+        project = load_project(tmp_path)
+        if client is not None:
+            monkeypatch.setenv("PGCLIENTENCODING", client)
+
+        with open_snapshot(project, SETTINGS, "b1"):
+            assert read(project, text, "b1")[1] == [(1, text, f'["{text}"]')]
+        assert read(project, "v")[1] == [(1, text, f'["{text}"]')]
+        source = open_source(project, SETTINGS)
+        assert source.list_tables() == [text]
+        assert [column.name for column in source.describe_table(text).columns] == ["id", text, "j"]
 
 
 def test_plain_types_arrive_as_they_are(make: Make):
@@ -362,10 +392,10 @@ def test_all_processes_read_at_the_snapshot_that_is_held(make: Make, schema: str
     code = textwrap.dedent("""
         import json, sys
         from pathlib import Path
-        from phasewise import staging
+        from phasewise.staging.extract import extract_table
         from phasewise.project import load_project
         from phasewise.settings import Settings
-        staging.extract_table(load_project(Path(sys.argv[1])), Settings(), batch="b1", table=sys.argv[2],
+        extract_table(load_project(Path(sys.argv[1])), Settings(), batch="b1", table=sys.argv[2],
             snapshot=json.loads(sys.argv[3]))
     """)
     with open_snapshot(project, SETTINGS, "b1") as token:

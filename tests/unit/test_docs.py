@@ -79,6 +79,19 @@ def test_the_arguments_of_a_command_are_named_as_the_command_names_them() -> Non
         assert f"### `{' '.join(['phasewise', name, *words])}`" in text
 
 
+def test_whatever_shows_how_to_attach_a_catalog_in_sqlite_reads_it_through_one_connection() -> None:
+    blocks = [
+        block
+        for page in PAGES
+        for block in re.findall(r"^```\w+\n(.*?)^```$", page.read_text(encoding="utf-8"), re.M | re.S)
+        if "ATTACH 'ducklake:sqlite" in block
+    ]
+
+    assert len(blocks) >= 3
+    for block in blocks:
+        assert "SET GLOBAL sqlite_disable_multithreaded_scans = true" in block.partition("ATTACH 'ducklake:sqlite")[0]
+
+
 def test_the_exit_codes_are_those_of_the_command() -> None:
     documented = {int(code): meaning for code, meaning in read_table(read("reference/cli.md"), header="code | meaning")}
 

@@ -16,7 +16,7 @@ import duckdb
 
 from phasewise.errors import SourceUnavailable
 from phasewise.lake.quoting import quote_identifier, quote_literal
-from phasewise.lake.session import open_session
+from phasewise.lake.session import open_session, read_parquet
 from phasewise.settings import Settings
 
 #: Where the example's phasewise.toml looks for the database, below the project's folder.
@@ -160,7 +160,7 @@ def _create_statement(table: str, columns: Mapping[str, str]) -> str:
 
 
 def _columns(connection: duckdb.DuckDBPyConnection, file: Path) -> dict[str, str]:
-    rows = connection.execute(f"describe from read_parquet({quote_literal(str(file))})").fetchall()
+    rows = connection.execute(f"describe from {read_parquet([file])}").fetchall()
     return {str(name): str(type_) for name, type_, *_ in rows}
 
 
@@ -171,7 +171,7 @@ def _select(connection: duckdb.DuckDBPyConnection, table: str, file: Path) -> st
     )
     # In key order the primary key's index fills from left to right, which is several times faster.
     order = f" order by {', '.join(map(quote_identifier, KEYS[table]))}" if table in KEYS else ""
-    return f"select {columns} from read_parquet({quote_literal(str(file))}){order}"
+    return f"select {columns} from {read_parquet([file])}{order}"
 
 
 def _describe(path: Path, *, was_built: bool) -> DemoSource:

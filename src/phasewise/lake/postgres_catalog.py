@@ -81,6 +81,7 @@ def list_options(url: str, *, is_writer: bool = False) -> str:
         query["application_name"] = _name_writer(url)
     for name in ("schema", "password"):
         query.pop(name, None)
+    query["client_encoding"] = "UTF8"  # what DuckDB's texts are, whatever the database or PGCLIENTENCODING says
     if _find_password(url) is None:
         query["password"] = ""  # else libpq would take the one that a source has put into the environment
     escaped = {name: value.replace("\\", "\\\\").replace("'", "\\'") for name, value in query.items()}

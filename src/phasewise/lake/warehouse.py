@@ -124,6 +124,10 @@ def attach_lake(
     if project.catalog is None:
         catalog = f"ducklake:sqlite:{project.warehouse / _CATALOG}"
         options += ["META_JOURNAL_MODE 'WAL'"]
+        # Else the scanner reads the catalog through several connections, each of which sees what was committed last:
+        # a reader beside a writer finds tables without rows. Of the session alone it would not reach DuckLake's own
+        # connection. Only here, since it would slow down sources in SQLite. See decision 71.
+        connection.execute("SET GLOBAL sqlite_disable_multithreaded_scans = true")
     else:
         catalog = f"ducklake:postgres:{list_options(project.catalog, is_writer=not is_reader)}"
         options += [f"META_SCHEMA {quote_literal(find_schema(project.catalog))}", f"META_SECRET '{SECRET}'"]

@@ -27,6 +27,7 @@ from phasewise.lake.object_store import File
 from phasewise.lake.publications import Publication, list_columns, list_tables
 from phasewise.lake.queries import fetch_int
 from phasewise.lake.quoting import quote_identifier, quote_literal
+from phasewise.lake.session import read_parquet
 from phasewise.publishing.increments import FILE, ROW, Increment, is_same, select_columns, select_pool, select_result
 
 QUARANTINE_SCHEMA = "_quarantine"
@@ -216,10 +217,11 @@ def take_out(connection: duckdb.DuckDBPyConnection, increment: Increment, aside:
     Raises:
         PublishConflict: the staged files are not those that were audited.
     """
+    assert aside.file is not None  # only what is published already has none
     paths = ", ".join(f"({quote_literal(file.name)}, {quote_literal(str(file))})" for file in increment.files)
     connection.execute(
         "create or replace temp table quarantine_rows as select path as file, row, reason "
-        f"from read_parquet({quote_literal(str(aside.file))}) join (values {paths}) as v(name, path) on file = name"
+        f"from {read_parquet([aside.file])} join (values {paths}) as v(name, path) on file = name"
     )
     increment = replace(increment, out="temp.quarantine_rows")
     found = fetch_int(connection, f"select count(*) from ({increment.select_out()})")

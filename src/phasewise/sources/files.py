@@ -34,6 +34,8 @@ from phasewise.sources.ranges import divide, find_bounds
 
 _NAME = re.compile(r"(?P<table>.+?)\.(?P<kind>csv|tsv|parquet|json|ndjson|jsonl)(?:\.(?:gz|zst))?", re.IGNORECASE)
 _KINDS = {"tsv": "csv", "ndjson": "json", "jsonl": "json"}
+#: Else a folder such as ``year=2024`` above a file adds a column, or overwrites one.
+_PLAIN_PATHS = "hive_partitioning = false"
 _CHECKED = {"BIGINT", "DOUBLE", "BOOLEAN", "UUID", *MOMENTS}
 
 
@@ -280,8 +282,9 @@ def _find_kind(match: re.Match[str]) -> str:
 def _list_columns(connection: duckdb.DuckDBPyConnection, files: _Files) -> list[Column]:
     if files.kind == "json":
         paths = _quote_paths(files)
+        objects = f"read_json_objects({paths}, {_PLAIN_PATHS})"
         rows = connection.execute(
-            f"SELECT DISTINCT unnest(json_keys(json)) AS name FROM read_json_objects({paths}) ORDER BY name"
+            f"SELECT DISTINCT unnest(json_keys(json)) AS name FROM {objects} ORDER BY name"
         ).fetchall()
         return [_describe_text(row[0], "json") for row in rows]
     described = connection.execute(f"DESCRIBE SELECT * FROM {_read_files(files, [])}").fetchall()
@@ -301,15 +304,15 @@ def _describe_text(name: str, kind: str) -> Column:
 def _read_files(files: _Files, names: list[str]) -> str:
     paths = _quote_paths(files)
     if files.kind == "parquet":
-        return f"read_parquet({paths}, union_by_name = true)"
+        return f"read_parquet({paths}, {_PLAIN_PATHS}, union_by_name = true)"
     if files.kind == "csv":
         # A quoted empty field is an empty text, an unquoted one is NULL. DuckDB would guess from 20,480 rows what
         # quotes are and whether rows are comments: a quote that comes later then stays in its value, and a row that
         # begins with # is left out. To try all that out is most of what it takes to read a small file, too.
         options = "all_varchar = true, header = true, allow_quoted_nulls = false, union_by_name = true"
-        return f"""read_csv({paths}, {options}, quote = '"', escape = '"', comment = '')"""
+        return f"""read_csv({paths}, {_PLAIN_PATHS}, {options}, quote = '"', escape = '"', comment = '')"""
     values = ", ".join(f"json ->> {quote_literal(_json_path(name))} AS {quote_identifier(name)}" for name in names)
-    return f"(SELECT {values} FROM read_json_objects({paths}))"
+    return f"(SELECT {values} FROM read_json_objects({paths}, {_PLAIN_PATHS}))"
 
 
 def _json_path(name: str) -> str:

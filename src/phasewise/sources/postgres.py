@@ -358,6 +358,8 @@ def _split_url(url: str, timeout: float) -> tuple[str, str, str | None]:
     password = query.pop("password", None) or (unquote(parts.password) if parts.password else None)
     query.setdefault("connect_timeout", str(max(2, round(timeout))))  # libpq takes no less than 2
     query.setdefault("application_name", "phasewise")
+    # The scanner takes each text for UTF-8, whatever the database or PGCLIENTENCODING says.
+    query["client_encoding"] = "UTF8"
     userinfo, at, host = parts.netloc.rpartition("@")
     netloc = f"{userinfo.partition(':')[0]}{at}{host}"
     dsn = urlunsplit(("postgresql", netloc, parts.path, urlencode(query, quote_via=quote), ""))

@@ -8,13 +8,17 @@ import sqlite3
 import subprocess
 import sys
 import textwrap
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import pytest
 
 from phasewise.errors import LakeError, ProjectError, WarehouseBusy, WarehouseTooNew
+from phasewise.lake import warehouse
+from phasewise.lake.publications import open_reader
 from phasewise.lake.quoting import quote_identifier, quote_literal
 from phasewise.lake.session import find_extension, normalize_type, open_session, preload_extensions
 from phasewise.lake.warehouse import WAREHOUSE_FORMAT, attach_lake, has_lake, list_snapshots, lock_lake
@@ -82,15 +86,15 @@ def test_an_extension_that_is_missing_names_its_wheel():
 def test_preloading_leaves_one_thread_and_forked_children_load_without_checking():
     code = textwrap.dedent("""
         import os, time
-        from phasewise import lake
+        from phasewise.lake import session, warehouse
         from phasewise.settings import Settings
-        lake.preload_extensions()
+        session.preload_extensions()
         threads = len(os.listdir("/proc/self/task"))
         assert threads == 1, threads
         pid = os.fork()
         if pid == 0:
             before = time.process_time()
-            with lake.open_session(Settings(), extensions=lake.EXTENSIONS) as connection:
+            with session.open_session(Settings(), extensions=session.EXTENSIONS) as connection:
                 took = time.process_time() - before
                 total = connection.execute("SELECT sum(i) FROM range(1000000) t(i)").fetchone()[0]
             os._exit(0 if total == 499999500000 and took < 0.4 else 1)
@@ -145,6 +149,61 @@ def test_a_warehouse_is_seen_as_of_a_snapshot(project: Project):
         assert connection.execute("SELECT answer FROM before.t").fetchall() == [(42,)]
 
 
+@pytest.mark.parametrize("options", [{}, {"read_only": True}, {"snapshot": 1}, {"snapshot": 1, "name": "past"}])
+def test_a_session_reads_a_catalog_in_sqlite_through_one_connection(project: Project, options: dict[str, Any]):
+    fill(project)
+
+    with open_session(SETTINGS) as connection:
+        assert find_scan_setting(connection) == ("false", "GLOBAL")  # a session that reads a source keeps its threads
+        attach_lake(connection, project, **options)
+
+        assert find_scan_setting(connection) == ("true", "GLOBAL")
+
+
+def find_scan_setting(connection: duckdb.DuckDBPyConnection) -> tuple[str, str]:
+    query = "SELECT value, scope FROM duckdb_settings() WHERE name = 'sqlite_disable_multithreaded_scans'"
+    return connection.execute(query).fetchone()
+
+
+def test_a_catalog_in_sqlite_is_attached_in_one_place():
+    """Readers, audits, publishing, cleanup, replay and diff have the setting because none attaches by itself."""
+    files = [
+        path for path in Path(warehouse.__file__).parents[1].rglob("*.py") if "ducklake:sqlite" in path.read_text()
+    ]
+
+    assert files == [Path(warehouse.__file__)]
+    assert files[0].read_text().count("ducklake:sqlite") == 1
+
+
+@contextmanager
+def open_plain(project: Project, settings: Settings) -> Iterator[duckdb.DuckDBPyConnection]:
+    with open_session(settings) as connection:
+        attach_lake(connection, project, read_only=True)
+        yield connection
+
+
+@pytest.mark.parametrize("open_lake", [open_plain, open_reader])
+def test_a_transaction_sees_its_snapshot_while_others_publish_and_expire(project: Project, open_lake: Any):
+    """Without the setting no table has rows: the files are looked up on a connection that sees the newest catalog."""
+    with open_session(SETTINGS) as writer:
+        attach_lake(writer, project)
+        writer.execute("CREATE SCHEMA lake.marts")
+        for table in ("first", "second"):
+            writer.execute(f"CREATE TABLE lake.{table} AS SELECT 1 AS night FROM range(500)")
+        with open_lake(project, SETTINGS) as reader:
+            reader.execute("BEGIN")
+            reader.execute("SELECT count(*) FROM lake.first").fetchall()
+            for table in ("first", "second"):
+                writer.execute(f"DELETE FROM lake.{table}")
+                writer.execute(f"INSERT INTO lake.{table} SELECT 2 FROM range(500)")
+            writer.execute("CALL ducklake_expire_snapshots('lake', older_than => now()::TIMESTAMP)")
+
+            counts = "SELECT max(night), count(*) FROM lake.{}"
+            found = [reader.execute(counts.format(table)).fetchone() for table in ("first", "second")]
+
+    assert found == [(1, 500), (1, 500)]
+
+
 def test_a_warehouse_can_be_moved(project: Project, tmp_path: Path):
     fill(project)
     project.warehouse.rename(tmp_path / "moved")
@@ -197,9 +256,9 @@ def test_the_lock_ends_with_the_process_that_holds_it(project: Project):
     code = textwrap.dedent("""
         import os, signal, sys
         from pathlib import Path
-        from phasewise import lake
+        from phasewise.lake import session, warehouse
         from phasewise.project import load_project
-        with lake.lock_lake(load_project(Path(sys.argv[1])), timeout=0):
+        with warehouse.lock_lake(load_project(Path(sys.argv[1])), timeout=0):
             os.kill(os.getpid(), signal.SIGKILL)
     """)
     subprocess.run([sys.executable, "-c", code, str(project.root)], timeout=50, check=False)

@@ -99,6 +99,18 @@ def test_bad_rows_are_set_aside_with_their_reasons_and_the_rest_is_published_wit
     assert counts == {"customer": (2, 3), "orders": (2, 3)}
 
 
+def test_the_names_of_the_folders_above_a_project_are_no_columns(tmp_path: Path):
+    folder = tmp_path / "id=9" / "row=7" / "reason=x"
+    folder.mkdir(parents=True)
+    project = write_project(folder, source=SOURCE, toml=TOML, marts=MARTS)
+
+    publish(project)
+
+    assert query(project, "from customer order by id") == [(1, "Ann"), (3, "Cid")]
+    assert query(project, "select name, _reason from _quarantine.customer order by name")[0] == ("Bert", "unique(id)")
+    assert query(project, "from marts.total") == [(14,)]
+
+
 def test_the_results_say_how_many_rows_were_set_aside_and_why(project: Project):
     found = audit_sample(project, stage_batch(project))
 

@@ -166,7 +166,7 @@ import asyncio
 from uuid import UUID, uuid4
 
 import docket
-from phasewise import statements
+from phasewise.server import statements
 
 scheduled = []
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import gzip
 import json
+import re
 import subprocess
 import sys
 from decimal import Decimal
@@ -13,8 +14,9 @@ from pathlib import Path
 import duckdb
 import pytest
 
+import phasewise
 from phasewise.errors import ProjectError, SchemaDrift, SourceUnavailable, TableMissing, UnfaithfulValue
-from phasewise.lake.session import open_session
+from phasewise.lake.session import open_session, read_parquet
 from phasewise.project.config import Project, load_project
 from phasewise.settings import Settings
 from phasewise.sources import check_project, list_project_tables, open_source
@@ -35,8 +37,7 @@ def read(project: Project, table: str) -> tuple[list[str], list[tuple]]:
     manifest = extract_table(project, SETTINGS, batch=new_batch_id(), table=table)
     assert manifest.rows == manifest.source_rows
     with open_session(SETTINGS, extensions=()) as connection:
-        files = [str(path) for path in staged_files(project, manifest)]
-        result = connection.execute("FROM read_parquet(?) ORDER BY 1", [files])
+        result = connection.execute(f"FROM {read_parquet(staged_files(project, manifest))} ORDER BY 1")
         assert [str(column[1]) for column in result.description] == [column.type for column in manifest.columns]
         return [column.type for column in manifest.columns], result.fetchall()
 
@@ -72,6 +73,42 @@ def test_a_duckdb_table_arrives_and_what_parquet_would_change_is_text(tmp_path: 
     assert source.describe_table("t").key == ("id",)
     assert source.list_tables() == ["t"]
     assert read(project, "v")[1] == [(1,)]
+
+
+@pytest.mark.parametrize("kind", ["csv", "json", "parquet"])
+@pytest.mark.parametrize("url", ["file:///json=3/id=9/day=5", "file:///json=3/id=9/*"])
+def test_folders_that_are_called_key_equals_value_change_no_column_and_add_none(tmp_path: Path, kind: str, url: str):
+    folder = tmp_path / "json=3" / "id=9" / "day=5" / "v=late"
+    folder.mkdir(parents=True)
+    with duckdb.connect(config={"threads": 1}) as connection:
+        for number, value in enumerate("xy", start=1):
+            connection.execute(f"COPY (SELECT {number} AS id, '{value}' AS v) TO '{folder / value}.{kind}'")
+            connection.execute(f"COPY (SELECT {number} AS id, '{value}' AS v) TO '{folder.parent / value}.{kind}'")
+    project = make_project(tmp_path, url, "[table.x]\n[table.'v=late']\n")
+    tables = open_source(project, SETTINGS).list_tables()
+
+    found = {table: read(project, table) for table in tables}
+
+    types, (one, two) = ["VARCHAR", "VARCHAR"], (("1", "x"), ("2", "y"))
+    if kind == "parquet":
+        types, (one, two) = ["INTEGER", "VARCHAR"], ((1, "x"), (2, "y"))
+    if url.endswith("*"):
+        assert found == {"day=5": (types, [one, two])}
+    else:
+        assert found == {"v=late": (types, [one, two]), "x": (types, [one]), "y": (types, [two])}
+
+
+def test_each_reader_of_files_leaves_the_names_of_folders_alone():
+    code = Path(phasewise.__file__).parent
+    calls = [
+        line.strip()
+        for path in code.rglob("*.py")
+        for line in path.read_text().splitlines()
+        if re.search(r"(read_(csv|json|parquet)\w*)\((\{|\[\{|\?)", line)
+    ]
+
+    assert len(calls) >= 5
+    assert [call for call in calls if not re.search("hive_partitioning = false|_PLAIN_PATHS", call)] == []
 
 
 def test_quotes_are_quotes_and_rows_are_rows_wherever_they_come_first_in_a_csv_file(tmp_path: Path):
