@@ -13,7 +13,7 @@ import asyncio, sys
 from pathlib import Path
 
 from prefect.server.database.dependencies import set_database_config
-from phasewise.server import OneWriterAtATime, create_database
+from phasewise.server.app import OneWriterAtATime, create_database
 
 path = Path(sys.argv[1])
 create_database(path)
@@ -21,7 +21,7 @@ set_database_config(OneWriterAtATime(f"sqlite+aiosqlite:///{path}"))
 
 import httpx
 from prefect.server.api.server import create_app
-from phasewise.server_requests import shorten_requests, _applications, _DefaultContentType
+from phasewise.server.requests import shorten_requests, _applications, _DefaultContentType
 
 
 async def main():

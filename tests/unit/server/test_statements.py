@@ -17,8 +17,8 @@ from pathlib import Path
 from uuid import uuid4
 
 from prefect.server.database.dependencies import set_database_config
-from phasewise.server import OneWriterAtATime, create_database
-from phasewise.statements import spare_statements
+from phasewise.server.app import OneWriterAtATime, create_database
+from phasewise.server.statements import spare_statements
 
 path = Path(sys.argv[1])
 create_database(path)
