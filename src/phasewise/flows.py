@@ -44,7 +44,7 @@ from phasewise.lake.publications import latest_publication
 from phasewise.lake.session import open_session
 from phasewise.lake.warehouse import attach_lake, has_lake, list_extensions, prepare_lake, reach_warehouse
 from phasewise.local.runs import LocalFlowRuns
-from phasewise.orchestration.batch_lock import claiming_project, ending_when_cancelled, hold_project, identify_process
+from phasewise.orchestration.batch_lock import claiming_project, ending_when_cancelled, hold_project
 from phasewise.orchestration.batches import resume_batch
 from phasewise.orchestration.deployments import plan_deployments
 from phasewise.orchestration.fan_out_order import order_longest_first
@@ -78,6 +78,7 @@ from phasewise.staging.manifest import Manifest, list_manifests, name_manifest
 from phasewise.staging.partition_plan import plan_partitions
 from phasewise.staging.partitions import SplitTable, name_item
 from phasewise.staging.source_snapshot import forget_snapshot, open_snapshot
+from phasewise.system.processes import identify_process
 
 P = ParamSpec("P")
 R = TypeVar("R")

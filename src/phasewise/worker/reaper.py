@@ -28,10 +28,10 @@ from prefect.exceptions import ObjectNotFound
 from prefect.logging import get_logger
 from prefect.states import AwaitingRetry, Cancelled, Crashed
 
-from phasewise.orchestration.batch_lock import is_process_gone
 from phasewise.orchestration.batches import PROCESS_LABEL, read_main_runs
 from phasewise.orchestration.cancel import CANCELLED_FROM_ABOVE, cancel_below
 from phasewise.orchestration.run_reads import read_runs
+from phasewise.system.processes import is_process_gone
 
 _LABEL = "prefect.worker.name"
 _PAGE = 200
