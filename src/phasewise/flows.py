@@ -6,18 +6,15 @@ server it just runs in this process; those that wait for others run them in a pr
 
 from __future__ import annotations
 
-import logging
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import asdict, replace
-from datetime import datetime
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager, suppress
+from dataclasses import asdict
 from functools import partial
-from typing import Any, Literal, ParamSpec, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar, cast
 from uuid import uuid4
 
-import duckdb
 import httpx
 from prefect import Flow, Task, task
 from prefect.client.schemas.objects import State, TaskRun
@@ -30,7 +27,6 @@ from phasewise import sources
 from phasewise.errors import (
     BatchCancelled,
     FlowRunsFailed,
-    NothingStaged,
     PhasewiseError,
     SchemaDrift,
     SourceError,
@@ -39,10 +35,7 @@ from phasewise.errors import (
     UnfaithfulValue,
     UnknownBatch,
 )
-from phasewise.lake.marts import read_mart
-from phasewise.lake.publications import latest_publication
-from phasewise.lake.session import open_session
-from phasewise.lake.warehouse import attach_lake, has_lake, list_extensions, prepare_lake, reach_warehouse
+from phasewise.lake.warehouse import prepare_lake
 from phasewise.local.runs import LocalFlowRuns
 from phasewise.orchestration.batch_lock import claiming_project, ending_when_cancelled, hold_project
 from phasewise.orchestration.batches import resume_batch
@@ -55,26 +48,20 @@ from phasewise.orchestration.run_history import read_batch_runs, read_durations
 from phasewise.outcomes import StepOutcome
 from phasewise.project.config import Project, find_project, load_project, redact_url, resolve_table
 from phasewise.project.pipeline import BATCH, FanOut, Phase, Step, load_phases
-from phasewise.publishing.audit_batch import audit_staged
-from phasewise.publishing.audits import AuditResult, audit_published, raise_for
 from phasewise.publishing.maintenance import LakeMaintenance, maintain_lake
-from phasewise.publishing.publish import publish_batch, renew_marts
 from phasewise.publishing.staging_cleanup import StagingCleanup, remove_finished_staging
-from phasewise.report.from_batch import BatchData, describe_moments, write_batch_report
+from phasewise.report.finish import finish_batch
 from phasewise.settings import Settings
 from phasewise.staging.batch import (
     begin_batch,
-    find_publishable_batch,
     give_up_tables,
     list_batches,
     new_batch_id,
     prepare_staging,
-    read_given_up,
-    read_plan,
     remember_lake,
 )
 from phasewise.staging.extract import extract_table
-from phasewise.staging.manifest import Manifest, list_manifests, name_manifest
+from phasewise.staging.manifest import Manifest, name_manifest
 from phasewise.staging.partition_plan import plan_partitions
 from phasewise.staging.partitions import SplitTable, name_item
 from phasewise.staging.source_snapshot import forget_snapshot, open_snapshot
@@ -492,135 +479,7 @@ def final_etl(batch_id: str | None = None) -> dict[str, Any]:
 @task(name="final-etl-task", tags={"post-processing"})
 def final_etl_task(batch_id: str | None) -> dict[str, Any]:
     project, settings = _load()
-    batch = batch_id or find_publishable_batch(project, since=_find_start(project, settings))
-    if batch is not None:
-        return _publish(project, settings, batch, is_partial=batch_id is None)
-    if not has_lake(project):
-        raise NothingStaged(
-            f'Nothing is staged for "{project.name}", and its warehouse is empty.',
-            hint="Load it first: make run-distributed (or process_table_etl for single tables).",
-        )
-    return _renew(project, settings)
-
-
-def _publish(project: Project, settings: Settings, batch: str, *, is_partial: bool) -> dict[str, Any]:
-    """Audit *batch*, publish it and write its report; when that fails write the report alone.
-
-    With *is_partial* (single tables, staged by hand) audits and marts that need other tables may wait for them.
-    """
-    plan, manifests = read_plan(project, batch), list_manifests(project, batch)
-    given_up = read_given_up(project, batch)
-    data = BatchData(project=project, batch=batch, manifests=manifests, audits=[], given_up=given_up)
-    try:
-        with _open_warehouse(project, settings) as connection:
-            found = audit_staged(connection, project, manifests, plan, without=given_up, is_partial=is_partial)
-        _log_audits(found.results)
-        data = replace(data, audits=found.results, set_aside=found.set_aside)
-        raise_for(found.results)
-        publication = publish_batch(
-            project, settings, batch, without=given_up, is_partial=is_partial, set_aside=found.set_aside
-        )
-    except Exception as exc:
-        if plan or manifests:  # else there is no such batch
-            _report_failure(data, exc)
-        raise
-    current_logger().info("Published %d tables as snapshot %d", len(publication.tables), publication.snapshot)
-    return _report(
-        project,
-        settings,
-        replace(data, publication=publication),
-        status="published",
-        message=describe_moments(manifests),
-    )
-
-
-def _find_start(project: Project, settings: Settings) -> datetime | None:
-    """Return when the batch began that readers see; None when nothing was published."""
-    with _open_warehouse(project, settings) as connection:
-        latest = latest_publication(connection) if has_lake(project) else None
-    return latest.staged_at if latest else None
-
-
-def _renew(project: Project, settings: Settings) -> dict[str, Any]:
-    """Audit the published tables again, build the marts from them anew and write a report."""
-    with _open_warehouse(project, settings) as connection:
-        results = audit_published(connection, project)
-    _log_audits(results)
-    raise_for(results)
-    publication = renew_marts(project, settings)
-    data = BatchData(project=project, batch=publication.batch, manifests=[], audits=results, publication=publication)
-    return _report(project, settings, data, status="renewed")
-
-
-def _report(
-    project: Project,
-    settings: Settings,
-    data: BatchData,
-    *,
-    status: Literal["published", "renewed"],
-    message: str = "",
-) -> dict[str, Any]:
-    """Write the report and return what the flow returns.
-
-    Readers see the batch already: a report that cannot be written does not make it a failed one.
-    """
-    publication = data.publication
-    assert publication is not None  # both callers have published
-    html, report_error = None, None
-    try:
-        with _open_warehouse(project, settings) as connection:
-            mart_data = [read_mart(connection, mart) for mart in project.marts if mart.name in publication.marts]
-        data = replace(data, marts=mart_data, runs=_batch_runs(data.batch))
-        html = _write_report(data, status=status, message=message)
-    except Exception as exc:  # noqa: BLE001 - whatever it is, the batch is published
-        report_error = (
-            f'The batch "{data.batch}" is published, as snapshot {publication.snapshot}. Its report is missing: '
-            f"{_describe_error(exc)}"
-        )
-        current_logger().error(report_error, exc_info=not isinstance(exc, PhasewiseError))
-    return {
-        "status": "final_etl_complete",
-        "reports_generated": html is not None,
-        "batch_id": data.batch,
-        "snapshot": publication.snapshot,
-        "tables": len(publication.tables),
-        "rows": sum(table.rows for table in publication.tables),
-        "marts": len(publication.marts),
-        "audits": len(data.audits),
-        "warnings": sum(not result.passed and result.severity == "warning" for result in data.audits),
-        "quarantined": sum(table.quarantined for table in publication.tables),
-        "report": html,
-        **({"report_error": report_error} if report_error else {}),
-    }
-
-
-def _report_failure(data: BatchData, failure: Exception) -> None:
-    """Write the report of a batch that was not published, whatever *failure* is; that is raised in any case."""
-    try:
-        _write_report(replace(data, runs=_batch_runs(data.batch)), status="failed", message=_describe_error(failure))
-    except Exception:  # noqa: BLE001 - the failure itself is what must be seen
-        current_logger().exception("The report of batch %s is missing", data.batch)
-
-
-def _describe_error(exc: Exception) -> str:
-    """Return the message of *exc*; not that of one that is not ours, which may quote a login."""
-    return str(exc) if isinstance(exc, PhasewiseError) else f"{type(exc).__name__}, see the log of final-etl-job."
-
-
-def _write_report(data: BatchData, *, status: Literal["published", "failed", "renewed"], message: str = "") -> str:
-    files = write_batch_report(data, status=status, message=message)
-    current_logger().info("Report: %s", files.html)
-    return str(files.html)
-
-
-@contextmanager
-def _open_warehouse(project: Project, settings: Settings) -> Iterator[duckdb.DuckDBPyConnection]:
-    """Yield a session with the lake attached for reading, as ``lake``; without it while nothing was published."""
-    with open_session(settings, extensions=list_extensions(project)) as connection:
-        reach_warehouse(connection, project)
-        if has_lake(project):
-            attach_lake(connection, project, read_only=True)
-        yield connection
+    return finish_batch(project, settings, batch_id, logger=current_logger(), read_runs=_batch_runs)
 
 
 def _batch_runs(batch: str) -> list[StepOutcome]:
@@ -630,11 +489,3 @@ def _batch_runs(batch: str) -> list[StepOutcome]:
     if not _has_server() or batch.startswith("manual-"):
         return []
     return read_batch_runs(batch)
-
-
-def _log_audits(results: Sequence[AuditResult]) -> None:
-    logger = current_logger()
-    for result in results:
-        if not result.passed:
-            logger.log(logging.ERROR if result.severity == "blocking" else logging.WARNING, result.message)
-    logger.info("%d of %d audits passed", sum(result.passed for result in results), len(results))
