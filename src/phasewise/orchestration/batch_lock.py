@@ -18,12 +18,14 @@ from uuid import UUID
 import httpx
 from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.context import FlowRunContext
 from prefect.exceptions import Abort, Pause
 from prefect.states import Cancelled, Scheduled
 from prefect.types import KeyValueLabels
 
 from phasewise.errors import BatchRunning
 from phasewise.orchestration.batches import PROCESS_LABEL, PROJECT_LABEL, read_main_runs
+from phasewise.orchestration.flow_runs import LOCAL_RUN
 from phasewise.system.locks import LockHeld, lock_file
 from phasewise.system.processes import identify_process
 
@@ -43,10 +45,8 @@ OnOverlap = Literal["refuse", "wait"]
 
 
 @asynccontextmanager
-async def claiming_project(
-    run: FlowRun, project: Path, staging: Path, *, on_overlap: OnOverlap = "refuse"
-) -> AsyncIterator[None]:
-    """Make the flow run *run* the one batch of *project* while the block runs.
+async def lock_batch(project: Path, staging: Path, *, on_overlap: OnOverlap = "refuse") -> AsyncIterator[None]:
+    """Make the current flow run the one batch of *project* while the block runs; a local run is that already.
 
     With ``on_overlap="wait"`` it waits for the batch before: in this process, or, where it has a slot of a queue, by
     leaving it to be scheduled again. The batch before may need just that slot.
@@ -54,12 +54,19 @@ async def claiming_project(
     Raises:
         BatchRunning: another batch of the project is running; it is named.
         Pause: the run is scheduled again, and this process must end.
+        Abort: the run was cancelled.
     """
+    context = FlowRunContext.get()
+    if LOCAL_RUN.get() is not None or context is None or context.flow_run is None:
+        yield
+        return
+    run = context.flow_run
     async with AsyncExitStack() as held:
+        await held.enter_async_context(_ending_when_cancelled(run))
         while True:
             try:
-                await claim_batch(str(run.id), project)
-                await held.enter_async_context(hold_project(staging, str(run.id)))
+                await lock_on_server(str(run.id), project)
+                await held.enter_async_context(lock_staging(staging, str(run.id)))
                 break
             except BatchRunning as exc:
                 if on_overlap == "refuse":
@@ -81,7 +88,7 @@ async def _postpone(run: FlowRun, reason: str) -> None:
 # ── on the server ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def claim_batch(run_id: str, project: Path) -> None:
+async def lock_on_server(run_id: str, project: Path) -> None:
     """Make *run_id* the one batch of *project* on the server.
 
     Two that start at the same moment see each other: the one that began to run first goes on. The other waits until
@@ -135,7 +142,7 @@ def _explain_rival(rival: FlowRun) -> BatchRunning:
 
 
 @asynccontextmanager
-async def hold_project(staging: Path, batch: str, *, on_overlap: OnOverlap = "refuse") -> AsyncIterator[None]:
+async def lock_staging(staging: Path, batch: str, *, on_overlap: OnOverlap = "refuse") -> AsyncIterator[None]:
     """Be the one batch in *staging* while the block runs; the lock ends with this process, however it ends.
 
     Raises:
@@ -161,7 +168,7 @@ async def hold_project(staging: Path, batch: str, *, on_overlap: OnOverlap = "re
 
 
 @asynccontextmanager
-async def ending_when_cancelled(run: FlowRun) -> AsyncIterator[None]:
+async def _ending_when_cancelled(run: FlowRun) -> AsyncIterator[None]:
     """End the block when *run* is cancelled, where no worker does that: in a process of the user's own.
 
     Raises:
