@@ -174,3 +174,16 @@ class FlowRunsFailed(OrchestrationError):
         details = "; ".join(outcome.describe() for outcome in self.outcomes[:_DESCRIBED])
         more = f"; and {count - _DESCRIBED} more" if count > _DESCRIBED else ""
         super().__init__(f"{count} {noun} did not complete: {details}{more}")
+
+    def blames_source(self) -> bool:
+        """Tell whether one failed for what no retry fixes before someone has changed the source."""
+        names = [error.__name__ for error in (TableMissing, SchemaDrift, UnfaithfulValue)]
+        return any(name in outcome.message for outcome in self.outcomes for name in names)
+
+
+def combine_errors(errors: Sequence[PhasewiseError]) -> PhasewiseError:
+    """Return one error that names all of *errors*, of which there is at least one."""
+    if len(errors) == 1:
+        return errors[0]
+    lines = "\n".join(f"- {error}" for error in errors)
+    return PhasewiseError(f"{len(errors)} checks failed:\n{lines}")

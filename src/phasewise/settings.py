@@ -86,7 +86,7 @@ class Settings(BaseSettings):
         "leave 512MB beside DuckDB's limits. Default: no limit.",
     )
     forkserver_runs: int = Field(
-        default=1000, ge=1, description="Flow runs after which a worker forks from a new warm process."
+        default=1000, ge=1, description="Flow runs after which a worker forks from a new forkserver."
     )
     crash_retries: int = Field(
         default=1, ge=0, description="Times that a crashed flow run is run again before it counts as failed."

@@ -13,7 +13,7 @@ import pytest
 
 from phasewise.lake.session import open_session
 from phasewise.lake.warehouse import attach_lake, list_snapshots
-from phasewise.orchestration.batch_lock import hold_project
+from phasewise.orchestration.batch_lock import lock_staging
 from phasewise.project.config import Project, load_project
 from phasewise.testing.projects import SAMPLE_SETTINGS, change_source, write_project
 from tests.acceptance.conftest import CHECKOUT, SHOP, Shell, wait_for
@@ -117,7 +117,7 @@ def test_an_unknown_batch_is_not_resumed(shell: Shell, shop: Project) -> None:
 
 
 async def test_a_second_local_batch_is_refused_and_names_the_first(shell: Shell, shop: Project) -> None:
-    async with hold_project(shop.staging, "batch-1"):
+    async with lock_staging(shop.staging, "batch-1"):
         ran = shell.phasewise("run", "--local")
 
     assert ran.returncode == 8

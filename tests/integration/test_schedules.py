@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from uuid import UUID
 from zoneinfo import ZoneInfo
 
@@ -14,7 +15,7 @@ from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule
 
-from phasewise.orchestration.deployments import BUILT_IN, deploy
+from phasewise.orchestration.deployments import deploy, list_deployments
 from phasewise.settings import Settings
 from tests.integration.conftest import Runs
 
@@ -25,8 +26,9 @@ pytestmark = pytest.mark.timeout(120)
 @pytest.fixture
 async def main_etl(runs: Runs) -> AsyncIterator[UUID]:
     """The deployment ``main-etl-deployment``, with the other six; other tests of the stack do not find them."""
-    await deploy(BUILT_IN, pool=runs.pool, settings=Settings())
-    ids = [(await runs.client.read_deployment_by_name(planned.full_name)).id for planned in BUILT_IN]
+    seven = list_deployments((), Path())
+    await deploy(seven, pool=runs.pool, settings=Settings())
+    ids = [(await runs.client.read_deployment_by_name(planned.full_name)).id for planned in seven]
     yield ids[0]
     for deployment in ids:
         await runs.client.delete_deployment(deployment)

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from phasewise.cli.app import EXIT_CODES, app
-from phasewise.orchestration.deployments import BUILT_IN
+from phasewise.orchestration.deployments import list_deployments
 from phasewise.project.config import _ProjectFile, load_project
 from phasewise.settings import Settings
 from phasewise.sources import _BUILT_IN as SOURCES
@@ -160,7 +160,10 @@ def test_every_make_target_is_in_the_reference_and_no_other() -> None:
 
 def test_the_flows_of_the_readme_are_those_that_are_deployed() -> None:
     rows = read_table(README.read_text(encoding="utf-8"), header="function | flow")
-    deployed = {(one.entrypoint.rpartition(".")[2], one.flow_name, one.name, one.work_queue) for one in BUILT_IN}
+    deployed = {
+        (one.entrypoint.rpartition(".")[2], one.flow_name, one.name, one.work_queue)
+        for one in list_deployments((), CHECKOUT)
+    }
 
     assert len(rows) == len(deployed)
     assert {tuple(row[:4]) for row in rows} == deployed

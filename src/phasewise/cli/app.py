@@ -155,12 +155,12 @@ def deploy_flows(settings: Settings, main: str | None = None) -> str:
     _make_demo_source(project.root)
     url = check_server_answers()
     from phasewise.orchestration.deployments import deploy as deploy_all
-    from phasewise.orchestration.deployments import plan_deployments
+    from phasewise.orchestration.deployments import list_deployments
     from phasewise.project.pipeline import load_phases
 
     print("🚀 Deploying flows to work pool...")
     phases = load_phases(project.root, project.pipeline.phases)
-    planned = plan_deployments(phases, project.root, main=main)
+    planned = list_deployments(phases, project.root, main=main)
     environment = {"PHASEWISE_PROJECT": str(project.root)}
     done = _run_async(deploy_all(planned, pool=_pool_name(), settings=settings, phases=phases, environment=environment))
     for deployed in done:
@@ -199,10 +199,23 @@ def run_local(settings: Settings, resume: str | None = None) -> None:
     os.environ.pop("PREFECT_API_URL", None)
     _keep_home_clean(settings)
     os.environ["PHASEWISE_PROJECT"] = str(project.root)
-    from phasewise.flows import run_local
+    from phasewise.flows import main_etl
+    from phasewise.local.batch import run_local
 
-    _run_async(run_local(resume))
+    _run_async(run_local(main_etl, _find_staged_batch(project, resume) if resume else None))
     print("The warehouse was published.")
+
+
+def _find_staged_batch(project: Project, prefix: str) -> str:
+    from phasewise.staging.batch import list_batches
+
+    found = [batch.id for batch in list_batches(project) if batch.id.startswith(prefix.lower())]
+    if len(found) != 1:
+        raise UnknownBatch(
+            f'{len(found) or "No"} batches in {project.staging} begin with "{prefix}".',
+            hint="Name one of the folders there.",
+        )
+    return found[0]
 
 
 def run_main(settings: Settings, resume: str | None = None) -> None:
@@ -210,15 +223,16 @@ def run_main(settings: Settings, resume: str | None = None) -> None:
     project = load_project(find_project(settings))
     _make_demo_source(project.root)
     check_server_answers()
-    from phasewise.orchestration.deployments import check_ready, plan_deployments
+    from phasewise.orchestration.deployments import check_ready, list_deployments
     from phasewise.project.pipeline import load_phases
 
-    planned = plan_deployments(load_phases(project.root, project.pipeline.phases), project.root)
+    planned = list_deployments(load_phases(project.root, project.pipeline.phases), project.root)
     _run_async(check_ready(planned, pool=_pool_name()))
     os.environ["PHASEWISE_PROJECT"] = str(project.root)
-    from phasewise.flows import run_here
+    from phasewise.flows import main_etl
+    from phasewise.orchestration.batches import run_here
 
-    _run_async(run_here(resume))
+    _run_async(run_here(main_etl, resume))
 
 
 @app.command
@@ -245,12 +259,13 @@ def _run_distributed(settings: Settings, root: Path) -> int:
     from phasewise.cli.console import show_progress
     from phasewise.cli.progress import run_deployment
     from phasewise.orchestration.deployments import check_ready
+    from phasewise.project.pipeline import MAIN_ETL
 
     # A server of the user's own may have no worker, and the run would wait for one without a word.
     _run_async(check_ready((), pool=_pool_name()))
     environment = {"PHASEWISE_PROJECT": str(root)}
     with show_progress() as progress:
-        outcome = run_deployment("main-etl-job/main-etl-deployment", environment=environment, show=progress.update)
+        outcome = run_deployment(MAIN_ETL.deployment, environment=environment, show=progress.update)
     project = load_project(root)
     report = project.reports / f"{outcome.run_id}.html"
     if report.is_file():

@@ -1,4 +1,4 @@
-"""The forkserver that a worker forks its runs from, and when it is replaced by a new one.
+"""The forkserver that runs are forked from, and when it is replaced by a new one. Runs where the client does.
 
 A new one is started when the code that it imported changed, when another version of a deployment comes, after a
 number of runs, on request (SIGHUP), and when it died. Runs that the old one has forked finish under it.
@@ -26,13 +26,13 @@ class ForkserverPool:
         setup: Sequence[str],
         *,
         env: Mapping[str, str],
-        max_runs: int,
-        logger: logging.Logger | logging.LoggerAdapter[logging.Logger],
+        max_runs: int | None = None,
+        logger: logging.Logger | logging.LoggerAdapter[logging.Logger] | None = None,
     ) -> None:
         self._preload = preload
         self._setup = setup
         self._max_runs = max_runs
-        self._logger = logger
+        self._logger = logger or logging.getLogger(__name__)
         self._starting = asyncio.Lock()
         self._current: Forkserver | None = None
         self._retired: set[Forkserver] = set()
@@ -42,7 +42,7 @@ class ForkserverPool:
         self.env = dict(env)
 
     async def __aenter__(self) -> ForkserverPool:
-        # Its imports take a second: let the worker register meanwhile.
+        # Its imports take a second: let the worker register meanwhile, or the batch read its tables.
         self._in_background(self.current())
         return self
 
@@ -76,7 +76,7 @@ class ForkserverPool:
     async def _start(self) -> Forkserver:
         server = await Forkserver.start(preload=self._preload, setup=self._setup, env=self.env)
         for problem in server.problems:
-            self._logger.warning("The warm process could not prepare %s", problem)
+            self._logger.warning("The forkserver could not prepare %s", problem)
         return server
 
     async def fork(self, target: str, arguments: dict[str, Any], **where: Any) -> ForkedProcess:
@@ -94,7 +94,7 @@ class ForkserverPool:
             self._retire(server, str(exc))
             server = await self.current()
             return await server.fork(target, arguments, **where)
-        if server.forks >= self._max_runs and server is not self._replacing:
+        if self._max_runs is not None and server.forks >= self._max_runs and server is not self._replacing:
             self._replacing = server
             self._in_background(self._replace_when_ready(server))
         return process
@@ -131,7 +131,7 @@ class ForkserverPool:
 
     def _retire(self, server: Forkserver, reason: str) -> None:
         if self._current is server:
-            self._logger.info("Replacing the warm process: %s", reason)
+            self._logger.info("Replacing the forkserver: %s", reason)
             self._current = None
             self._retired.add(server)
             self._in_background(self._close_when_idle(server))

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from phasewise.forkserver.protocol import LENGTH, frames
-from phasewise.system.processes import die_with_parent, kill_with_descendants, load_libc, start_ticks
+from phasewise.system.processes import die_with_parent, kill_with_descendants, load_libc, start_time
 
 # ── the forkserver's side ────────────────────────────────────────────────────────────────────────────────────────
 
@@ -73,7 +73,7 @@ class _ForkserverProcess:
         for pid in self._children:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)
-        if guarded := {pid for pid, started in self._guarded.items() if started and start_ticks(pid) == started}:
+        if guarded := {pid for pid, started in self._guarded.items() if started and start_time(pid) == started}:
             kill_with_descendants(guarded)
 
     def _read(self) -> bool:
@@ -85,7 +85,7 @@ class _ForkserverProcess:
         self._fds += received
         for request in frames(self._buffer):
             if "guard" in request:
-                self._guarded[request["guard"]] = start_ticks(request["guard"])
+                self._guarded[request["guard"]] = start_time(request["guard"])
                 continue
             if "release" in request:
                 self._guarded.pop(request["release"], None)
@@ -134,10 +134,10 @@ class _ForkserverProcess:
         self._children.add(pid)
         return pid
 
-    def _become_child(self, request: dict[str, Any], fds: list[int], zygote: int) -> NoReturn:
+    def _become_child(self, request: dict[str, Any], fds: list[int], forkserver: int) -> NoReturn:
         code = 1
         try:
-            die_with_parent(zygote)
+            die_with_parent(forkserver)
             os.setpgid(0, 0)
             signal.set_wakeup_fd(-1)
             for signum in (signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP):

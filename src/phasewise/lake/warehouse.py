@@ -8,24 +8,21 @@ folder that all reach. Published tables live in the schema ``main``, marts in th
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
 import re
 import shutil
 import socket
-import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 import duckdb
 
-from phasewise.errors import LakeError, PhasewiseError, WarehouseBusy, WarehouseTooNew
+from phasewise.errors import LakeError, WarehouseBusy, WarehouseTooNew
 from phasewise.lake.object_store import create_storage_secret
 from phasewise.lake.postgres_catalog import (
     SECRET,
@@ -43,6 +40,7 @@ from phasewise.lake.quoting import quote_literal as quote_literal
 from phasewise.lake.session import load_extension, open_server, open_session
 from phasewise.project.config import Project
 from phasewise.settings import Settings
+from phasewise.system.locks import LockHeld, lock_file
 
 #: Layout of the warehouse's folder; a higher number in phasewise.json was written by a newer Phasewise.
 WAREHOUSE_FORMAT = 1
@@ -192,19 +190,17 @@ def lock_lake(project: Project, *, timeout: float) -> Iterator[None]:
 @contextmanager
 def _lock_folder(project: Project, timeout: float) -> Iterator[None]:
     _prepare_warehouse(project)
-    path = project.warehouse / _LOCK
-    with path.open("a+", encoding="utf-8") as file:
-        deadline = time.monotonic() + timeout
-        while not _try_lock(file.fileno()):
-            if time.monotonic() >= deadline:
-                raise WarehouseBusy(
-                    f"{_read_holder(path)} is writing to the warehouse {project.warehouse}.",
-                    hint=f"Waited {timeout:g} s. Try again when it is done.",
-                )
-            time.sleep(0.05)
-        file.truncate(0)
-        file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}))
-        file.flush()
+    with ExitStack() as held:
+        own = f"Process {os.getpid()} on {socket.gethostname()}"
+        try:
+            held.enter_context(lock_file(project.warehouse / _LOCK, holder=own, timeout=timeout))
+        except LockHeld as exc:
+            raise WarehouseBusy(
+                f"{exc.holder or 'Another process'} is writing to the warehouse {project.warehouse}.",
+                hint=f"Waited {timeout:g} s. Try again when it is done.",
+            ) from exc
+        except OSError as exc:
+            raise LakeError(f"The warehouse {project.warehouse} cannot be locked: {exc.strerror}.") from exc
         yield
 
 
@@ -322,21 +318,3 @@ def _find_batch(extra_info: str | None) -> str | None:
     except ValueError:
         return None
     return info.get("batch") if isinstance(info, dict) else None
-
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as exc:
-        if exc.errno in (errno.EAGAIN, errno.EACCES):
-            return False
-        raise PhasewiseError(f"The file system of the warehouse cannot lock files: {exc.strerror}.") from exc
-    return True
-
-
-def _read_holder(path: Path) -> str:
-    try:
-        holder = json.loads(path.read_text(encoding="utf-8"))
-        return f"Process {holder['pid']} on {holder['host']}"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "Another process"

@@ -1,4 +1,4 @@
-"""What stands in for Prefect's engine where no server records runs: flows and tasks are called, with their retries.
+"""Prefect's engine without a server: flows and tasks are called, with their retries. Both processes' common code.
 
 A flow that runs here sees what it would see anywhere: ``get_run_logger``, ``prefect.runtime.flow_run``, tasks that
 are called, submitted and mapped. Their caching, hooks, timeouts and concurrency limits by tag need a server and are
@@ -10,15 +10,11 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
-import os
-import signal
-import socket
 import threading
 import time
-from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
@@ -46,14 +42,14 @@ from phasewise.errors import OrchestrationError, PhasewiseError, PipelineInvalid
 from phasewise.orchestration.flow_runs import LOCAL_RUN, LocalRun, RunRequest, current_logger
 from phasewise.outcomes import StepOutcome
 
-_FLOWS = "PHASEWISE_LOCAL_FLOWS"
+#: Variable that tells the forkserver which flows to load, as ``describe_flows`` writes them.
+FLOWS = "PHASEWISE_LOCAL_FLOWS"
 
 #: How a list of flow runs travels between processes.
 OUTCOMES = TypeAdapter(list[StepOutcome])
 
 _WITHOUT_SERVER = {PREFECT_LOGGING_TO_API_ENABLED: False, PREFECT_SERVER_ALLOW_EPHEMERAL_MODE: False}
 
-#: Set when this process was asked to end: nothing is tried again after that.
 _stopping = threading.Event()
 
 
@@ -84,15 +80,8 @@ def _load_file(path: Path) -> ModuleType:
 
 
 def describe_flows(flows: Collection[tuple[str, Path | None]]) -> dict[str, str]:
-    """Return the environment that tells ``load_flows`` to load *flows*: entry points with their roots."""
-    return {_FLOWS: json.dumps([(entrypoint, str(root) if root else None) for entrypoint, root in flows])}
-
-
-def load_flows() -> None:
-    """Load the flows that the environment names, before the first fork."""
-    for entrypoint, root in json.loads(os.environ[_FLOWS]):
-        with suppress(Exception):  # a run that needs it says what is wrong with it
-            load_flow(entrypoint, Path(root) if root else None)
+    """Return the environment that has the forkserver load *flows*: entry points with their roots."""
+    return {FLOWS: json.dumps([(entrypoint, str(root) if root else None) for entrypoint, root in flows])}
 
 
 @contextmanager
@@ -120,91 +109,15 @@ def _uses_server(settings: PrefectSettings) -> bool:
     return settings.api.url is not None or is_logging or settings.server.ephemeral.enabled
 
 
-async def run_orchestrator(flow: Flow[..., Any], parameters: Mapping[str, Any], local: LocalRun, name: str) -> Ending:
-    """Run a flow that waits for others, in this event loop."""
-    with entering_flow_run(local, name=name, flow=flow, parameters=parameters):
-        try:
-            await _call_flow(flow, parameters)
-        except Exception as exc:  # noqa: BLE001 - a flow may raise anything; the run records it
-            return _describe_failure(exc)
-    return Ending(state_type="COMPLETED", summary=local.summary)
-
-
-# ── in a process of its own ──────────────────────────────────────────────────────────────────────────────────────
-
-
-class _Stopped(BaseException):
-    """The process was asked to end. Not an Exception: only clean-up code should see it."""
-
-
-def run_flow_run(
-    entrypoint: str, root: str | None, parameters: dict[str, Any], run_id: str, name: str, descriptor: int
-) -> int:
-    """Run one flow run and say on the socket *descriptor* how it ended; the target of a fork."""
-    signal.signal(signal.SIGTERM, _stop)
-    install()
-    with socket.socket(fileno=descriptor) as channel:
-        parent = _Parent(channel)
-        local = LocalRun(run_id=run_id, flow_runs=_NoFlowRuns(name), read_runs=parent.read_runs)
-        try:
-            ending = _run(entrypoint, Path(root) if root else None, parameters, local, name)
-        except _Stopped:
-            return 128 + signal.SIGTERM
-        parent.report(ending)
-    return 0
-
-
-def _stop(_signum: int, _frame: object) -> None:
-    _stopping.set()
-    raise _Stopped
-
-
-def _run(entrypoint: str, root: Path | None, parameters: dict[str, Any], local: LocalRun, name: str) -> Ending:
-    try:
-        flow = load_flow(entrypoint, root)
-        with entering_flow_run(local, name=name, flow=flow, parameters=parameters):
-            result = _call_flow(flow, parameters)
-            if isinstance(result, Coroutine):
-                asyncio.run(result)
-    except Exception as exc:  # noqa: BLE001 - a flow may raise anything; the run records it
-        return _describe_failure(exc)
-    return Ending(state_type="COMPLETED", summary=local.summary)
-
-
-def _describe_failure(exc: Exception) -> Ending:
+def describe_failure(exc: Exception) -> Ending:
+    """Return how an attempt ended that raised *exc*, which is logged."""
     if not isinstance(exc, PhasewiseError):  # ours say all there is to say in their message
         current_logger().exception("Encountered exception during execution")
     return Ending(state_type="FAILED", message=f"{type(exc).__name__}: {exc}")
 
 
-class _Parent:
-    """The process that keeps the flow runs, seen from one of them: lines of JSON over a socket."""
-
-    def __init__(self, channel: socket.socket) -> None:
-        self._file = channel.makefile("rwb")
-
-    def read_runs(self) -> list[StepOutcome]:
-        self._send({"kind": "runs"})
-        return OUTCOMES.validate_json(self._file.readline())
-
-    def report(self, ending: Ending) -> None:
-        self._send(
-            {
-                "kind": "ended",
-                "state_type": ending.state_type,
-                "message": ending.message,
-                "summary": dict(ending.summary or {}),
-                "at": datetime.now(UTC).isoformat(),
-            }
-        )
-
-    def _send(self, message: dict[str, Any]) -> None:
-        self._file.write(json.dumps(message).encode() + b"\n")
-        self._file.flush()
-
-
-class _NoFlowRuns:
-    """``FlowRuns`` of a flow that cannot have any below it."""
+class NoFlowRuns:
+    """``FlowRuns`` of a flow that cannot have any below it, since it has a process of its own or is no async flow."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -259,10 +172,15 @@ def _choose(local: Callable[..., Any], original: Callable[..., Any]) -> Callable
 def _run_flow(flow: Flow[..., Any], parameters: dict[str, Any] | None = None, **options: Any) -> Any:
     if options.get("return_type") == "state":
         raise OrchestrationError(f"{flow.name} was called with return_state=True, which a local run does not know.")
-    return _call_flow(flow, parameters or {})
+    return call_flow(flow, parameters or {})
 
 
-def _call_flow(flow: Flow[..., Any], parameters: Mapping[str, Any]) -> Any:
+def stop_retrying() -> None:
+    """Try nothing again from now on: this process was asked to end."""
+    _stopping.set()
+
+
+def call_flow(flow: Flow[..., Any], parameters: Mapping[str, Any]) -> Any:
     arguments = flow.validate_parameters(dict(parameters)) if flow.should_validate_parameters else dict(parameters)
     attempts = _Attempts(name=flow.name, retries=flow.retries or 0, delays=flow.retry_delay_seconds)
     return _call_async(flow.fn, arguments, attempts) if flow.isasync else _call(flow.fn, arguments, attempts)

@@ -1,6 +1,6 @@
-"""Flow runs in one process tree, without a server: for development, tests and small jobs.
+"""Flow runs in one process tree, without a server. The code of the main process.
 
-Each flow run is a process forked from a warm one, as on a worker of ours. Flows that wait for others (async, on the
+Each flow run is forked from a forkserver, as on a worker of ours. Flows that wait for others (async, on the
 work queue ``orchestrators``) run in the event loop of the main process instead: they have no work of their own, and
 there they share one list of runs, one limit and one history.
 
@@ -26,16 +26,17 @@ from typing import Any, Protocol, Self
 from prefect import Flow
 
 from phasewise.errors import DeploymentMissing
-from phasewise.forkserver.client import ForkedProcess, Forkserver
-from phasewise.forkserver.protocol import ForkRefused
+from phasewise.forkserver.client import ForkedProcess
+from phasewise.forkserver.pool import ForkserverPool
 from phasewise.local.engine import (
     OUTCOMES,
     Ending,
+    call_flow,
+    describe_failure,
     describe_flows,
     entering_flow_run,
     install,
     load_flow,
-    run_orchestrator,
 )
 from phasewise.orchestration.flow_runs import LOCAL_RUN, LocalRun, RunRequest
 from phasewise.outcomes import StepOutcome
@@ -46,7 +47,7 @@ PRELOAD = (
     "prefect.logging.handlers",
     "prefect.utilities.visualization",
     "pydantic.v1",
-    "phasewise.local.engine",
+    "phasewise.local.child",
     "phasewise.orchestration.phases",
 )
 
@@ -118,7 +119,7 @@ class LocalFlowRuns:
     *deployments* maps ``flow/deployment`` to what it runs. At most *table_concurrency* runs of the work queue
     ``tables`` run at a time, in the order of their submission; orchestrators have no limit, so a parent never holds
     what its children wait for. A cancelled process gets SIGTERM, and SIGKILL after *cancel_grace_seconds*.
-    *preload* and *setup* are modules and callables for the warm process (see ``Forkserver.start``); *environment*
+    *preload* and *setup* are modules and callables for the forkserver (see ``Forkserver.start``); *environment*
     is added to that of the flow runs.
     """
 
@@ -136,15 +137,18 @@ class LocalFlowRuns:
         self._slots = asyncio.Semaphore(table_concurrency)
         self._cancel_grace_seconds = cancel_grace_seconds
         flows = describe_flows([(one.entrypoint, one.root) for one in deployments.values()])
-        setup = ("phasewise.local.engine:load_flows", *setup)
-        self._warm = _WarmProcess((*PRELOAD, *preload), setup, {**environment, **flows})
+        setup = ("phasewise.local.child:load_flows", *setup)
+        own = {key: value for key, value in os.environ.items() if key != "PREFECT_API_URL"}
+        self._forkservers = ForkserverPool(
+            (*PRELOAD, *preload), setup, env={**own, **environment, **flows, **_WITHOUT_SERVER}
+        )
         self._flows: dict[str, Flow[..., Any]] = {}
         self._runs: dict[str, _Run] = {}
         self._by_key: dict[str, _Run] = {}
 
     async def __aenter__(self) -> Self:
         install()
-        self._warm.begin()
+        await self._forkservers.__aenter__()
         return self
 
     async def __aexit__(
@@ -154,7 +158,7 @@ class LocalFlowRuns:
             await self.cancel(self._runs)
             await asyncio.gather(*(run.ended.wait() for run in self._runs.values() if run.task is not None))
         finally:
-            await self._warm.aclose()
+            await self._forkservers.__aexit__()
 
     @asynccontextmanager
     async def running(self, name: str, run_id: str) -> AsyncIterator[None]:
@@ -249,7 +253,7 @@ class LocalFlowRuns:
             if flow.isasync:
                 self._note_start(run)
                 name = run.request.name or flow.name
-                return await run_orchestrator(flow, run.request.parameters, self._local(run), name)
+                return await _run_orchestrator(flow, run.request.parameters, self._local(run), name)
         async with self._slots if deployment.work_queue == "tables" else nullcontext():
             return await self._run_process(run, deployment)
 
@@ -270,7 +274,7 @@ class LocalFlowRuns:
         reader, writer = await asyncio.open_connection(sock=ours, limit=_LINE_LIMIT)
         try:
             with theirs:
-                fork = asyncio.create_task(self._warm.fork(run, deployment, theirs.fileno()))
+                fork = asyncio.create_task(self._fork(run, deployment, theirs.fileno()))
                 try:
                     process = await asyncio.shield(fork)
                 except asyncio.CancelledError:
@@ -280,6 +284,22 @@ class LocalFlowRuns:
             return await self._follow(process, reader, writer)
         finally:
             writer.close()
+
+    async def _fork(self, run: _Run, deployment: Runnable, descriptor: int) -> ForkedProcess:
+        arguments = {
+            "entrypoint": deployment.entrypoint,
+            "root": str(deployment.root) if deployment.root else None,
+            "parameters": dict(run.request.parameters),
+            "run_id": run.run_id,
+            "name": run.request.name or run.request.deployment.partition("/")[0],
+        }
+        return await self._forkservers.fork(
+            "phasewise.local.child:run_flow_run",
+            arguments,
+            env=self._forkservers.env | {"PREFECT__FLOW_RUN_ID": run.run_id},
+            cwd=str(deployment.root or Path.cwd()),
+            descriptor=descriptor,
+        )
 
     async def _follow(
         self, process: ForkedProcess, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -341,6 +361,16 @@ class LocalFlowRuns:
                 self._cancel_one(child)
 
 
+async def _run_orchestrator(flow: Flow[..., Any], parameters: Mapping[str, Any], local: LocalRun, name: str) -> Ending:
+    """Run a flow that waits for others, in this event loop."""
+    with entering_flow_run(local, name=name, flow=flow, parameters=parameters):
+        try:
+            await call_flow(flow, parameters)
+        except Exception as exc:  # noqa: BLE001 - a flow may raise anything; the run records it
+            return describe_failure(exc)
+    return Ending(state_type="COMPLETED", summary=local.summary)
+
+
 def _signal_group(process: ForkedProcess, signum: int) -> None:
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signum)
@@ -349,66 +379,3 @@ def _signal_group(process: ForkedProcess, signum: int) -> None:
 def _explain_crash(code: int) -> Ending:
     reason = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     return Ending(state_type="CRASHED", message=f"Its process {reason} before it could say how the flow run went.")
-
-
-class _WarmProcess:
-    """The forkserver, replaced when code changes that it has imported; runs forked from older ones go on."""
-
-    def __init__(self, preload: Sequence[str], setup: Sequence[str], environment: Mapping[str, str]) -> None:
-        self._preload = preload
-        self._setup = setup
-        self._environment = environment
-        self._current: asyncio.Task[Forkserver] | None = None
-        self._retired: list[asyncio.Task[Forkserver]] = []
-
-    def begin(self) -> None:
-        """Start it in the background, unless it runs."""
-        if self._current is None:
-            start = Forkserver.start(preload=self._preload, setup=self._setup, env=self._env())
-            self._current = asyncio.create_task(start)
-
-    def _env(self) -> dict[str, str]:
-        own = {key: value for key, value in os.environ.items() if key != "PREFECT_API_URL"}
-        return {**own, **self._environment, **_WITHOUT_SERVER}
-
-    async def fork(self, run: _Run, deployment: Runnable, descriptor: int) -> ForkedProcess:
-        arguments = {
-            "entrypoint": deployment.entrypoint,
-            "root": str(deployment.root) if deployment.root else None,
-            "parameters": dict(run.request.parameters),
-            "run_id": run.run_id,
-            "name": run.request.name or run.request.deployment.partition("/")[0],
-        }
-        while True:
-            self.begin()
-            starting = self._current
-            assert starting is not None
-            server = await asyncio.shield(starting)
-            if not server.is_alive:
-                self._retire(starting)
-                continue
-            try:
-                return await server.fork(
-                    "phasewise.local.engine:run_flow_run",
-                    arguments,
-                    env=self._env() | {"PREFECT__FLOW_RUN_ID": run.run_id},
-                    cwd=str(deployment.root or Path.cwd()),
-                    descriptor=descriptor,
-                )
-            except ForkRefused as exc:
-                if not exc.stale:
-                    raise
-                self._retire(starting)
-
-    def _retire(self, server: asyncio.Task[Forkserver]) -> None:
-        if self._current is server:
-            self._retired.append(server)
-            self._current = None
-
-    async def aclose(self) -> None:
-        servers = self._retired + ([self._current] if self._current else [])
-        for starting in servers:
-            if not starting.done():
-                starting.cancel()
-            with suppress(Exception, asyncio.CancelledError):  # one that never started needs no end
-                await (await starting).aclose()

@@ -6,26 +6,28 @@ The server knows the batches of all machines, but none that run without it. A lo
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import os
-import socket
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import IO, Literal
+from typing import Literal
 from uuid import UUID
 
 import httpx
 from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.context import FlowRunContext
 from prefect.exceptions import Abort, Pause
 from prefect.states import Cancelled, Scheduled
 from prefect.types import KeyValueLabels
 
 from phasewise.errors import BatchRunning
 from phasewise.orchestration.batches import PROCESS_LABEL, PROJECT_LABEL, read_main_runs
+from phasewise.orchestration.flow_runs import LOCAL_RUN
+from phasewise.system.locks import LockHeld, lock_file
+from phasewise.system.processes import identify_process
 
 #: Name of the state of a batch that has given its slot back until the one before it has ended.
 AWAITING_BATCH = "AwaitingBatch"
@@ -43,10 +45,8 @@ OnOverlap = Literal["refuse", "wait"]
 
 
 @asynccontextmanager
-async def claiming_project(
-    run: FlowRun, project: Path, staging: Path, *, on_overlap: OnOverlap = "refuse"
-) -> AsyncIterator[None]:
-    """Make the flow run *run* the one batch of *project* while the block runs.
+async def lock_batch(project: Path, staging: Path, *, on_overlap: OnOverlap = "refuse") -> AsyncIterator[None]:
+    """Make the current flow run the one batch of *project* while the block runs; a local run is that already.
 
     With ``on_overlap="wait"`` it waits for the batch before: in this process, or, where it has a slot of a queue, by
     leaving it to be scheduled again. The batch before may need just that slot.
@@ -54,12 +54,19 @@ async def claiming_project(
     Raises:
         BatchRunning: another batch of the project is running; it is named.
         Pause: the run is scheduled again, and this process must end.
+        Abort: the run was cancelled.
     """
+    context = FlowRunContext.get()
+    if LOCAL_RUN.get() is not None or context is None or context.flow_run is None:
+        yield
+        return
+    run = context.flow_run
     async with AsyncExitStack() as held:
+        await held.enter_async_context(_ending_when_cancelled(run))
         while True:
             try:
-                await claim_batch(str(run.id), project)
-                await held.enter_async_context(hold_project(staging, str(run.id)))
+                await lock_on_server(str(run.id), project)
+                await held.enter_async_context(lock_staging(staging, str(run.id)))
                 break
             except BatchRunning as exc:
                 if on_overlap == "refuse":
@@ -81,7 +88,7 @@ async def _postpone(run: FlowRun, reason: str) -> None:
 # ── on the server ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def claim_batch(run_id: str, project: Path) -> None:
+async def lock_on_server(run_id: str, project: Path) -> None:
     """Make *run_id* the one batch of *project* on the server.
 
     Two that start at the same moment see each other: the one that began to run first goes on. The other waits until
@@ -135,74 +142,33 @@ def _explain_rival(rival: FlowRun) -> BatchRunning:
 
 
 @asynccontextmanager
-async def hold_project(staging: Path, batch: str, *, on_overlap: OnOverlap = "refuse") -> AsyncIterator[None]:
+async def lock_staging(staging: Path, batch: str, *, on_overlap: OnOverlap = "refuse") -> AsyncIterator[None]:
     """Be the one batch in *staging* while the block runs; the lock ends with this process, however it ends.
 
     Raises:
         BatchRunning: another one is running; it is named.
     """
-    with _open_lock(staging) as file:
-        while not _try_lock(file):
-            if on_overlap == "refuse":
-                file.seek(0)
-                raise BatchRunning(
-                    f"Batch {file.read() or '(just starting)'} of this project is running on this machine.",
-                    hint="Wait for it, or end it: phasewise cancel, or Ctrl-C where it was started with --local "
-                    '(or set on_overlap = "wait" in phasewise.toml).',
-                )
+    with ExitStack() as held:
+        while True:
+            try:
+                held.enter_context(lock_file(staging / ".running-batch", holder=batch))
+                break
+            except LockHeld as exc:
+                if on_overlap == "refuse":
+                    raise BatchRunning(
+                        f"Batch {exc.holder or '(just starting)'} of this project is running on this machine.",
+                        hint="Wait for it, or end it: phasewise cancel, or Ctrl-C where it was started with --local "
+                        '(or set on_overlap = "wait" in phasewise.toml).',
+                    ) from exc
             await asyncio.sleep(_WAIT_SECONDS)
-        with _naming(file, batch):
-            yield
+        yield
 
 
-def _open_lock(staging: Path) -> IO[str]:
-    staging.mkdir(parents=True, exist_ok=True)
-    return (staging / ".running-batch").open("a+", encoding="utf-8")
-
-
-def _try_lock(file: IO[str]) -> bool:
-    try:
-        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-@contextmanager
-def _naming(file: IO[str], batch: str) -> Iterator[None]:
-    file.truncate(0)
-    file.write(batch)
-    file.flush()
-    yield
-    file.truncate(0)
-
-
-# ── the process of a batch ────────────────────────────────────────────────────────────────────────────────────────
-
-
-def identify_process(pid: int) -> str:
-    """Return ``host/pid/start``: *start* tells the process from a later one with the same number."""
-    return f"{socket.gethostname()}/{pid}/{_read_start(pid)}"
-
-
-def is_process_gone(identity: str) -> bool:
-    """Tell whether the process that ``identify_process`` named has ended; False where that cannot be known here."""
-    host, _, rest = identity.partition("/")
-    pid, _, start = rest.partition("/")
-    return host == socket.gethostname() and start.isdigit() and pid.isdigit() and _read_start(int(pid)) != start
-
-
-def _read_start(pid: int) -> str:
-    """Return when a process started, in the kernel's ticks; empty when there is none, or it is a zombie."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-    except OSError:
-        return ""
-    return "" if fields[0] == "Z" else fields[19]
+# ── in a process of the user's own ────────────────────────────────────────────────────────────────────────────────
 
 
 @asynccontextmanager
-async def ending_when_cancelled(run: FlowRun) -> AsyncIterator[None]:
+async def _ending_when_cancelled(run: FlowRun) -> AsyncIterator[None]:
     """End the block when *run* is cancelled, where no worker does that: in a process of the user's own.
 
     Raises:

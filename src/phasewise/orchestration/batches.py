@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Coroutine, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+from prefect import Flow
 from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.filters import (
     FlowFilter,
@@ -18,22 +20,23 @@ from prefect.client.schemas.filters import (
 )
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.sorting import FlowRunSort
-from prefect.exceptions import ObjectNotFound
+from prefect.exceptions import Abort, ObjectNotFound
+from prefect.flow_engine import run_flow_async
 from prefect.states import AwaitingRetry, Cancelled, Cancelling
 
-from phasewise.errors import BatchRunning, UnknownBatch
+from phasewise.errors import BatchCancelled, BatchRunning, UnknownBatch
 from phasewise.orchestration.cancel import cancel_runs
-from phasewise.orchestration.run_reads import describe_run
+from phasewise.orchestration.run_reads import READ_SIZE, describe_run
 from phasewise.outcomes import StepOutcome
+from phasewise.project.pipeline import MAIN_ETL
+from phasewise.system.processes import identify_process
 
-MAIN_FLOW = "main-etl-job"
 #: Label of a main_etl run: the folder of its project.
 PROJECT_LABEL = "phasewise-project"
 #: Label of a main_etl run: the process that it runs in.
 PROCESS_LABEL = "phasewise-process"
 #: Variable that tells a flow run which project it is of.
 _PROJECT_VARIABLE = "PHASEWISE_PROJECT"
-_PAGE = 200
 #: Seconds before it is due from which on a batch counts as one that is on its way.
 _DUE_SECONDS = 60.0
 
@@ -134,6 +137,24 @@ async def resume_batch(run_id: str, *, process: str | None = None) -> FlowRun:
         return await client.read_flow_run(run.id)
 
 
+async def run_here(main_etl: Flow[[], Coroutine[Any, Any, Any]], resume: str | None = None) -> None:
+    """Run *main_etl* in this process, recorded on the server; *resume* is the id of a batch that did not complete.
+
+    Raises:
+        FlowRunsFailed: a step did not complete; no later phase was started.
+        BatchRunning: another batch of the project is running, or *resume* has not ended.
+        BatchCancelled: it was cancelled, in the UI or by command.
+    """
+    try:
+        if resume is None:
+            await main_etl()
+        else:
+            run = await resume_batch(resume, process=identify_process(os.getpid()))
+            await run_flow_async(main_etl, flow_run=run)
+    except Abort as exc:
+        raise BatchCancelled(str(exc), hint="What it staged is kept for a resume: phasewise resume") from exc
+
+
 async def is_deployed(run_id: str) -> bool:
     """Tell whether a worker runs the batch; if not, it was started in a process of the user's."""
     async with get_client() as client:
@@ -144,8 +165,8 @@ async def read_main_runs(client: PrefectClient, states: Sequence[StateType]) -> 
     """Return the newest main_etl runs, those in *states* if any are given, newest first."""
     state_filter = FlowRunFilterState(type=FlowRunFilterStateType(any_=list(states))) if states else None
     return await client.read_flow_runs(
-        flow_filter=FlowFilter(name=FlowFilterName(any_=[MAIN_FLOW])),
+        flow_filter=FlowFilter(name=FlowFilterName(any_=[MAIN_ETL.flow_name])),
         flow_run_filter=FlowRunFilter(state=state_filter),
         sort=FlowRunSort.START_TIME_DESC,
-        limit=_PAGE,
+        limit=READ_SIZE,
     )

@@ -10,12 +10,12 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, combinations
 
 from phasewise.errors import PipelineInvalid
-from phasewise.project.pipeline import FanOut, Phase, Step
+from phasewise.project.pipeline import MAIN_ETL, FanOut, Phase, Step, find_phases
 
 #: How many of the runs that hold the slots of a limit are named.
 MAX_NAMED = 5
@@ -57,11 +57,9 @@ def check_deadlock(
         PipelineInvalid: they can; it names the limits, the steps that hold their slots and the step that waits, and
             the smallest limit that mends it.
     """
-    main = Step(
-        name="main_etl", deployment="main-etl-job/main-etl-deployment", work_queue="orchestrators", phases=phases
-    )
+    main = replace(MAIN_ETL, phases=phases)
     limits = Limits(queues=queue_limits, pool=pool_limit, deployments=deployment_limits or {}, workers=worker_limit)
-    root = _plan_node(main, batches, work_queues or {})
+    root = _build_node(main, batches, work_queues or {})
     capacities = _list_capacities(limits)
     if stuck := _find_stuck(root, capacities):
         raise PipelineInvalid(_describe_stuck(root, stuck, capacities), hint=_advise(root, capacities))
@@ -106,13 +104,13 @@ class _Stuck:
     holders: tuple[str, ...]
 
 
-def _plan_node(step: Step, count: int | None, work_queues: Mapping[str, str], path: tuple[str, ...] = ()) -> _Node:
+def _build_node(step: Step, count: int | None, work_queues: Mapping[str, str], path: tuple[str, ...] = ()) -> _Node:
     path = (*path, step.name)
     queue = work_queues.get(step.deployment, step.work_queue)
     needs = {f'work queue "{queue}"', f'deployment "{step.deployment}"', _POOL, _WORKERS}
     phases = tuple(
-        tuple(_plan_node(child, _count_items(child), work_queues, path) for child in phase.steps)
-        for phase in step.phases
+        tuple(_build_node(child, _count_items(child), work_queues, path) for child in phase.steps)
+        for phase in find_phases(step)
     )
     return _Node(name=" → ".join(path), count=count, needs=frozenset(needs), phases=phases)
 

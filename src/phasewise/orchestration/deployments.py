@@ -29,10 +29,10 @@ from prefect.utilities.callables import parameter_schema
 from prefect.workers.utilities import get_default_base_job_template_for_infrastructure_type
 
 from phasewise.errors import DeploymentMissing, NoWorkerOnline, OrchestrationError, PipelineInvalid
-from phasewise.orchestration.batches import MAIN_FLOW, read_project
+from phasewise.orchestration.batches import read_project
 from phasewise.orchestration.deadlock import check_deadlock
 from phasewise.orchestration.diagnose import read_limits
-from phasewise.project.pipeline import Phase, list_steps
+from phasewise.project.pipeline import MAIN_ETL, Phase, Step, list_steps
 from phasewise.settings import Settings
 
 DEFAULT_POOL = "default-pool"
@@ -59,44 +59,25 @@ class Deployment:
         return f"{self.flow_name}/{self.name}"
 
 
-def _built_in(flow_name: str, function: str, work_queue: str) -> Deployment:
-    name = f"{flow_name.removesuffix('-job')}-deployment"
-    return Deployment(flow_name=flow_name, name=name, entrypoint=f"phasewise.flows.{function}", work_queue=work_queue)
-
-
-#: The seven, in the order in which they are deployed and reported.
-BUILT_IN: tuple[Deployment, ...] = (
-    _built_in("main-etl-job", "main_etl", ORCHESTRATORS),
-    _built_in("pre-etl-job", "pre_etl", ORCHESTRATORS),
-    _built_in("sub-etl-job", "sub_etl", ORCHESTRATORS),
-    _built_in("final-etl-job", "final_etl", ORCHESTRATORS),
-    _built_in("process-table-etl", "process_table_etl", TABLES),
-    _built_in("cleanup-flow-1", "cleanup_flow1", TABLES),
-    _built_in("cleanup-flow-2", "cleanup_flow2", TABLES),
-)
-
-
-def plan_deployments(phases: Sequence[Phase], root: Path, *, main: str | None = None) -> list[Deployment]:
-    """Return the seven and one more for each step of *phases* that brings its own code.
+def list_deployments(phases: Sequence[Phase], root: Path, *, main: str | None = None) -> list[Deployment]:
+    """Return the seven, main_etl's first, and one more for each step of *phases* that brings its own code.
 
     *main* is another name for the deployment of ``main_etl``: one that belongs to a single project of a server.
-
-    Raises:
-        PipelineInvalid: a step names a deployment that is none of the seven and brings no code.
     """
-    first = replace(BUILT_IN[0], name=main or BUILT_IN[0].name)
-    planned = {deployment.full_name: deployment for deployment in (first, *BUILT_IN[1:])}
-    for step in list_steps(phases):
-        if step.entrypoint is not None:
-            flow_name, _, name = step.deployment.partition("/")
-            planned[step.deployment] = Deployment(
-                flow_name=flow_name,
-                name=name,
-                entrypoint=step.entrypoint,
-                work_queue=step.work_queue,
-                root=root if ".py:" in step.entrypoint else None,
-            )
-    return list(planned.values())
+    main_etl = MAIN_ETL if main is None else replace(MAIN_ETL, deployment=f"{MAIN_ETL.flow_name}/{main}")
+    steps = [main_etl, *list_steps(MAIN_ETL.phases), *list_steps(phases)]
+    return list({step.deployment: _describe_step(step, root) for step in steps if step.entrypoint}.values())
+
+
+def _describe_step(step: Step, root: Path) -> Deployment:
+    assert step.entrypoint is not None
+    return Deployment(
+        flow_name=step.flow_name,
+        name=step.deployment.partition("/")[2],
+        entrypoint=step.entrypoint,
+        work_queue=step.work_queue,
+        root=root if ".py:" in step.entrypoint else None,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +140,7 @@ async def _check_deadlock(
 async def _list_projects(client: PrefectClient, pool: str) -> set[str | None]:
     """Return the projects that the pool has a deployment of ``main_etl`` for; 200 of them at most."""
     found = await client.read_deployments(
-        flow_filter=FlowFilter(name=FlowFilterName(any_=[MAIN_FLOW])),
+        flow_filter=FlowFilter(name=FlowFilterName(any_=[MAIN_ETL.flow_name])),
         work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[pool])),
     )
     return {read_project((one.job_variables or {}).get("env") or {}) for one in found} - {None}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import Collection, Sequence
 from datetime import UTC, datetime
 from uuid import UUID
 
@@ -22,8 +22,8 @@ from prefect.exceptions import ObjectNotFound
 from phasewise.errors import OrchestrationError
 from phasewise.orchestration.batch_lock import AWAITING_BATCH
 from phasewise.orchestration.deadlock import MAX_NAMED, Limits
+from phasewise.orchestration.run_reads import READ_SIZE, read_pages
 
-_PAGE = 200
 #: Seconds after which a run that should have started is late; the server's own measure.
 _LATE_SECONDS = 15.0
 
@@ -41,7 +41,12 @@ async def read_limits(client: PrefectClient, pool: str) -> Limits:
     except ObjectNotFound:
         return Limits()
     queues = await client.read_work_queues(work_pool_name=pool)
-    deployments = [deployment async for deployment in _read_deployments(client, pool)]
+    of_pool = WorkPoolFilter(name=WorkPoolFilterName(any_=[pool]))
+    deployments = [
+        deployment
+        for deployment in await read_pages(client.read_deployments, work_pool_filter=of_pool)
+        if _find_limit(deployment) is not None
+    ]
     flows = await _read_flow_names(client, {deployment.flow_id for deployment in deployments})
     return Limits(
         pool=work_pool.concurrency_limit,
@@ -52,25 +57,10 @@ async def read_limits(client: PrefectClient, pool: str) -> Limits:
     )
 
 
-async def _read_deployments(client: PrefectClient, pool: str) -> AsyncIterator[DeploymentResponse]:
-    """Yield the deployments of the pool that have a limit."""
-    offset = 0
-    while True:
-        page = await client.read_deployments(
-            work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[pool])), limit=_PAGE, offset=offset
-        )
-        for deployment in page:
-            if _find_limit(deployment) is not None:
-                yield deployment
-        if len(page) < _PAGE:
-            return
-        offset += _PAGE
-
-
 async def _read_flow_names(client: PrefectClient, flow_ids: Collection[UUID]) -> dict[UUID, str]:
     if not flow_ids:
         return {}
-    flows = await client.read_flows(flow_filter=FlowFilter(id=FlowFilterId(any_=list(flow_ids))), limit=_PAGE)
+    flows = await client.read_flows(flow_filter=FlowFilter(id=FlowFilterId(any_=list(flow_ids))), limit=READ_SIZE)
     return {flow.id: flow.name for flow in flows}
 
 
@@ -170,7 +160,7 @@ async def _explain_limits(client: PrefectClient, pool: WorkPool, queue: WorkQueu
     """Say which limits are reached, and by which runs."""
     if pool.concurrency_limit is None and queue.concurrency_limit is None:
         return []
-    status = await client.read_work_pool_concurrency_status(pool.name, limit=_PAGE, flow_run_limit=_PAGE)
+    status = await client.read_work_pool_concurrency_status(pool.name, limit=READ_SIZE, flow_run_limit=READ_SIZE)
     reasons = []
     for detail in status.queues:
         limit = detail.concurrency_limit

@@ -12,11 +12,15 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from prefect import Task
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import State, TaskRun
 from prefect.context import FlowRunContext
 from prefect.logging import get_logger
+from prefect.settings import get_current_settings
 from prefect.types import KeyValueLabels
 
+from phasewise.errors import PhasewiseError, SourceUnavailable
 from phasewise.orchestration.run_reads import SUMMARY_PREFIX
 from phasewise.outcomes import StepOutcome
 
@@ -80,6 +84,21 @@ class LocalRun:
 LOCAL_RUN: ContextVar[LocalRun | None] = ContextVar("LOCAL_RUN", default=None)
 
 
+def has_server() -> bool:
+    """Tell whether what runs now is recorded on a server."""
+    if LOCAL_RUN.get() is not None:
+        return False
+    return FlowRunContext.get() is not None or get_current_settings().api.url is not None
+
+
+def current_run_id() -> str | None:
+    """Return the id of the flow run that this code runs in; None outside of one."""
+    if (local := LOCAL_RUN.get()) is not None:
+        return local.run_id
+    context = FlowRunContext.get()
+    return str(context.flow_run.id) if context is not None and context.flow_run is not None else None
+
+
 def report_summary(summary: Mapping[str, Any]) -> None:
     """Keep small results (numbers, short texts) of the current flow run on the server, for its parent to read.
 
@@ -96,6 +115,18 @@ def report_summary(summary: Mapping[str, Any]) -> None:
     labels: KeyValueLabels = {f"{SUMMARY_PREFIX}{key}": value for key, value in small.items()}
     with get_client(sync_client=True) as client:
         client.update_flow_run_labels(context.flow_run.id, labels)
+
+
+def may_help(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
+    """Tell whether a task that failed could succeed again: a lost connection may come back, a missing table does not.
+
+    The ``retry_condition_fn`` of a task.
+    """
+    try:
+        state.result(raise_on_failure=True)
+    except Exception as exc:  # noqa: BLE001 - whatever the task raised is what is looked at
+        return isinstance(exc, SourceUnavailable) or not isinstance(exc, PhasewiseError)
+    return False
 
 
 def current_logger() -> logging.Logger | logging.LoggerAdapter[logging.Logger]:

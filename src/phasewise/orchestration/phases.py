@@ -113,18 +113,6 @@ class Deadline:
     at: float
 
 
-async def run_phase(
-    phase: Phase, *, batch: str, crash_retries: int = 1, flow_runs: FlowRuns | None = None
-) -> PhaseOutcome:
-    """Run the steps of one phase in parallel and wait for all of them.
-
-    Raises:
-        FlowRunsFailed: steps did not complete.
-    """
-    started = await start_phase(phase, batch=batch, crash_retries=crash_retries, flow_runs=flow_runs)
-    return await started.wait()
-
-
 async def start_phase(
     phase: Phase,
     *,
@@ -244,6 +232,14 @@ class StartedPhase:
             current_logger().warning("Within the failure budget: %s", outcome.describe())
         settled = [outcome if outcome.is_completed else replace(outcome, is_tolerated=True) for outcome in outcomes]
         return PhaseOutcome(name=self.phase.name, steps=settled)
+
+
+def describe_failures(fan_out: FanOut, failed: Sequence[StepOutcome]) -> dict[str, str]:
+    """Return why each whole thing failed that an item in *failed* is, or is a part of: a part gives up the whole."""
+    reasons: dict[str, list[str]] = {}
+    for run in failed:
+        reasons.setdefault(fan_out.find_whole(run.item or ""), []).append(run.describe())
+    return {whole: "; ".join(lines) for whole, lines in reasons.items()}
 
 
 def plan_requests(step: Step, *, batch: str) -> list[tuple[str | None, RunRequest]]:

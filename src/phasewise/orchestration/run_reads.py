@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
+from typing import Any, TypeVar
 from uuid import UUID
 
 from prefect.client.orchestration import PrefectClient
@@ -23,18 +24,35 @@ from phasewise.outcomes import StepOutcome
 SUMMARY_PREFIX = "phasewise."
 READ_SIZE = 200
 
+T = TypeVar("T")
+
+
+async def read_pages(read: Callable[..., Awaitable[list[T]]], **query: Any) -> list[T]:
+    """Return all that *read*, one of the client's methods, finds with *query*: 200 a call."""
+    found: list[T] = []
+    while len(found) % READ_SIZE == 0:
+        page = await read(**query, limit=READ_SIZE, offset=len(found))
+        if not page:
+            break
+        found += page
+    return found
+
+
+def iterate_pages(read: Callable[..., list[T]], **query: Any) -> Iterator[T]:
+    """Yield what ``read_pages`` returns, with a client that is not async; reads no further than it is asked to."""
+    count = 0
+    while count % READ_SIZE == 0:
+        page = read(**query, limit=READ_SIZE, offset=count)
+        if not page:
+            break
+        yield from page
+        count += len(page)
+
 
 async def read_children(client: PrefectClient, parents: Sequence[UUID]) -> list[FlowRun]:
     """Return the flow runs directly below *parents*."""
-    runs: list[FlowRun] = []
-    parent_filter = FlowRunFilter(parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=list(parents)))
-    while True:
-        page = await client.read_flow_runs(
-            flow_run_filter=parent_filter, limit=READ_SIZE, offset=len(runs), sort=FlowRunSort.ID_DESC
-        )
-        runs += page
-        if len(page) < READ_SIZE:
-            return runs
+    below = FlowRunFilter(parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=list(parents)))
+    return await read_pages(client.read_flow_runs, flow_run_filter=below, sort=FlowRunSort.ID_DESC)
 
 
 async def read_by_key(client: PrefectClient, keys: Sequence[str]) -> dict[str, FlowRun]:

@@ -96,60 +96,40 @@ class Phase:
         return replace(self, steps=(*self.steps, step))
 
 
-def _cleanup(number: int) -> Step:
-    return Step(
-        name=f"cleanup_flow{number}",
-        deployment=f"cleanup-flow-{number}/cleanup-flow-{number}-deployment",
-        parameters={"batch_id": BATCH},
-    )
+# ── the seven flows of Phasewise: their names, their deployments, and what each of them runs ──────────────────────
 
+
+def _built_in(function: str, flow: str, work_queue: str) -> dict[str, Any]:
+    return {
+        "name": function,
+        "deployment": f"{flow}/{flow.removesuffix('-job')}-deployment",
+        "parameters": {"batch_id": BATCH},
+        "entrypoint": f"phasewise.flows.{function}",
+        "work_queue": work_queue,
+    }
+
+
+#: Its items are known when a batch has begun: the tables, or the parts of those that are split.
+PROCESS_TABLE_ETL = FanOut(**_built_in("process_table_etl", "process-table-etl", "tables"), over="table", items=())
+CLEANUP_FLOW1 = Step(**_built_in("cleanup_flow1", "cleanup-flow-1", "tables"))
+CLEANUP_FLOW2 = Step(**_built_in("cleanup_flow2", "cleanup-flow-2", "tables"))
+PRE_ETL = Step(**_built_in("pre_etl", "pre-etl-job", "orchestrators"))
+SUB_ETL = Step(
+    **_built_in("sub_etl", "sub-etl-job", "orchestrators"),
+    phases=(
+        Phase(name="tables", steps=(PROCESS_TABLE_ETL,)),
+        Phase(name="cleanup", steps=(CLEANUP_FLOW1, CLEANUP_FLOW2)),
+    ),
+)
+FINAL_ETL = Step(**_built_in("final_etl", "final-etl-job", "orchestrators"))
 
 #: The built-in pipeline of ``main_etl``.
 PHASES: tuple[Phase, ...] = (
-    Phase(
-        name="load",
-        steps=(
-            Step(
-                name="pre_etl",
-                deployment="pre-etl-job/pre-etl-deployment",
-                parameters={"batch_id": BATCH},
-                work_queue="orchestrators",
-            ),
-            Step(
-                name="sub_etl",
-                deployment="sub-etl-job/sub-etl-deployment",
-                parameters={"batch_id": BATCH},
-                work_queue="orchestrators",
-                phases=(
-                    Phase(
-                        name="tables",
-                        steps=(
-                            FanOut(
-                                name="process_table_etl",
-                                deployment="process-table-etl/process-table-etl-deployment",
-                                parameters={"batch_id": BATCH},
-                                over="table",
-                                items=(),
-                            ),
-                        ),
-                    ),
-                    Phase(name="cleanup", steps=(_cleanup(1), _cleanup(2))),
-                ),
-            ),
-        ),
-    ),
-    Phase(
-        name="publish",
-        steps=(
-            Step(
-                name="final_etl",
-                deployment="final-etl-job/final-etl-deployment",
-                parameters={"batch_id": BATCH},
-                work_queue="orchestrators",
-            ),
-        ),
-    ),
+    Phase(name="load", steps=(PRE_ETL, SUB_ETL)),
+    Phase(name="publish", steps=(FINAL_ETL,)),
 )
+#: The flow that a batch is a run of.
+MAIN_ETL = replace(Step(**_built_in("main_etl", "main-etl-job", "orchestrators")), parameters={}, phases=PHASES)
 
 
 def load_phases(root: Path, reference: str | None) -> tuple[Phase, ...]:
@@ -216,10 +196,19 @@ def validate_phases(phases: Sequence[Phase]) -> None:
 
 
 def list_steps(phases: Sequence[Phase]) -> Iterator[Step]:
-    """Yield the steps of *phases* and those that their own flows run, at any depth."""
-    for step in (step for phase in phases for step in phase.steps):
-        yield step
-        yield from list_steps(step.phases)
+    """Yield the steps of *phases*, then those that their own flows run, level by level."""
+    while phases:
+        steps = [step for phase in phases for step in phase.steps]
+        yield from steps
+        phases = [phase for step in steps for phase in find_phases(step)]
+
+
+def find_phases(step: Step) -> Sequence[Phase]:
+    """Return the phases that the flow of *step* runs: those of Phasewise's own are known without being declared."""
+    if step.phases or step.entrypoint is not None:
+        return step.phases
+    built_in = [MAIN_ETL, *list_steps(MAIN_ETL.phases)]
+    return next((one.phases for one in built_in if one.deployment == step.deployment), ())
 
 
 def _find_problems(phases: Sequence[Phase]) -> list[str]:

@@ -11,8 +11,8 @@ The supervisor itself is in ``phasewise.stack.supervisor``, with how it leaves n
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
+import math
 import os
 import select
 import signal
@@ -33,10 +33,11 @@ from phasewise.stack.supervisor import (
     read_state,
     state_file,
     wait_until,
-    write_atomically,
 )
 from phasewise.stack.supervisor import StackError as StackError
 from phasewise.stack.supervisor import client_environment as client_environment
+from phasewise.system.files import write_atomically
+from phasewise.system.locks import lock_file
 from phasewise.system.processes import is_same_process
 
 
@@ -170,9 +171,7 @@ def start_workers(home: Path, n: int) -> StackInfo:
 @contextlib.contextmanager
 def _starting(home: Path) -> Iterator[None]:
     """Let one command at a time start something in *home*."""
-    home.mkdir(parents=True, exist_ok=True)
-    with (home / "start.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with lock_file(home / "start.lock", timeout=math.inf):
         yield
 
 

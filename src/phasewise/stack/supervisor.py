@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import json
 import os
 import select
@@ -35,6 +34,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from phasewise.errors import OrchestrationError
+from phasewise.system.files import write_atomically
+from phasewise.system.locks import LockHeld, lock_file
 from phasewise.system.processes import die_with_parent, is_same_process, start_time
 
 #: The port of the first stack on a machine; others take a free one.
@@ -100,12 +101,6 @@ def read_state(home: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, ValueError):
         return None
     return state if is_same_process(state["pid"], state["started"]) else None
-
-
-def write_atomically(path: Path, text: str) -> None:
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(text)
-    draft.replace(path)
 
 
 def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
@@ -394,14 +389,6 @@ def stack_environment(home: Path, port: int, project_env: Mapping[str, str]) -> 
     }
 
 
-def _try_lock(file: IO[str]) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
 def _open_log(path: Path) -> IO[bytes]:
     """Open a log to append to; a large one is put aside first, in place of the one put aside before."""
     if path.exists() and path.stat().st_size > _LOG_BYTES:
@@ -416,16 +403,22 @@ def _log(line: str) -> None:
 
 def main(argv: Sequence[str]) -> int:
     plan = StackPlan(**json.loads(argv[0]))
-    with (Path(plan.home) / "supervisor.lock").open("w") as lock:
+    with contextlib.ExitStack() as held:
         try:
-            if not wait_until(lambda: _try_lock(lock), STOP_SECONDS):  # the one before may be on its way out
-                raise StackError("A stack runs here already, but its server does not answer.", hint="make down")
+            _lock_home(held, Path(plan.home))
             supervisor = _Supervisor(plan)
         except StackError as exc:
             os.write(plan.report, json.dumps({"error": str(exc)}).encode() + b"\n")
             return 1
         supervisor.run()
     return 0
+
+
+def _lock_home(held: contextlib.ExitStack, home: Path) -> None:
+    try:  # the one before may be on its way out
+        held.enter_context(lock_file(home / "supervisor.lock", timeout=STOP_SECONDS))
+    except LockHeld as exc:
+        raise StackError("A stack runs here already, but its server does not answer.", hint="make down") from exc
 
 
 if __name__ == "__main__":

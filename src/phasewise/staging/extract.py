@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import os
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -46,6 +43,7 @@ from phasewise.staging.partitions import (
 from phasewise.staging.replication import fetch_staging, write_shared
 from phasewise.staging.source_snapshot import check_age, read_token
 from phasewise.system.files import explain_os_error
+from phasewise.system.locks import LockHeld, lock_file
 
 
 def extract_table(
@@ -170,22 +168,16 @@ def _name_file(project: Project, folder: Path, *, prefix: str = "") -> Path | St
 @contextmanager
 def _hold_folder(folder: Path, table: str) -> Iterator[None]:
     """Create the folder of *table* and be its one writer; the lock ends with this process, however that ends."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as exc:
-        raise explain_os_error(folder, exc) from exc
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with ExitStack() as held:
+        try:
+            held.enter_context(lock_file(folder / ".lock"))
+        except LockHeld as exc:
+            raise StagingError(
+                f'Another process is extracting table "{table}" into {folder}.', hint="Wait for it, then try again."
+            ) from exc
+        except OSError as exc:
+            raise explain_os_error(folder, exc) from exc
         yield
-    except OSError as exc:
-        if exc.errno not in (errno.EAGAIN, errno.EACCES):
-            raise
-        raise StagingError(
-            f'Another process is extracting table "{table}" into {folder}.', hint="Wait for it, then try again."
-        ) from exc
-    finally:
-        os.close(descriptor)
 
 
 def _remove_leftovers(folder: Path) -> None:

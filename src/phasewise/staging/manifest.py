@@ -172,6 +172,18 @@ def name_manifest(manifest: Manifest) -> str:
     return f"{manifest.batch}/{folder_name(name_item(manifest.table, manifest.partition))}/{MANIFEST}"
 
 
+def summarize(manifest: Manifest) -> dict[str, Any]:
+    """Return what the flow run that staged it reports: numbers and short texts."""
+    return {
+        "table": manifest.table,
+        **({"partition": manifest.partition} if manifest.partition else {}),
+        "rows": manifest.rows,
+        "size_bytes": manifest.size_bytes,
+        "seconds": round(manifest.seconds, 3),
+        "manifest": name_manifest(manifest),
+    }
+
+
 def batch_folder(project: Project, batch: str) -> Path:
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}", batch):
         raise StagingError(f'"{batch}" cannot be the id of a batch.', hint="Use letters, digits, - _ and dots.")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
-from phasewise.errors import PhasewiseError
+from phasewise.errors import PhasewiseError, SourceError
 from phasewise.project.config import Project
 from phasewise.settings import Settings
 from phasewise.sources import SnapshotToken, Source, describe_project_table, open_source
@@ -65,6 +67,34 @@ def plan_partitions(
     except OSError as exc:
         raise explain_os_error(folder, exc) from exc
     return {table: split for table, split in splits.items() if split.partitions or split.note}
+
+
+def list_items(tables: Sequence[str], splits: Mapping[str, SplitTable]) -> dict[str, dict[str, str]]:
+    """Return what one flow run each stages → its parameters: a table, or a part of one that *splits* has divided."""
+    divided = [split for split in splits.values() if split.partitions]
+    whole = [table for table in tables if table not in {split.table for split in divided}]
+    return {table: {"table": table} for table in whole} | {
+        name_item(split.table, part.name): {"table": split.table, "partition": part.name}
+        for split in divided
+        for part in split.partitions
+    }
+
+
+def estimate_rows(
+    project: Project, settings: Settings, items: Mapping[str, Mapping[str, str]], splits: Mapping[str, SplitTable]
+) -> dict[str, int]:
+    """Return the rows of each of *items*; those are missing that the source does not know without counting."""
+    source = open_source(project, settings)
+    rows: dict[str, int] = {}
+    for item, parameters in items.items():
+        if "partition" in parameters:
+            split = splits[parameters["table"]]
+            rows[item] = split.rows // len(split.partitions)
+            continue
+        with suppress(SourceError):  # its own flow run reports what is wrong with it
+            if (estimate := source.describe_table(item).row_estimate) is not None:
+                rows[item] = estimate
+    return rows
 
 
 def _reads_all(project: Project, source: Source, table: str, view: LakeView) -> bool:

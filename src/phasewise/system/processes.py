@@ -7,6 +7,7 @@ import ctypes
 import functools
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -34,14 +35,10 @@ def load_libc() -> ctypes.CDLL:
 def _read_stat(pid: int) -> list[str]:
     """Return the fields of /proc/<pid>/stat (proc(5)) from the third on; none for a process that is gone."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()  # the name may hold anything
-    except (OSError, UnicodeDecodeError):
+        status = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except OSError:
         return []
-
-
-def start_ticks(pid: int) -> str | None:
-    fields = _read_stat(pid)
-    return fields[19] if fields else None
+    return status.rpartition(")")[2].split()  # the name before may hold spaces and parentheses
 
 
 def kill_with_descendants(pids: set[int]) -> None:
@@ -56,19 +53,29 @@ def kill_with_descendants(pids: set[int]) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
+def identify_process(pid: int) -> str:
+    """Return ``host/pid/start``, which names the process among those of all machines."""
+    return f"{socket.gethostname()}/{pid}/{start_time(pid) or ''}"
+
+
+def is_process_gone(identity: str) -> bool:
+    """Tell whether the process that ``identify_process`` named has ended; False where that cannot be known here."""
+    host, _, rest = identity.partition("/")
+    pid, _, start = rest.partition("/")
+    return host == socket.gethostname() and bool(start) and pid.isdigit() and not is_same_process(int(pid), start)
+
+
 def is_same_process(pid: int, started: str) -> bool:
     return start_time(pid) == started
 
 
 def start_time(pid: int) -> str | None:
     """Return what tells this process from a later one with the same number; None when it has ended."""
-    try:
-        status = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None if sys.platform.startswith("linux") else _start_time_by_ps(pid)
-    # After the name, which may hold spaces and parentheses: state is field 3 of proc(5), start time field 22.
-    fields = status.rpartition(")")[2].split()
-    return None if fields[0] in "ZX" else fields[19]
+    if not sys.platform.startswith("linux"):
+        return _start_time_by_ps(pid)
+    fields = _read_stat(pid)
+    # The state is field 3 of proc(5), the start time field 22. A zombie has ended.
+    return fields[19] if fields and fields[0] not in "ZX" else None
 
 
 def _start_time_by_ps(pid: int) -> str | None:

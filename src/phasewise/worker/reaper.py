@@ -28,13 +28,12 @@ from prefect.exceptions import ObjectNotFound
 from prefect.logging import get_logger
 from prefect.states import AwaitingRetry, Cancelled, Crashed
 
-from phasewise.orchestration.batch_lock import is_process_gone
 from phasewise.orchestration.batches import PROCESS_LABEL, read_main_runs
 from phasewise.orchestration.cancel import CANCELLED_FROM_ABOVE, cancel_below
-from phasewise.orchestration.run_reads import read_runs
+from phasewise.orchestration.run_reads import read_pages, read_runs
+from phasewise.system.processes import is_process_gone
 
 _LABEL = "prefect.worker.name"
-_PAGE = 200
 #: Seconds between two looks at the heartbeats of the other workers.
 _LOOK_SECONDS = 3.0
 #: Seconds between two looks at the runs that are claimed and not begun, or being cancelled.
@@ -208,17 +207,8 @@ class Caretaker:
     async def _read(self, types: Sequence[StateType]) -> list[FlowRun]:
         """Return the runs of the work pool whose state is of one of *types*."""
         wanted = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=list(types))))
-        runs: list[FlowRun] = []
-        while True:
-            page = await self._client.read_flow_runs(
-                flow_run_filter=wanted,
-                work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[self._pool])),
-                limit=_PAGE,
-                offset=len(runs),
-            )
-            runs += page
-            if len(page) < _PAGE:
-                return runs
+        of_pool = WorkPoolFilter(name=WorkPoolFilterName(any_=[self._pool]))
+        return await read_pages(self._client.read_flow_runs, flow_run_filter=wanted, work_pool_filter=of_pool)
 
 
 def must_cascade(event: Event) -> bool:
