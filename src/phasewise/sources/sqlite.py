@@ -9,7 +9,6 @@ value before it, and every value is decoded and checked in DuckDB (``sqlite_valu
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import sqlite3
@@ -49,6 +48,7 @@ from phasewise.sources.sqlite_values import (
     scan_column,
     show_tagged,
 )
+from phasewise.system.files import replace_whole
 
 #: DuckDB types that any value of a SQLite column can be checked against.
 _DECODABLE = re.compile(
@@ -292,22 +292,22 @@ class SqliteSource:
         return f"It has: {', '.join(tables[:40])}." if tables else "It has no tables."
 
     def _copy_to(self, target: Path) -> None:
-        fresh = target.with_suffix(f".{os.getpid()}")
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             _check_space(self._path, target.parent)
-            with self._open() as connection, closing(sqlite3.connect(fresh)) as copy:
+            with (
+                replace_whole(target) as draft,
+                self._open() as connection,
+                closing(sqlite3.connect(draft)) as copy,
+            ):
                 connection.backup(copy)
                 # Readers of a database in WAL mode write beside it; the copy needs no writer.
                 copy.execute("PRAGMA journal_mode = DELETE")
-            fresh.replace(target)
         except OSError as exc:
             raise StagingError(
                 f"The copy of {self.url} cannot be written to {target}: {exc.strerror}.",
                 hint="Free disk space, or make the folder writable.",
             ) from exc
-        finally:
-            fresh.unlink(missing_ok=True)
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:

@@ -33,10 +33,10 @@ from phasewise.stack.supervisor import (
     read_state,
     state_file,
     wait_until,
-    write_atomically,
 )
 from phasewise.stack.supervisor import StackError as StackError
 from phasewise.stack.supervisor import client_environment as client_environment
+from phasewise.system.files import write_atomically
 from phasewise.system.processes import is_same_process
 
 

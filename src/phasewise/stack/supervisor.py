@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from phasewise.errors import OrchestrationError
+from phasewise.system.files import write_atomically
 from phasewise.system.processes import die_with_parent, is_same_process, start_time
 
 #: The port of the first stack on a machine; others take a free one.
@@ -100,12 +101,6 @@ def read_state(home: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, ValueError):
         return None
     return state if is_same_process(state["pid"], state["started"]) else None
-
-
-def write_atomically(path: Path, text: str) -> None:
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(text)
-    draft.replace(path)
 
 
 def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
