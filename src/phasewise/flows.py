@@ -53,8 +53,9 @@ from phasewise.orchestration.phases import run_phases, start_phase
 from phasewise.orchestration.prefect_runs import current_flow_runs
 from phasewise.orchestration.run_history import read_batch_runs, read_durations
 from phasewise.outcomes import StepOutcome
-from phasewise.project.config import Project, find_project, load_project, redact_url, resolve_table
+from phasewise.project.config import Project, find_project, load_project, resolve_table
 from phasewise.project.pipeline import BATCH, FanOut, Phase, Step, load_phases
+from phasewise.project.urls import redact_url
 from phasewise.publishing.audit_batch import audit_staged
 from phasewise.publishing.audits import AuditResult, audit_published, raise_for
 from phasewise.publishing.maintenance import LakeMaintenance, maintain_lake

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 import duckdb
 
@@ -31,10 +31,10 @@ from phasewise.errors import (
 )
 from phasewise.lake.quoting import quote_identifier, quote_literal
 from phasewise.lake.session import use_one_thread
-from phasewise.project.config import redact_url
+from phasewise.project.urls import find_local_path, redact_url
 from phasewise.settings import Settings
-from phasewise.sources import Column, SnapshotToken, SourceTable, StagedRows
 from phasewise.sources.decoding import MOMENTS
+from phasewise.sources.protocol import Column, SnapshotToken, SourceTable, StagedRows
 from phasewise.sources.ranges import divide, query_bounds
 from phasewise.sources.sqlite_values import (
     check_utf8,
@@ -71,7 +71,7 @@ class SqliteSource:
 
     def __init__(self, url: str, root: Path, settings: Settings) -> None:
         self._url = url
-        self._path = _find_path(url, root)
+        self._path = find_local_path(url, root)
         self._timeout = settings.connect_timeout
         self._threads = settings.threads
         self._attached: duckdb.DuckDBPyConnection | None = None
@@ -348,17 +348,6 @@ def list_types() -> list[Column]:
 
 def _pad_moment(mark: str) -> str:
     return f"{mark}{'' if len(mark) > 19 else '.'}000000"[:26]
-
-
-def _find_path(url: str, root: Path) -> Path:
-    # SQLAlchemy's rule: three slashes are relative (here to the project), four are absolute.
-    parts = urlsplit(url.replace("#", "%23"))
-    if parts.netloc or not parts.path.startswith("/") or len(parts.path) < 2:
-        raise ProjectError(
-            f'"{redact_url(url)}" names no SQLite file.',
-            hint="Write sqlite:///relative/to/project.db or sqlite:////absolute.db.",
-        )
-    return (root / parts.path[1:].replace("%23", "#")).absolute()
 
 
 def _estimate_rows(connection: sqlite3.Connection, name: str) -> int | None:
