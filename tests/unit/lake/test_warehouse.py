@@ -257,7 +257,7 @@ def test_the_lock_ends_with_the_process_that_holds_it(project: Project):
         import os, signal, sys
         from pathlib import Path
         from phasewise.lake import session, warehouse
-        from phasewise.project import load_project
+        from phasewise.project.config import load_project
         with warehouse.lock_lake(load_project(Path(sys.argv[1])), timeout=0):
             os.kill(os.getpid(), signal.SIGKILL)
     """)
