@@ -28,7 +28,7 @@
         └── FlowRunsFailed          children that did not complete
 
 Messages say what happened, to which item, and what to do next. They never carry a password: whoever puts a URL
-into a message passes it through ``phasewise.project.config.redact_url`` first.
+into a message passes it through ``phasewise.project.urls.redact_url`` first.
 """
 
 from __future__ import annotations

@@ -29,8 +29,9 @@ from phasewise.orchestration.phases import StartedPhase, describe_failures, run_
 from phasewise.orchestration.prefect_runs import current_flow_runs
 from phasewise.orchestration.run_history import read_batch_runs, read_durations
 from phasewise.project import pipeline
-from phasewise.project.config import Project, find_project, load_project, redact_url, resolve_table
+from phasewise.project.config import Project, find_project, load_project, resolve_table
 from phasewise.project.pipeline import FanOut, Phase, load_phases
+from phasewise.project.urls import redact_url
 from phasewise.publishing.maintenance import LakeMaintenance, maintain_lake
 from phasewise.publishing.staging_cleanup import StagingCleanup, remove_finished_staging
 from phasewise.report.finish import finish_batch

@@ -22,14 +22,13 @@ import pymysql
 import pytest
 from pymysql.constants import COMMAND
 
-from phasewise import sources
 from phasewise.errors import ProjectError, SchemaDrift, SourceUnavailable, StagingError, TableMissing, UnfaithfulValue
 from phasewise.lake.publications import open_reader
 from phasewise.lake.session import open_session, preload_extensions
 from phasewise.project.config import Project, load_project
 from phasewise.publishing.publish import publish_batch
 from phasewise.settings import Settings
-from phasewise.sources import check_project, list_project_tables, mysql_moment, open_source
+from phasewise.sources import check_project, list_project_tables, mysql_moment, open_source, protocol
 from phasewise.staging.batch import begin_batch, new_batch_id
 from phasewise.staging.extract import extract_table
 from phasewise.staging.manifest import Manifest, list_manifests, staged_files
@@ -355,7 +354,7 @@ def test_tables_without_transactions_and_other_machines_are_not_at_the_moment(
         mariadb("INSERT INTO t VALUES (1); INSERT INTO u VALUES (2)", database)
         held = extract_table(project, SETTINGS, batch="b1", table="t")
         unheld = extract_table(project, SETTINGS, batch="b1", table="u")
-        monkeypatch.setattr(sources.platform, "node", lambda: "elsewhere")
+        monkeypatch.setattr(protocol.platform, "node", lambda: "elsewhere")
         elsewhere = extract_table(project, SETTINGS, batch="b2", table="t", snapshot=read_token(project))
 
     assert (held.rows, held.snapshot_note) == (0, None)
@@ -373,7 +372,7 @@ def test_the_parts_of_a_table_are_not_read_at_different_moments(make: Make, monk
 
     with open_snapshot(project, SETTINGS, "b1") as token:
         first, *_ = plan_partitions(project, SETTINGS, "b1", token)["t"].list_names()
-        monkeypatch.setattr(sources.platform, "node", lambda: "elsewhere")
+        monkeypatch.setattr(protocol.platform, "node", lambda: "elsewhere")
         with pytest.raises(StagingError, match=r"must be of one moment: .*read on elsewhere.*partition_rows = 0"):
             extract_table(project, SETTINGS, batch="b1", table="t", partition=first)
 

@@ -17,7 +17,7 @@ from phasewise.cli.app import EXIT_CODES, app
 from phasewise.orchestration.deployments import list_deployments
 from phasewise.project.config import _ProjectFile, load_project
 from phasewise.settings import Settings
-from phasewise.sources import _BUILT_IN as SOURCES
+from phasewise.sources.registry import BUILT_IN as SOURCES
 
 CHECKOUT = Path(__file__).parents[2]
 DOCS = CHECKOUT / "docs"

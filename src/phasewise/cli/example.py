@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 import sqlite3
-from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -18,6 +17,7 @@ from phasewise.errors import SourceUnavailable
 from phasewise.lake.quoting import quote_identifier, quote_literal
 from phasewise.lake.session import open_session, read_parquet
 from phasewise.settings import Settings
+from phasewise.system.files import replace_whole
 
 #: Where the example's phasewise.toml looks for the database, below the project's folder.
 DEMO_FILE = Path("data/lahman.sqlite")
@@ -116,7 +116,7 @@ def _snake_case(name: str) -> str:
 
 def _build(target: Path, files: Mapping[str, Path], settings: Settings) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _temporary(target) as path, open_session(settings, extensions=("sqlite_scanner",)) as connection:
+    with replace_whole(target) as path, open_session(settings, extensions=("sqlite_scanner",)) as connection:
         _create_tables(connection, path, files)
         connection.execute(f"attach {quote_literal(str(path))} as demo (type sqlite)")
         connection.execute("begin")
@@ -124,21 +124,6 @@ def _build(target: Path, files: Mapping[str, Path], settings: Settings) -> None:
             connection.execute(f"insert into demo.{quote_identifier(table)} {_select(connection, table, file)}")
         connection.execute("commit")
         connection.execute("detach demo")
-        path.replace(target)
-
-
-@contextmanager
-def _temporary(target: Path) -> Iterator[Path]:
-    """Yield a path beside *target*; whatever is still there at the end is removed."""
-    path = target.with_name(f".{target.name}.{os.getpid()}")
-    leftovers = [path, path.with_name(f"{path.name}-journal")]
-    try:
-        for file in leftovers:
-            file.unlink(missing_ok=True)
-        yield path
-    finally:
-        for file in leftovers:
-            file.unlink(missing_ok=True)
 
 
 def _create_tables(connection: duckdb.DuckDBPyConnection, path: Path, files: Mapping[str, Path]) -> None:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TypeAlias
-from urllib.parse import urlsplit
 
 import duckdb
 
 from phasewise.errors import ProjectError, StagingError
 from phasewise.lake.quoting import quote_literal
+from phasewise.project.urls import split_url
 
 #: Files that Phasewise puts among those of the lake begin with it; DuckLake's own begin with ``ducklake-``.
 FILE_PREFIX = "phasewise-"
@@ -88,7 +88,7 @@ def list_stored(connection: duckdb.DuckDBPyConnection, pattern: str) -> dict[Sto
 
 def explain_storage(file: StoredFile, exc: Exception) -> StagingError | None:
     """Return what *exc* means when it comes of writing *file*; None when it is of something else."""
-    if isinstance(exc, duckdb.OutOfMemoryException) or urlsplit(file.url).path.rpartition("/")[0] not in str(exc):
+    if isinstance(exc, duckdb.OutOfMemoryException) or split_url(file.url).path.rpartition("/")[0] not in str(exc):
         return None
     return StagingError(
         f"Staging {file.parent} cannot be written: {str(exc).splitlines()[0].rstrip('.')}.",
@@ -100,7 +100,7 @@ def _read_endpoint() -> dict[str, str]:
     url = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     if not url:
         return {}
-    parts = urlsplit(url)
+    parts = split_url(url, "https://s3.example.com")
     if parts.scheme not in {"http", "https"} or not parts.netloc or "@" in parts.netloc:
         raise ProjectError(
             "The endpoint of the S3 storage is not a URL such as https://s3.example.com.",

@@ -12,14 +12,14 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from urllib.parse import parse_qsl, unquote, urlsplit
 
 import duckdb
 
-from phasewise.errors import LakeError, ProjectError, WarehouseBusy
+from phasewise.errors import LakeError, WarehouseBusy
 from phasewise.lake.credentials import find_own_password
 from phasewise.lake.quoting import quote_identifier, quote_literal
-from phasewise.project.config import redact_url
+from phasewise.lake.refusals import POSTGRES_ADVICE, explain_refusal
+from phasewise.project.urls import DatabaseUrl, read_database_url, redact_url
 
 #: The secret that DuckLake and the scanner take the login from; kept in the session's memory, printed by nothing.
 SECRET = "phasewise_catalog"  # noqa: S105 - its name
@@ -34,41 +34,30 @@ _SERVER = "catalog"
 
 def create_catalog_secret(connection: duckdb.DuckDBPyConnection, url: str) -> None:
     """Let *connection* log in to the catalog *url*."""
-    parts = urlsplit(url)
+    parts = _read_url(url)
+    ports = [port for _, port in parts.servers]
     login = {
-        "host": parts.hostname,
-        "port": str(parts.port) if parts.port else None,
-        "database": find_database(url),
-        "user": unquote(parts.username) if parts.username else None,
-        "password": _find_password(url),
+        "host": ",".join(host for host, _ in parts.servers),
+        "port": ",".join(ports) if any(ports) else None,
+        "database": parts.database,
+        "user": parts.user,
+        "password": _find_password(parts),
     }
     fields = "".join(f", {name} {quote_literal(value)}" for name, value in login.items() if value)
     connection.execute(f"CREATE OR REPLACE SECRET {SECRET} (TYPE postgres{fields})")
 
 
-def find_database(url: str) -> str:
-    """Return the database that *url* names.
-
-    Raises:
-        ProjectError: it names none.
-    """
-    database = unquote(urlsplit(url).path.strip("/"))
-    if not database:
-        raise ProjectError(
-            f'"{redact_url(url)}" names no database.', hint="Write postgresql://user@host:5432/database."
-        )
-    return database
+def _read_url(url: str) -> DatabaseUrl:
+    return read_database_url(url, "postgresql://user@host:5432/database")
 
 
-def _find_password(url: str) -> str | None:
-    parts = urlsplit(url)
-    given = dict(parse_qsl(parts.query)).get("password") or (unquote(parts.password) if parts.password else None)
-    return given or find_own_password("PGPASSWORD")
+def _find_password(url: DatabaseUrl) -> str | None:
+    return url.password or find_own_password("PGPASSWORD")
 
 
 def find_schema(url: str) -> str:
     """Return the schema of the catalog *url*."""
-    return dict(parse_qsl(urlsplit(url).query)).get("schema", "public")
+    return _read_url(url).options.get("schema", "public")
 
 
 def list_options(url: str, *, is_writer: bool = False) -> str:
@@ -76,13 +65,13 @@ def list_options(url: str, *, is_writer: bool = False) -> str:
 
     Connections of a writer of the warehouse have a name by which ``lock_catalog`` finds them.
     """
-    query = {"connect_timeout": "10", "application_name": "phasewise", **dict(parse_qsl(urlsplit(url).query))}
+    parts = _read_url(url)
+    query = {"connect_timeout": "10", "application_name": "phasewise", **parts.options}
     if is_writer:
         query["application_name"] = _name_writer(url)
-    for name in ("schema", "password"):
-        query.pop(name, None)
+    query.pop("schema", None)
     query["client_encoding"] = "UTF8"  # what DuckDB's texts are, whatever the database or PGCLIENTENCODING says
-    if _find_password(url) is None:
+    if _find_password(parts) is None:
         query["password"] = ""  # else libpq would take the one that a source has put into the environment
     escaped = {name: value.replace("\\", "\\\\").replace("'", "\\'") for name, value in query.items()}
     return " ".join(f"{name}='{value}'" for name, value in escaped.items())
@@ -105,11 +94,8 @@ def attach_server(connection: duckdb.DuckDBPyConnection, url: str) -> None:
 
 
 def explain_unreachable(url: str, exc: Exception) -> LakeError:
-    reason = str(exc).rpartition('": ')[2].strip().splitlines()[0].rstrip(".")
-    return LakeError(
-        f"The warehouse's catalog {redact_url(url)} cannot be used: {reason}.",
-        hint="Check [warehouse] catalog in phasewise.toml, the password and that the server runs.",
-    )
+    reason, hint = explain_refusal(exc, "[warehouse] catalog", POSTGRES_ADVICE)
+    return LakeError(f"The warehouse's catalog {redact_url(url)} cannot be used: {reason}.", hint=hint)
 
 
 def ask_server(connection: duckdb.DuckDBPyConnection, sql: str) -> list[tuple[object, ...]]:

@@ -13,7 +13,6 @@ import os
 import re
 import shutil
 import socket
-import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -40,6 +39,7 @@ from phasewise.lake.quoting import quote_literal as quote_literal
 from phasewise.lake.session import load_extension, open_server, open_session
 from phasewise.project.config import Project
 from phasewise.settings import Settings
+from phasewise.system.files import write_atomically
 from phasewise.system.locks import LockHeld, lock_file
 
 #: Layout of the warehouse's folder; a higher number in phasewise.json was written by a newer Phasewise.
@@ -228,9 +228,7 @@ def _write_marker(warehouse: Path) -> None:
     if marker.exists():
         return
     try:
-        fresh = marker.with_suffix(f".{uuid.uuid4().hex}")
-        fresh.write_text(json.dumps({"format": WAREHOUSE_FORMAT}))
-        fresh.replace(marker)
+        write_atomically(marker, json.dumps({"format": WAREHOUSE_FORMAT}))
     except OSError as exc:
         raise _explain_folder(warehouse, exc) from exc
 

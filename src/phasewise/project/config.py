@@ -36,11 +36,11 @@ from collections.abc import Mapping
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit, urlunsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from phasewise.errors import ProjectError, ProjectNotFound, UnknownTable
+from phasewise.project.urls import redact_url
 from phasewise.settings import Settings, find_checkout
 
 PROJECT_FILE = "phasewise.toml"
@@ -342,26 +342,6 @@ def count_share(limit: int | str, total: int) -> int:
     if not allowed >= 0 or (text.endswith("%") and allowed > total):
         raise ValueError(f'"{limit}" is neither a number nor a share such as "10%"')
     return int(allowed)
-
-
-def redact_url(url: str) -> str:
-    """Return *url* without its password and without values of its query that may be secrets."""
-    parts = urlsplit(url)
-    netloc = parts.netloc
-    rest = url.partition("://")[2].removeprefix(netloc)
-    if ":" in netloc and "@" in rest:
-        # A "/", "?" or "#" that was not escaped in a password ends the authority too early: hide up to the last "@".
-        return redact_url(f"{parts.scheme}://{netloc.partition(':')[0]}:***@{rest.rpartition('@')[2]}")
-    if "@" in netloc:
-        userinfo, _, host = netloc.rpartition("@")
-        user = userinfo.split(":", 1)[0]
-        netloc = f"{user}:***@{host}" if ":" in userinfo else f"{user}@{host}"
-    query = re.sub(r"(?i)((?:password|passwd|secret|token|key)[^=&]*=)[^&]*", r"\1***", parts.query)
-    redacted = urlunsplit((parts.scheme, netloc, parts.path, query, parts.fragment))
-    # urlunsplit drops the empty authority that sqlite:///file needs to be read back as what it was.
-    if url.startswith(f"{parts.scheme}:///") and not redacted.startswith(f"{parts.scheme}:///"):
-        redacted = redacted.replace(f"{parts.scheme}:", f"{parts.scheme}://", 1)
-    return redacted
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

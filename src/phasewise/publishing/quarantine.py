@@ -14,7 +14,6 @@ a newer version, or which the source no longer has.
 
 from __future__ import annotations
 
-import uuid
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +28,7 @@ from phasewise.lake.queries import fetch_int
 from phasewise.lake.quoting import quote_identifier, quote_literal
 from phasewise.lake.session import read_parquet
 from phasewise.publishing.increments import FILE, ROW, Increment, is_same, select_columns, select_pool, select_result
+from phasewise.system.files import replace_whole
 
 QUARANTINE_SCHEMA = "_quarantine"
 #: Columns of a quarantine's table besides those of the table itself.
@@ -187,13 +187,11 @@ def write_set_aside(connection: duckdb.DuckDBPyConnection, table: str, folder: P
     if not rows:
         return None
     path = folder / "quarantine.parquet"
-    fresh = folder / f".quarantine-{uuid.uuid4().hex}"
     select = f"select parse_filename(file) as file, row, reason from ({select_rows_out(table)})"
     try:
-        connection.execute(f"copy ({select}) to {quote_literal(str(fresh))} (format parquet)")
-        fresh.replace(path)
+        with replace_whole(path) as draft:
+            connection.execute(f"copy ({select}) to {quote_literal(str(draft))} (format parquet)")
     except (duckdb.Error, OSError) as exc:
-        fresh.unlink(missing_ok=True)
         raise StagingError(
             f'Which rows of "{table}" are set aside cannot be written to {folder}: {exc}.',
             hint="Free disk space or make the folder writable, then resume the batch.",

@@ -11,7 +11,8 @@ from typing import Literal
 
 from phasewise.lake.marts import MartData
 from phasewise.outcomes import StepOutcome
-from phasewise.project.config import Project, redact_url
+from phasewise.project.config import Project
+from phasewise.project.urls import redact_url
 from phasewise.publishing.audits import AuditResult
 from phasewise.publishing.publish import Publication
 from phasewise.publishing.quarantine import SetAside

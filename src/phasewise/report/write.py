@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date, datetime, time
@@ -18,6 +16,7 @@ from pydantic import TypeAdapter
 from phasewise.errors import ReportError
 from phasewise.report.page import render_html
 from phasewise.report.records import BatchReport
+from phasewise.system.files import write_atomically
 
 #: Goes up when a field changes its meaning or is removed.
 JSON_VERSION = 1
@@ -42,9 +41,9 @@ def write_report(report: BatchReport, folder: Path) -> ReportFiles:
     page = render_report(report)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write_atomically(files.json, report_to_json(report))
-        _write_atomically(files.html, page)
-        _write_atomically(files.latest, page)
+        for path, text in ((files.json, report_to_json(report)), (files.html, page), (files.latest, page)):
+            # A lone surrogate in a name has no UTF-8: escaped it is still readable, and valid JSON.
+            write_atomically(path, text, errors="backslashreplace")
     except OSError as exc:
         raise ReportError(
             f"The report of batch {report.batch} could not be written to {folder}: {exc.strerror}.",
@@ -97,16 +96,3 @@ def to_json_value(value: object) -> Any:
 def _name_file(batch: str) -> str:
     """Return *batch* as a file name: batch ids are safe already, a name given by hand need not be."""
     return re.sub(r"[^A-Za-z0-9._-]", "-", batch).lstrip(".")[:200] or "batch"
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem[:50]}.", suffix=".tmp")
-    try:
-        # A lone surrogate in a name has no UTF-8: escaped it is still readable, and valid JSON.
-        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
-            file.write(text)
-        os.chmod(name, 0o644)  # noqa: PTH101 - mkstemp makes files that only the owner can read
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

@@ -32,6 +32,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
 
 from phasewise.server.sqlite_driver import DRIVER
+from phasewise.system.files import replace_whole
 from phasewise.worker.fork_job import WARM_DESCRIPTION, WARM_NAME
 
 
@@ -85,13 +86,11 @@ def create_database(path: Path) -> None:
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    with contextlib.closing(sqlite3.connect(draft)) as database:
+    with replace_whole(path) as draft, contextlib.closing(sqlite3.connect(draft)) as database:
         # No sync and no journal: a draft that a crash leaves half-written never gets the name.
         database.execute("PRAGMA synchronous = OFF")
         database.execute("PRAGMA journal_mode = OFF")
         database.executescript(files("phasewise.server").joinpath("server_schema.sql").read_text())
-    draft.replace(path)
 
 
 def offer_warm_process() -> None:

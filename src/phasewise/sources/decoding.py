@@ -10,7 +10,7 @@ import re
 
 from phasewise.errors import UnfaithfulValue
 from phasewise.lake.quoting import quote_identifier, quote_literal
-from phasewise.sources import Column
+from phasewise.sources.protocol import Column
 
 #: Types of moments that ``decode_text`` decodes.
 MOMENTS = frozenset({"DATE", "TIME", "TIMESTAMP", "TIMESTAMP WITH TIME ZONE"})

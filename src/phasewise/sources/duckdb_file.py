@@ -10,16 +10,15 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from urllib.parse import parse_qsl, urlsplit
 
 import duckdb
 
-from phasewise.errors import PhasewiseError, ProjectError, SourceError, SourceUnavailable, TableMissing
+from phasewise.errors import PhasewiseError, SourceError, SourceUnavailable, TableMissing
 from phasewise.lake.quoting import quote_identifier, quote_literal
 from phasewise.lake.session import open_session
-from phasewise.project.config import redact_url
+from phasewise.project.urls import find_local_path, read_options, redact_url
 from phasewise.settings import Settings
-from phasewise.sources import Column, SnapshotToken, SourceTable, StagedRows
+from phasewise.sources.protocol import Column, SnapshotToken, SourceTable, StagedRows
 from phasewise.sources.ranges import divide, find_bounds
 
 _PLAIN = re.compile(
@@ -53,21 +52,6 @@ def list_types() -> list[Column]:
     return [_describe_column(name, name, True) for name in declared.split("|")]
 
 
-def find_local_path(url: str, root: Path) -> Path:
-    """Return the path that ``scheme:///relative`` or ``scheme:////absolute`` means.
-
-    Raises:
-        ProjectError: the URL names none.
-    """
-    parts = urlsplit(url.replace("#", "%23"))
-    if parts.netloc or not parts.path.startswith("/") or len(parts.path) < 2:
-        raise ProjectError(
-            f'"{redact_url(url)}" names no path.',
-            hint=f"Write {parts.scheme}:///relative/to/project or {parts.scheme}:////absolute.",
-        )
-    return (root / parts.path[1:].replace("%23", "#")).absolute()
-
-
 class DuckdbSource:
     """One schema of a DuckDB file."""
 
@@ -76,7 +60,7 @@ class DuckdbSource:
     def __init__(self, url: str, root: Path, settings: Settings) -> None:
         self._url = url
         self._path = find_local_path(url, root)
-        self._schema = dict(parse_qsl(urlsplit(url).query)).get("schema", "main")
+        self._schema = read_options(url).get("schema", "main")
         self._settings = settings
 
     @property

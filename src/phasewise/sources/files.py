@@ -25,11 +25,11 @@ from phasewise.errors import PhasewiseError, ProjectError, SourceError, SourceUn
 from phasewise.lake.object_store import create_storage_secret, is_stored, list_stored
 from phasewise.lake.quoting import quote_identifier, quote_literal
 from phasewise.lake.session import open_session
-from phasewise.project.config import redact_url
+from phasewise.project.urls import find_local_path, redact_url
 from phasewise.settings import Settings
-from phasewise.sources import Column, SnapshotToken, SourceTable, StagedRows
 from phasewise.sources.decoding import MOMENTS, decode_text, explain_unfaithful, fail_where_null
-from phasewise.sources.duckdb_file import BLOCK_ROWS, compare_typed, find_lake_type, find_local_path
+from phasewise.sources.duckdb_file import BLOCK_ROWS, compare_typed, find_lake_type
+from phasewise.sources.protocol import Column, SnapshotToken, SourceTable, StagedRows
 from phasewise.sources.ranges import divide, find_bounds
 
 _NAME = re.compile(r"(?P<table>.+?)\.(?P<kind>csv|tsv|parquet|json|ndjson|jsonl)(?:\.(?:gz|zst))?", re.IGNORECASE)

@@ -14,22 +14,24 @@ from __future__ import annotations
 import platform
 import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
+from types import MappingProxyType
+from urllib.parse import quote
 
 import duckdb
 
-from phasewise.errors import PhasewiseError, ProjectError, SourceError, SourceUnavailable, TableMissing, UnfaithfulValue
+from phasewise.errors import ProjectError, SourceUnavailable, TableMissing, UnfaithfulValue
 from phasewise.lake.credentials import lend_password
 from phasewise.lake.quoting import quote_identifier, quote_literal
-from phasewise.lake.session import open_session, use_one_thread
-from phasewise.project.config import redact_url
+from phasewise.lake.session import use_one_thread
+from phasewise.project.urls import read_database_url, redact_url
 from phasewise.settings import Settings
-from phasewise.sources import Column, SnapshotToken, SourceTable, StagedRows
+from phasewise.sources.databases import ServerSource
 from phasewise.sources.decoding import MOMENTS, decode_text, explain_unfaithful, fail_where_null
 from phasewise.sources.mysql_moment import LentMoment, Login, NoMoment, lend_moment
+from phasewise.sources.protocol import Column, SnapshotToken, SourceTable, StagedRows
 from phasewise.sources.ranges import Dialect, divide_by_values
 
 #: MySQL's type name → the lake's type; integers have an unsigned sister (``U`` before the name).
@@ -79,37 +81,32 @@ ORDER BY c.ordinal_position
 """
 
 
-class MysqlSource:
+class MysqlSource(ServerSource):
     """One database of a MySQL or MariaDB server."""
 
-    extensions: tuple[str, ...] = ("mysql_scanner",)
+    kind = "MySQL"
+    extensions = ("mysql_scanner",)
+    query_function = "mysql_query"
+    advice: Mapping[str, str] = MappingProxyType(
+        {"TLS/SSL error": "Let ssl_ca name the certificate of the authority that signed the server's."}
+    )
 
     def __init__(self, url: str, root: Path, settings: Settings) -> None:
-        self._url = url
-        self._settings = settings
-        self._attached: duckdb.DuckDBPyConnection | None = None
-        self._dsn, self._login = _split_url(url, settings.connect_timeout)
+        super().__init__(url, settings)
+        self._dsn, self._login = _read_url(url, settings.connect_timeout)
         self._count_before: int | None = None
-
-    @property
-    def url(self) -> str:
-        return redact_url(self._url)
-
-    def check(self) -> None:
-        with self._open():
-            pass
 
     def list_tables(self) -> list[str]:
         with self._open() as connection:
-            rows = connection.execute(_query(_TABLES)).fetchall()
+            rows = connection.execute(self._query(_TABLES)).fetchall()
         return sorted(str(name) for name, kind, _ in rows if kind != "VIEW")
 
     def describe_table(self, name: str) -> SourceTable:
         with self._open() as connection:
-            estimates = {row[0]: row[2] for row in connection.execute(_query(_TABLES)).fetchall()}
+            estimates = {row[0]: row[2] for row in connection.execute(self._query(_TABLES)).fetchall()}
             if name not in estimates:
                 raise TableMissing(name, hint=f"Looked in {self.url}. It has: {', '.join(sorted(estimates)[:40])}.")
-            rows = connection.execute(_query(_COLUMNS.format(table=_quote_text(name)))).fetchall()
+            rows = connection.execute(self._query(_COLUMNS.format(table=_quote_text(name)))).fetchall()
         key = sorted((position, column) for column, *_, position in rows if position)
         return SourceTable(
             name=name,
@@ -143,31 +140,28 @@ class MysqlSource:
         dsn = self._name_lent(snapshot["socket"]) if snapshot else self._dsn
         try:
             connection.execute(f"ATTACH {quote_literal(dsn)} AS source (TYPE mysql, READ_ONLY)")
-            connection.execute(_query("SELECT 1 AS one")).fetchone()
+            connection.execute(self._query("SELECT 1 AS one")).fetchone()
         except duckdb.Error as exc:
-            reason = str(exc).rpartition('": ')[2].strip().splitlines()[0]
             if snapshot:
                 raise SourceUnavailable(
-                    f"The moment of {self.url} that the batch holds cannot be entered: {reason}",
+                    f"The snapshot of {self.url} that the batch holds cannot be entered: {exc}",
                     hint="The process that held it has ended, or the server ended its connections. Start a new batch.",
                 ) from exc
-            raise SourceUnavailable(
-                f"The MySQL database {self.url} does not answer: {reason}.", hint=_advise(reason)
-            ) from exc
+            raise self._explain_refusal(exc) from exc
         self._attached = connection
 
     def begin(
         self, connection: duckdb.DuckDBPyConnection, table: SourceTable, snapshot: SnapshotToken | None = None
     ) -> None:
         connection.execute("BEGIN TRANSACTION")
-        self._count_before = None if snapshot else _count(connection, table)
+        self._count_before = None if snapshot else self._count(connection, table)
 
     def select(self, table: SourceTable) -> str:
         decoded = ", ".join(
             f"{_decode_or_fail(column, f'c{index}')} AS {quote_identifier(column.name)}"
             for index, column in enumerate(table.columns)
         )
-        return f"SELECT {decoded} FROM ({_read_printed(table)})"
+        return f"SELECT {decoded} FROM ({self._read_printed(table)})"
 
     def compare_cursor(self, column: Column, operator: str, mark: str) -> str:
         name = _quote_name(column.name)
@@ -185,7 +179,7 @@ class MysqlSource:
         self, connection: duckdb.DuckDBPyConnection, table: SourceTable, staged: StagedRows | None = None
     ) -> int:
         """Return the rows at the moment that is held; without one as many as were read, between two counts."""
-        before, after = self._count_before, _count(connection, table)
+        before, after = self._count_before, self._count(connection, table)
         if staged is not None and before is not None and min(before, after) <= staged.rows <= max(before, after):
             return staged.rows
         return after
@@ -196,27 +190,16 @@ class MysqlSource:
             quote=_quote_name,
             show=lambda value: f"cast({value} AS char)",
             literal=_print_literal,
-            fetch=lambda query: connection.execute(_query(query)).fetchall(),
+            fetch=lambda query: connection.execute(self._query(query)).fetchall(),
         )
         relation = f"{_quote_name(table.name)}{table.where()}"
-        return divide_by_values(dialect, table, relation, rows=_count(connection, table), limit=limit)
-
-    def explain(self, connection: duckdb.DuckDBPyConnection, table: SourceTable, error: Exception) -> PhasewiseError:
-        try:
-            found = self._find_unfaithful(connection, table)
-        except duckdb.Error:
-            if not _answers(connection):
-                return SourceUnavailable(
-                    f"The MySQL database {self.url} stopped answering: {error}", hint="Try again when it does."
-                )
-            found = None
-        return found or SourceError(f'Table "{table.name}" of {self.url} cannot be read: {error}')
+        return divide_by_values(dialect, table, relation, rows=self._count(connection, table), limit=limit)
 
     def _find_unfaithful(self, connection: duckdb.DuckDBPyConnection, table: SourceTable) -> UnfaithfulValue | None:
         names = [column.name for column in table.columns]
         for index, column in enumerate(table.columns):
             value = f"c{index}"
-            bad = f"FROM ({_read_printed(table)}) WHERE {value} IS NOT NULL AND ({_decode(column, value)}) IS NULL"
+            bad = f"FROM ({self._read_printed(table)}) WHERE {value} IS NOT NULL AND ({_decode(column, value)}) IS NULL"
             counted = connection.execute(f"SELECT count(*) {bad}").fetchone()
             if not counted or not counted[0]:
                 continue
@@ -226,6 +209,17 @@ class MysqlSource:
             where = ", ".join(f"{name} = {shown}" for name, shown in zip(table.key, sample[1:], strict=True))
             return explain_unfaithful(table.name, column, count=counted[0], value=str(sample[0]), where=where)
         return None
+
+    def _count(self, connection: duckdb.DuckDBPyConnection, table: SourceTable) -> int:
+        query = f"SELECT count(*) AS n FROM {_quote_name(table.name)}{table.where()}"
+        row = connection.execute(self._query(query)).fetchone()
+        assert row is not None  # an aggregate has a row
+        return int(row[0])
+
+    def _read_printed(self, table: SourceTable) -> str:
+        """Return a relation with the columns c0, c1, …, printed by the server where only text is faithful."""
+        printed = ", ".join(f"{_print(column)} AS c{index}" for index, column in enumerate(table.columns))
+        return self._query(f"SELECT {printed} FROM {_quote_name(table.name)}{table.where()}")
 
     def _lend_moment(self) -> AbstractContextManager[LentMoment]:
         return lend_moment(
@@ -238,16 +232,6 @@ class MysqlSource:
         # Where the socket does not answer the scanner tries 127.0.0.1 instead, which would be another moment: port 1.
         return f"mysql://localhost:1/{quote(self._login.database, safe='')}?socket={quote(socket, safe='')}"
 
-    @contextmanager
-    def _open(self) -> Iterator[duckdb.DuckDBPyConnection]:
-        if self._attached is not None:  # an extraction describes its table in the session that it has
-            yield self._attached
-            return
-        with open_session(self._settings, extensions=self.extensions) as connection:
-            self.attach(connection)
-            self._attached = None
-            yield connection
-
 
 def list_types() -> list[Column]:
     """Return one column for each kind of type, for the reference (docs/reference/types.md)."""
@@ -256,35 +240,26 @@ def list_types() -> list[Column]:
     return [_describe_column(name, name, re.split(r"[( ]", name)[0], 1) for name in declared]
 
 
-def _split_url(url: str, timeout: float) -> tuple[str, Login]:
+def _read_url(url: str, timeout: float) -> tuple[str, Login]:
     """Return DSN without password, and all that it takes to log in."""
-    parts = urlsplit(url)
-    database = unquote(parts.path.strip("/"))
-    if not database or not parts.hostname:
-        raise ProjectError(f'"{redact_url(url)}" names no database.', hint="Write mysql://user@host:3306/database.")
-    # The scheme may be mariadb, and a database's name may hold what a URL escapes.
-    user = f"{quote(unquote(parts.username), safe='')}@" if parts.username else ""
-    options = {name.replace("-", "_"): value for name, value in parse_qsl(parts.query)}
-    # In a URL the scanner knows ssl-mode and the like by these names alone.
-    given = urlencode({name.replace("_", "-"): value for name, value in options.items()}, quote_via=quote)
-    query = f"?{given}" if given else ""
-    port = f":{parts.port}" if parts.port else ""
-    dsn = f"mysql://{user}{parts.hostname}{port}/{quote(database, safe='')}{query}"
+    example = "mysql://user@host:3306/database"
+    parts = read_database_url(url, example)
+    (host, port), *others = parts.servers
+    if not host or others:
+        problem = "several servers" if others else "no server"
+        raise ProjectError(f'"{redact_url(url)}" names {problem}.', hint=f"Write {example}.")
+    options = {name.replace("-", "_"): value for name, value in parts.options.items()}
+    # The scheme may be mariadb. In a URL the scanner knows ssl-mode and the like by these names alone.
+    dsn = parts.write("mysql", {name.replace("_", "-"): value for name, value in options.items()})
     return dsn, Login(
-        host=parts.hostname,
-        port=parts.port or 3306,
-        user=unquote(parts.username or ""),
-        password=unquote(parts.password) if parts.password else None,
-        database=database,
+        host=host,
+        port=int(port or 3306),
+        user=parts.user or "",
+        password=parts.password,
+        database=parts.database,
         options=options,
         connect_timeout=timeout,
     )
-
-
-def _advise(reason: str) -> str:
-    if "TLS/SSL error" in reason:
-        return "Let ssl_ca in [source] url name the certificate of the authority that signed the server's."
-    return "Check [source] url in phasewise.toml, the password and that the server runs."
 
 
 def _describe_moment(moment: LentMoment) -> SnapshotToken:
@@ -295,24 +270,6 @@ def _describe_moment(moment: LentMoment) -> SnapshotToken:
         "without": list(moment.without),
         "remark": f"the tables are read one after another: {moment.slowed_by}" if moment.slowed_by else None,
     }
-
-
-def _query(sql: str) -> str:
-    return f"SELECT * FROM mysql_query('source', {quote_literal(sql)})"
-
-
-def _answers(connection: duckdb.DuckDBPyConnection) -> bool:
-    try:
-        connection.execute(_query("SELECT 1 AS one")).fetchone()
-    except duckdb.Error:
-        return False
-    return True
-
-
-def _count(connection: duckdb.DuckDBPyConnection, table: SourceTable) -> int:
-    row = connection.execute(_query(f"SELECT count(*) AS n FROM {_quote_name(table.name)}{table.where()}")).fetchone()
-    assert row is not None  # an aggregate has a row
-    return int(row[0])
 
 
 def _quote_name(name: str) -> str:
@@ -349,12 +306,6 @@ def _find_type(declared: str, type_name: str) -> tuple[str, str | None]:
     if type_name in _SPATIAL:
         return "BLOB", "MySQL's own bytes: SRID and WKB"
     return "VARCHAR", f"carried as text: the lake has no type {declared}"
-
-
-def _read_printed(table: SourceTable) -> str:
-    """Return a relation with the columns c0, c1, …, printed by the server where only text is faithful."""
-    printed = ", ".join(f"{_print(column)} AS c{index}" for index, column in enumerate(table.columns))
-    return _query(f"SELECT {printed} FROM {_quote_name(table.name)}{table.where()}")
 
 
 def _print(column: Column) -> str:

@@ -13,19 +13,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit, urlunsplit
 
 import duckdb
 
-from phasewise.errors import PhasewiseError, ProjectError, SourceError, SourceUnavailable, TableMissing, UnfaithfulValue
+from phasewise.errors import SourceUnavailable, TableMissing, UnfaithfulValue
 from phasewise.lake.credentials import lend_password
 from phasewise.lake.object_store import File
 from phasewise.lake.quoting import quote_identifier, quote_literal
-from phasewise.lake.session import open_session, use_one_thread
-from phasewise.project.config import redact_url
+from phasewise.lake.refusals import POSTGRES_ADVICE
+from phasewise.lake.session import use_one_thread
+from phasewise.project.urls import read_database_url
 from phasewise.settings import Settings
-from phasewise.sources import Column, SnapshotToken, SourceTable, StagedRows
+from phasewise.sources.databases import ServerSource
 from phasewise.sources.decoding import explain_unfaithful
+from phasewise.sources.protocol import Column, SnapshotToken, SourceTable, StagedRows
 from phasewise.sources.ranges import Dialect, divide, divide_by_values, find_bounds
 
 #: PostgreSQL's internal type name → the lake's type, where the binary scan keeps every value.
@@ -100,25 +101,28 @@ class _Relation:
     is_plain: bool
 
 
-class PostgresSource:
+class PostgresSource(ServerSource):
     """One schema of a PostgreSQL database."""
 
-    extensions: tuple[str, ...] = ("postgres_scanner",)
+    kind = "PostgreSQL"
+    extensions = ("postgres_scanner",)
+    query_function = "postgres_query"
+    advice = POSTGRES_ADVICE
 
     def __init__(self, url: str, root: Path, settings: Settings) -> None:
-        self._url = url
-        self._settings = settings
-        self._attached: duckdb.DuckDBPyConnection | None = None
-        self._schema, self._dsn, self._password = _split_url(url, settings.connect_timeout)
+        super().__init__(url, settings)
+        parts = read_database_url(url, "postgresql://user@host:5432/database")
+        options = {
+            "schema": "public",
+            "connect_timeout": str(max(2, round(settings.connect_timeout))),  # libpq takes no less than 2
+            "application_name": "phasewise",
+            **parts.options,
+            # The scanner takes each text for UTF-8, whatever the database or PGCLIENTENCODING says.
+            "client_encoding": "UTF8",
+        }
+        self._schema = options.pop("schema")
+        self._dsn, self._password = parts.write("postgresql", options), parts.password
         self._relations: dict[str, _Relation] | None = None
-
-    @property
-    def url(self) -> str:
-        return redact_url(self._url)
-
-    def check(self) -> None:
-        with self._open():
-            pass
 
     def list_tables(self) -> list[str]:
         return sorted(
@@ -149,7 +153,7 @@ class PostgresSource:
             # An open transaction keeps the server from cleaning up: it ends a holder that never lets go.
             milliseconds = min(round(self._settings.source_snapshot_hours * 3_600_000), 2**31 - 1)
             _execute(connection, f"SET LOCAL idle_in_transaction_session_timeout = {milliseconds}")
-            row = connection.execute(_query("SELECT pg_export_snapshot() AS id")).fetchone()
+            row = connection.execute(self._query("SELECT pg_export_snapshot() AS id")).fetchone()
             assert row is not None  # a function call has a row
             yield {"id": row[0]}
 
@@ -163,11 +167,7 @@ class PostgresSource:
                 f"ATTACH {quote_literal(self._dsn)} AS source (TYPE postgres, READ_ONLY, SCHEMA {schema})"
             )
         except duckdb.Error as exc:
-            reason = str(exc).rpartition('": ')[2].strip().splitlines()[0]
-            raise SourceUnavailable(
-                f"The PostgreSQL database {self.url} does not answer: {reason}.",
-                hint=_advise(reason),
-            ) from exc
+            raise self._explain_refusal(exc) from exc
         self._attached = connection
 
     def begin(
@@ -188,7 +188,7 @@ class PostgresSource:
         if self._attached is not None:
             use_one_thread(self._attached)
         printed = ", ".join(f"{_print_column(column)} AS {quote_identifier(column.name)}" for column in table.columns)
-        return _query(f"SELECT {printed} FROM {self._qualify(table)}{table.where()}")
+        return self._query(f"SELECT {printed} FROM {self._qualify(table)}{table.where()}")
 
     def compare_cursor(self, column: Column, operator: str, mark: str) -> str:
         name = quote_identifier(column.name)
@@ -205,14 +205,14 @@ class PostgresSource:
         self, connection: duckdb.DuckDBPyConnection, table: SourceTable, staged: StagedRows | None = None
     ) -> int:
         use_one_thread(connection)  # for one query: a second thread would wait for it, and take the server's core
-        tests = [(column, test) for column in table.columns if (test := _find_unfaithful(column))]
+        tests = [(column, test) for column in table.columns if (test := _test_unfaithful(column))]
         if staged is not None:
             suspects = _find_suspects(connection, [column for column, _ in tests], staged.file)
             tests = [(column, test) for column, test in tests if column.name in suspects]
         counts = ["count(*) AS c0"]
         counts += [f"count(*) FILTER (WHERE {test}) AS c{index}" for index, (_, test) in enumerate(tests, start=1)]
         query = f"SELECT {', '.join(counts)} FROM {self._qualify(table)}{table.where()}"
-        row = connection.execute(_query(query)).fetchone()
+        row = connection.execute(self._query(query)).fetchone()
         assert row is not None  # an aggregate has a row
         for (column, test), count in zip(tests, row[1:], strict=True):
             if count:
@@ -230,7 +230,7 @@ class PostgresSource:
         if relation.kind not in "rp":
             return []
         name = quote_literal(self._qualify(table))
-        pages, filenode, version = connection.execute(_query(_PAGES.format(table=name))).fetchall()[0]
+        pages, filenode, version = connection.execute(self._query(_PAGES.format(table=name))).fetchall()[0]
         if relation.kind == "p" or relation.has_children or version < 140000:  # no range of pages was scanned alone
             return self._split_by_values(connection, table, limit)
         if pages * _MAX_ROWS_OF_PAGE <= limit:
@@ -239,7 +239,7 @@ class PostgresSource:
         rows = self._qualify(table) + table.where(
             "ctid >= format('(%s,0)', page)::tid", "ctid < format('(%s,0)', page + 1)::tid"
         )
-        query = _query(_ROWS_OF_PAGES.format(rows=rows, pages=pages, step=step))
+        query = self._query(_ROWS_OF_PAGES.format(rows=rows, pages=pages, step=step))
         blocks = [(start, count * step) for start, count in connection.execute(query).fetchall()]
         bounds = [[f"'({page},0)'::tid"] for page in find_bounds(sorted(blocks), limit)]
         # A table that is written anew (VACUUM FULL) while its partitions are read has its rows in other pages: a
@@ -247,17 +247,12 @@ class PostgresSource:
         same = f"pg_relation_filenode({name}::regclass) = {filenode}"
         return [f"{same} AND {condition}" for condition in divide(["ctid"], bounds)]
 
-    def explain(self, connection: duckdb.DuckDBPyConnection, table: SourceTable, error: Exception) -> PhasewiseError:
+    def _find_unfaithful(self, connection: duckdb.DuckDBPyConnection, table: SourceTable) -> UnfaithfulValue | None:
         try:
             self.count_rows(connection, table)
         except UnfaithfulValue as found:
             return found
-        except duckdb.Error:
-            if not _answers(connection):
-                return SourceUnavailable(
-                    f"The PostgreSQL database {self.url} stopped answering: {error}", hint="Try again when it does."
-                )
-        return SourceError(f'Table "{table.name}" of {self.url} cannot be read: {error}')
+        return None
 
     def _begin(self, connection: duckdb.DuckDBPyConnection, snapshot: str | None = None) -> None:
         connection.execute("BEGIN TRANSACTION")
@@ -278,21 +273,11 @@ class PostgresSource:
             "EXCEPTION WHEN OTHERS THEN NULL; END $$",
         )
 
-    @contextmanager
-    def _open(self) -> Iterator[duckdb.DuckDBPyConnection]:
-        if self._attached is not None:  # an extraction describes its table in the session that it has
-            yield self._attached
-            return
-        with open_session(self._settings, extensions=self.extensions) as connection:
-            self.attach(connection)
-            self._attached = None
-            yield connection
-
     def _read_catalogue(self) -> dict[str, _Relation]:
         if self._relations is None:
             with self._open() as connection:
                 query = _CATALOGUE.format(schema=quote_literal(self._schema))
-                result = connection.execute(_query(query))
+                result = connection.execute(self._query(query))
                 names = [column[0] for column in result.description or ()]
                 rows = [dict(zip(names, row, strict=True)) for row in result.fetchall()]
             grouped: dict[str, list[dict[str, object]]] = {}
@@ -310,12 +295,12 @@ class PostgresSource:
 
     def _split_by_values(self, connection: duckdb.DuckDBPyConnection, table: SourceTable, limit: int) -> list[str]:
         relation = self._qualify(table) + table.where()
-        rows = connection.execute(_query(f"SELECT count(*) AS rows FROM {relation}")).fetchall()[0][0]
+        rows = connection.execute(self._query(f"SELECT count(*) AS rows FROM {relation}")).fetchall()[0][0]
         dialect = Dialect(
             quote=quote_identifier,
             show=lambda value: f"quote_literal({value}::text)",
             literal=lambda _, printed: printed,
-            fetch=lambda query: connection.execute(_query(query)).fetchall(),
+            fetch=lambda query: connection.execute(self._query(query)).fetchall(),
         )
         return divide_by_values(dialect, table, relation, rows=rows, limit=limit)
 
@@ -330,7 +315,7 @@ class PostgresSource:
             f"{quote_identifier(name)}::text AS c{index}" for index, name in enumerate([column.name, *names])
         )
         query = f"SELECT {shown} FROM {self._qualify(table)}{table.where(test)} LIMIT 1"
-        sample = connection.execute(_query(query)).fetchone() or (None,) * (len(names) + 1)
+        sample = connection.execute(self._query(query)).fetchone() or (None,) * (len(names) + 1)
         where = ", ".join(f"{name} = {value}" for name, value in zip(names, sample[1:], strict=True))
         return explain_unfaithful(table.name, column, count=count, value=str(sample[0]), where=where)
 
@@ -344,55 +329,6 @@ def list_types() -> list[Column]:
     found = [(declared, *_find_type(type_name, base, declared)) for type_name, base, declared in kinds]
     found.append(("an enum", *_find_type("mood", "mood", "mood", is_enum=True)))
     return [Column(name=name, source_type=name, type=kind, nullable=True, note=note) for name, kind, note in found]
-
-
-def _split_url(url: str, timeout: float) -> tuple[str, str, str | None]:
-    """Return schema, DSN without password, and password."""
-    parts = urlsplit(url)
-    query = dict(parse_qsl(parts.query))
-    if not parts.path.strip("/"):
-        raise ProjectError(
-            f'"{redact_url(url)}" names no database.', hint="Write postgresql://user@host:5432/database."
-        )
-    schema = query.pop("schema", "public")
-    password = query.pop("password", None) or (unquote(parts.password) if parts.password else None)
-    query.setdefault("connect_timeout", str(max(2, round(timeout))))  # libpq takes no less than 2
-    query.setdefault("application_name", "phasewise")
-    # The scanner takes each text for UTF-8, whatever the database or PGCLIENTENCODING says.
-    query["client_encoding"] = "UTF8"
-    userinfo, at, host = parts.netloc.rpartition("@")
-    netloc = f"{userinfo.partition(':')[0]}{at}{host}"
-    dsn = urlunsplit(("postgresql", netloc, parts.path, urlencode(query, quote_via=quote), ""))
-    return schema, dsn, password
-
-
-#: What libpq says of TLS, and what to do then.
-_TLS_ADVICE = {
-    "certificate verify failed": "Let sslrootcert name the certificate of the authority that signed the server's.",
-    "root certificate file": "Let sslrootcert name a file that is there wherever commands and workers run.",
-    "does not match host name": "Name the server as its certificate does, or set sslmode=verify-ca.",
-    "no encryption": "Set sslmode=verify-full, or require, which does not check the certificate.",
-    "server does not support SSL": "Turn on TLS in the server, or set sslmode=prefer.",
-}
-
-
-def _advise(reason: str) -> str:
-    advice = next((advice for words, advice in _TLS_ADVICE.items() if words in reason), None)
-    if advice is not None:
-        return f"{advice} See [source] url in phasewise.toml."
-    return "Check [source] url in phasewise.toml, the password and that the server runs."
-
-
-def _query(sql: str) -> str:
-    return f"SELECT * FROM postgres_query('source', {quote_literal(sql)})"
-
-
-def _answers(connection: duckdb.DuckDBPyConnection) -> bool:
-    try:
-        connection.execute(_query("SELECT 1 AS one")).fetchone()
-    except duckdb.Error:
-        return False
-    return True
 
 
 def _execute(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
@@ -480,7 +416,7 @@ def _find_clear(column: Column) -> str:
     return "false"  # what the server rounded to fit may be anything
 
 
-def _find_unfaithful(column: Column) -> str | None:
+def _test_unfaithful(column: Column) -> str | None:
     """Return a condition, for the server, that holds where the lake would show another value; None: nowhere."""
     name = quote_identifier(column.name)
     if match := _DECIMAL.fullmatch(column.type):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from phasewise.sources import Column, SourceTable
+from phasewise.sources.protocol import Column, SourceTable
 
 #: A table is never split into more partitions than this; each of them is a flow run.
 MAX_PARTITIONS = 256

@@ -9,7 +9,6 @@ value before it, and every value is decoded and checked in DuckDB (``sqlite_valu
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import sqlite3
@@ -17,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 import duckdb
 
@@ -32,10 +31,10 @@ from phasewise.errors import (
 )
 from phasewise.lake.quoting import quote_identifier, quote_literal
 from phasewise.lake.session import use_one_thread
-from phasewise.project.config import redact_url
+from phasewise.project.urls import find_local_path, redact_url
 from phasewise.settings import Settings
-from phasewise.sources import Column, SnapshotToken, SourceTable, StagedRows
 from phasewise.sources.decoding import MOMENTS
+from phasewise.sources.protocol import Column, SnapshotToken, SourceTable, StagedRows
 from phasewise.sources.ranges import divide, query_bounds
 from phasewise.sources.sqlite_values import (
     check_utf8,
@@ -49,6 +48,7 @@ from phasewise.sources.sqlite_values import (
     scan_column,
     show_tagged,
 )
+from phasewise.system.files import replace_whole
 
 #: DuckDB types that any value of a SQLite column can be checked against.
 _DECODABLE = re.compile(
@@ -71,7 +71,7 @@ class SqliteSource:
 
     def __init__(self, url: str, root: Path, settings: Settings) -> None:
         self._url = url
-        self._path = _find_path(url, root)
+        self._path = find_local_path(url, root)
         self._timeout = settings.connect_timeout
         self._threads = settings.threads
         self._attached: duckdb.DuckDBPyConnection | None = None
@@ -292,22 +292,22 @@ class SqliteSource:
         return f"It has: {', '.join(tables[:40])}." if tables else "It has no tables."
 
     def _copy_to(self, target: Path) -> None:
-        fresh = target.with_suffix(f".{os.getpid()}")
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             _check_space(self._path, target.parent)
-            with self._open() as connection, closing(sqlite3.connect(fresh)) as copy:
+            with (
+                replace_whole(target) as draft,
+                self._open() as connection,
+                closing(sqlite3.connect(draft)) as copy,
+            ):
                 connection.backup(copy)
                 # Readers of a database in WAL mode write beside it; the copy needs no writer.
                 copy.execute("PRAGMA journal_mode = DELETE")
-            fresh.replace(target)
         except OSError as exc:
             raise StagingError(
                 f"The copy of {self.url} cannot be written to {target}: {exc.strerror}.",
                 hint="Free disk space, or make the folder writable.",
             ) from exc
-        finally:
-            fresh.unlink(missing_ok=True)
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
@@ -348,17 +348,6 @@ def list_types() -> list[Column]:
 
 def _pad_moment(mark: str) -> str:
     return f"{mark}{'' if len(mark) > 19 else '.'}000000"[:26]
-
-
-def _find_path(url: str, root: Path) -> Path:
-    # SQLAlchemy's rule: three slashes are relative (here to the project), four are absolute.
-    parts = urlsplit(url.replace("#", "%23"))
-    if parts.netloc or not parts.path.startswith("/") or len(parts.path) < 2:
-        raise ProjectError(
-            f'"{redact_url(url)}" names no SQLite file.',
-            hint="Write sqlite:///relative/to/project.db or sqlite:////absolute.db.",
-        )
-    return (root / parts.path[1:].replace("%23", "#")).absolute()
 
 
 def _estimate_rows(connection: sqlite3.Connection, name: str) -> int | None:

@@ -13,8 +13,8 @@ import re
 
 from phasewise.errors import UnfaithfulValue
 from phasewise.lake.quoting import quote_identifier, quote_literal
-from phasewise.sources import Column, SourceTable
 from phasewise.sources.decoding import MOMENTS, decode_text, explain_unfaithful, fail_where_null
+from phasewise.sources.protocol import Column, SourceTable
 
 # Declared types that DuckDB's scanner maps as SQLite's own rules do, and whose values it checks one by one.
 _SCANNED = re.compile(

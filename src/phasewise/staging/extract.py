@@ -14,7 +14,7 @@ from phasewise.lake.object_store import FILE_PREFIX, StoredFile, create_storage_
 from phasewise.lake.session import open_session, read_parquet, use_one_thread
 from phasewise.project.config import Project
 from phasewise.settings import Settings
-from phasewise.sources import SnapshotToken, describe_project_table, find_moment, open_source
+from phasewise.sources import SnapshotToken, describe_project_table, find_snapshot, open_source
 from phasewise.staging.batch import begin_batch, read_plan, remember_lake
 from phasewise.staging.extraction import find_key_table, read_rows
 from phasewise.staging.load_plan import (
@@ -74,7 +74,7 @@ def extract_table(
     fetch_staging(project, batch, folder=folder.name)
     if read_plan(project, batch) is None:
         begin_batch(project, batch, [table])
-    snapshot, note = find_moment(snapshot or read_token(folder.parent), table)
+    snapshot, note = find_snapshot(snapshot or read_token(folder.parent), table)
     split = read_splits(folder.parent).get(table)
     if partition is not None and note and split is not None and split.moment is not None:
         raise StagingError(

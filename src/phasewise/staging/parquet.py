@@ -14,6 +14,7 @@ from phasewise.lake.object_store import File
 from phasewise.lake.quoting import quote_literal
 from phasewise.lake.session import read_parquet
 from phasewise.sources import SourceTable
+from phasewise.system.files import replace_whole
 
 #: Rows of a full row group. It ends at a number of bytes too: a few of them are what memory must hold.
 _GROUP_ROWS = 122_880
@@ -61,6 +62,5 @@ def mend_parquet(connection: duckdb.DuckDBPyConnection, file: File) -> None:
         return
     found = connection.execute(_IS_WIDE.format(file=quote_literal(str(file)))).fetchone()
     if found == (True,):
-        plain = file.with_name(f"plain-{file.name}")
-        connection.execute(f"COPY (FROM {read_parquet([file])}) TO {quote_literal(str(plain))} ({_PLAIN})")
-        plain.replace(file)
+        with replace_whole(file) as draft:
+            connection.execute(f"COPY (FROM {read_parquet([file])}) TO {quote_literal(str(draft))} ({_PLAIN})")

@@ -21,7 +21,7 @@ from phasewise.errors import PhasewiseError, SourceUnavailable, StagingError
 from phasewise.lake.session import open_session
 from phasewise.project.config import Project
 from phasewise.settings import Settings
-from phasewise.sources import SnapshotToken, Source, SourceTable, describe_project_table, find_moment, open_source
+from phasewise.sources import SnapshotToken, Source, SourceTable, describe_project_table, find_snapshot, open_source
 from phasewise.staging.replication import write_shared
 
 _FILE = "partitions.json"
@@ -157,8 +157,8 @@ def _find_limit(project: Project, settings: Settings, table: str, snapshot: Snap
     if wanted is not None:
         return wanted
     # Where no moment is held, the parts of a table would be of different moments: only who asks for it gets that.
-    moment, _ = find_moment(snapshot, table)
-    return settings.partition_rows if moment is not None else 0
+    held, _ = find_snapshot(snapshot, table)
+    return settings.partition_rows if held is not None else 0
 
 
 def _list_candidates(project: Project, source: Source, limits: Mapping[str, int]) -> list[SourceTable]:
@@ -226,13 +226,13 @@ def _narrow(table: SourceTable) -> SourceTable:
 def _number(
     table: str, conditions: Sequence[str], rows: int, snapshot: SnapshotToken | None, previous: SplitTable | None
 ) -> SplitTable:
-    moment, _ = find_moment(snapshot, table)
+    held, _ = find_snapshot(snapshot, table)
     attempt = previous.attempt + 1 if previous else 1
     again = f" at moment {attempt}" if attempt > 1 else ""
     return SplitTable(
         table=table,
         rows=rows,
-        moment=moment["id"] if moment else None,
+        moment=held["id"] if held else None,
         attempt=attempt,
         partitions=tuple(
             Partition(name=f"{number}/{len(conditions)}{again}", condition=condition)

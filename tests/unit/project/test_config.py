@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from phasewise.errors import ProjectError, ProjectNotFound, UnknownTable
-from phasewise.project.config import find_project, load_project, redact_url, resolve_table
+from phasewise.project.config import find_project, load_project, resolve_table
+from phasewise.project.urls import redact_url
 from phasewise.settings import Settings
 
 MINIMAL = '[project]\nname = "shop"\n\n[source]\nurl = "sqlite:///shop.db"\n'

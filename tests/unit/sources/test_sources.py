@@ -128,7 +128,7 @@ def test_a_table_that_the_lake_cannot_hold_is_refused(names: tuple[str, ...], pr
 
 
 def test_a_project_without_tables_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(sources, "open_source", lambda project, settings: Memory())
+    monkeypatch.setattr(sources.contract, "open_source", lambda project, settings: Memory())
 
     problems = sources.check_project(make_project(tmp_path), Settings())
 
