@@ -118,7 +118,7 @@ def test_the_lock_ends_with_the_process_that_holds_it(project: Project):
         import os, signal, sys
         from pathlib import Path
         from phasewise.lake.warehouse import lock_lake
-        from phasewise.project import load_project
+        from phasewise.project.config import load_project
         with lock_lake(load_project(Path(sys.argv[1])), timeout=0):
             os.kill(os.getpid(), signal.SIGKILL)
     """)

@@ -270,7 +270,7 @@ EXTRACT = """
 import sys
 from pathlib import Path
 from phasewise.staging.extract import extract_table
-from phasewise.project import load_project
+from phasewise.project.config import load_project
 from phasewise.settings import Settings
 for table in sys.argv[2:]:
     extract_table(load_project(Path(sys.argv[1])), Settings(), batch="b1", table=table)

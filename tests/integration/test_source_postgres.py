@@ -393,7 +393,7 @@ def test_all_processes_read_at_the_snapshot_that_is_held(make: Make, schema: str
         import json, sys
         from pathlib import Path
         from phasewise.staging.extract import extract_table
-        from phasewise.project import load_project
+        from phasewise.project.config import load_project
         from phasewise.settings import Settings
         extract_table(load_project(Path(sys.argv[1])), Settings(), batch="b1", table=sys.argv[2],
             snapshot=json.loads(sys.argv[3]))

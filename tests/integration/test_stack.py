@@ -104,7 +104,7 @@ def test_a_command_that_is_killed_takes_its_stack_along(home: Path, signum: sign
     command = f"""
 import sys, time
 from pathlib import Path
-from phasewise.stack import running_stack
+from phasewise.stack.control import running_stack
 with running_stack(Path({str(home)!r}), pool="warm", workers=1) as stack:
     print(stack.pid, flush=True)
     time.sleep(300)

@@ -286,7 +286,7 @@ async def test_a_worker_killed_by_kill_9_leaves_no_forkserver_and_no_child(folde
     worker = textwrap.dedent(
         """
         import asyncio, os
-        from phasewise.forkserver import Forkserver
+        from phasewise.forkserver.client import Forkserver
 
         async def main():
             server = await Forkserver.start(preload=["targets"])
@@ -321,7 +321,7 @@ async def test_what_is_guarded_is_killed_with_what_it_started_when_the_worker_is
     worker = textwrap.dedent(
         f"""
         import asyncio, os, subprocess, sys
-        from phasewise.forkserver import Forkserver
+        from phasewise.forkserver.client import Forkserver
 
         def start():
             process = subprocess.Popen([sys.executable, "-c", {FAMILY!r}], stdout=subprocess.PIPE)
