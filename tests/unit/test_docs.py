@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
 import re
@@ -192,6 +193,14 @@ def test_the_row_of_a_package_names_all_of_its_modules(package: str) -> None:
     missing = list_modules(CODE / package) - set(re.findall(r"`(\w+)`", row))
 
     assert not missing, f"add to the row of {package} in docs/architecture.md: {sorted(missing)}"
+
+
+@pytest.mark.parametrize("package", sorted(path.parent.name for path in CODE.glob("*/__init__.py")))
+def test_each_package_says_who_imports_it_and_in_which_process_it_runs(package: str) -> None:
+    text = ast.get_docstring(ast.parse((CODE / package / "__init__.py").read_text())) or ""
+
+    assert re.search(r"imports? it\b", text), "say who may import it"
+    assert re.search(r"\bruns? in\b|process", text), "say in which process it runs"
 
 
 def test_the_layers_of_the_architecture_are_those_that_are_checked() -> None:
