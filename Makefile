@@ -36,7 +36,7 @@ down: .venv/installed ## stop the stack that `make up` started
 deploy-flows: .venv/installed ## deploy the seven flows to the running stack
 	@exec $(PY) -m phasewise deploy
 
-start-workers: .venv/installed ## start N workers more on the running stack (N=3)
+start-workers: .venv/installed ## add N workers to the running stack (N=3)
 	@exec $(PY) -m phasewise start-workers $(N)
 
 test: .venv/installed-dev ## run all tests (TESTS="tests/unit -k name" for some)
@@ -67,7 +67,7 @@ lint: .venv/installed-dev ## check style, types, import rules and declared depen
 	.venv/bin/deptry .
 	.venv/bin/deptry tests --exclude tests/data --ignore DEP002,DEP004
 
-format: .venv/installed-dev ## format the code and mend what ruff can mend
+format: .venv/installed-dev ## format the code and fix what ruff can fix
 	$(PY) -m ruff check --fix-only
 	$(PY) -m ruff format
 
@@ -76,7 +76,7 @@ format: .venv/installed-dev ## format the code and mend what ruff can mend
 COMPILE = .venv/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" $(LOCK_FLAGS) pyproject.toml --group build
 
-lock: .venv/installed-dev ## resolve pyproject.toml anew into the lock files (LOCK_FLAGS=--upgrade for newer versions)
+lock: .venv/installed-dev ## resolve pyproject.toml again and write the lock files (LOCK_FLAGS=--upgrade for newer versions)
 	$(COMPILE) --extra example --extra dev --output-file requirements-dev.lock
 	$(COMPILE) --extra example --constraint requirements-dev.lock --output-file requirements.lock
 

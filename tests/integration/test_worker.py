@@ -344,15 +344,7 @@ def small_cgroup(size_bytes: int) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def worker_of_a_pool(pool: str, stack: StackInfo, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
-    command = [
-        sys.executable,
-        "-c",
-        "from phasewise.worker.__main__ import main; main()",
-        "--pool",
-        pool,
-        "--name",
-        pool,
-    ]
+    command = [sys.executable, "-m", "phasewise.worker", "--pool", pool, "--name", pool]
     with subprocess.Popen(command, env={**os.environ, "PREFECT_API_URL": stack.api_url, **environment}) as worker:
         try:
             yield worker

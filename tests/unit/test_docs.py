@@ -1,12 +1,19 @@
-"""The documentation says what the code has: commands, settings, keys, exit codes, flows, modules, tests, links."""
+"""The documentation says what the code has: commands, settings, keys, exit codes, flows, packages, tests, links."""
 
 from __future__ import annotations
 
+import ast
+import importlib
 import json
 import re
 import shlex
+import subprocess
+import sys
+import tomllib
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import cyclopts
 import pytest
@@ -169,20 +176,172 @@ def test_the_flows_of_the_readme_are_those_that_are_deployed() -> None:
     assert {tuple(row[:4]) for row in rows} == deployed
 
 
-def test_the_architecture_names_every_module_and_no_other() -> None:
-    documented = {row[0] for row in read_table(read("architecture.md"), header="module |")}
-    modules = {path.stem for path in CODE.glob("*.py")} | {path.parent.name for path in CODE.glob("*/__init__.py")}
+def list_modules(package: Path) -> set[str]:
+    """Return the modules of a folder and its packages, without those whose names begin with an underscore."""
+    files = {path.stem for path in package.glob("*.py")}
+    return {name for name in files | {path.parent.name for path in package.glob("*/__init__.py")} if name[0] != "_"}
 
-    assert {name for name in documented if not name.startswith("**")} == modules - {"__init__", "__main__"}
+
+def test_the_architecture_names_every_package_and_module_and_no_other() -> None:
+    rows = read_table(read("architecture.md").replace("`errors`, `outcomes`, `settings`", "errors"), header="package |")
+    documented = {name for row in rows for name in row[0].split(", ")} | {"outcomes", "settings"}
+
+    assert documented == list_modules(CODE)
+
+
+@pytest.mark.parametrize("package", sorted(path.parent.name for path in CODE.glob("*/__init__.py")))
+def test_the_row_of_a_package_names_all_of_its_modules(package: str) -> None:
+    [row] = re.findall(rf"^\| `{package}` \|.*\| (.*) \|$", read("architecture.md"), flags=re.MULTILINE)
+
+    missing = list_modules(CODE / package) - set(re.findall(r"`(\w+)`", row))
+
+    assert not missing, f"add to the row of {package} in docs/architecture.md: {sorted(missing)}"
+
+
+@pytest.mark.parametrize("package", sorted(path.parent.name for path in CODE.glob("*/__init__.py")))
+def test_each_package_says_who_imports_it_and_in_which_process_it_runs(package: str) -> None:
+    text = ast.get_docstring(ast.parse((CODE / package / "__init__.py").read_text())) or ""
+
+    assert re.search(r"imports? it\b", text), "say who may import it"
+    assert re.search(r"\bruns? in\b|process", text), "say in which process it runs"
 
 
 def test_the_layers_of_the_architecture_are_those_that_are_checked() -> None:
-    checked = (CHECKOUT / ".importlinter").read_text()
-    layers = checked[checked.index("layers =\n") :].partition("\n\n")[0].splitlines()[1:]
-    rows = [re.findall(r"[a-z_]+", layer) for layer in layers]
-    drawn = [block for block in find_blocks(read("architecture.md"), "") if "pipeline  outcomes" in block]
+    checked = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    layers = next(contract["layers"] for contract in checked if contract["type"] == "layers")
+    drawn = [block for block in find_blocks(read("architecture.md"), "") if block.startswith("cli  testing")]
 
-    assert [[word.split() for word in block.splitlines()] for block in drawn] == [rows]
+    assert [[line.split() for line in block.splitlines()] for block in drawn] == [
+        [layer.split(" | ") for layer in layers]
+    ]
+
+
+#: What each process is started as; a forkserver imports more, by its settings.
+PROCESSES = {
+    "supervisor": "phasewise.stack.supervisor",
+    "server": "phasewise.server.app",
+    "worker": "phasewise.worker.__main__",
+    "forkserver": "phasewise.forkserver.server",
+}
+
+
+def read_picture() -> dict[str, set[str]]:
+    """Return, for each process of the architecture's picture, the packages that are marked in its column."""
+    [block] = [block for block in find_blocks(read("architecture.md"), "") if "└─► worker ──► forkserver" in block]
+    lines = block.splitlines()
+    start = next(number for number, line in enumerate(lines) if line.lstrip().startswith("command  "))
+    columns = {match[0].strip(): (match.start(), match.end()) for match in re.finditer(r"flow run|\w+", lines[start])}
+    marked: dict[str, set[str]] = {name: set() for name in columns}
+    for line in lines[start + 1 :]:
+        for mark in re.finditer("[●○]", line):
+            if line[0].isalpha():
+                [name] = [name for name, (left, right) in columns.items() if left <= mark.start() < right]
+                marked[name].add(line.split()[0])
+    return marked
+
+
+def test_the_picture_has_every_package() -> None:
+    assert set.union(*read_picture().values()) == list_modules(CODE) - {"testing"}
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+def test_the_picture_marks_what_a_process_imports(process: str) -> None:
+    loaded = "{name.split('.')[1] for name in sys.modules if name.startswith('phasewise.')}"
+    code = f"import sys, {PROCESSES[process]}; print(*{loaded})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert set(done.stdout.split()) <= read_picture()[process]
+
+
+def exists(name: str) -> bool:
+    """Tell whether *name* (``phasewise.package.module.attribute``) can be imported."""
+    parts = name.split(".")
+    for count in range(len(parts), 0, -1):
+        with suppress(ModuleNotFoundError):
+            found: Any = importlib.import_module(".".join(parts[:count]))
+            return all(hasattr(found, part) for part in parts[count : count + 1])
+    return False
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_page)
+def test_modules_that_are_named_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    dotted = set(re.findall(r"phasewise(?:\.[A-Za-z_]\w*)+(?![\w-])", text))
+    packages = "|".join(sorted(path.parent.name for path in CODE.glob("*/__init__.py")))
+    files = {match[0] for match in re.finditer(rf"(?<=`)(?:{packages})/\w+(?=`)", text)}
+    paths = set(re.findall(r"`(?:src/)?(phasewise/[\w/.]+)`", text))
+
+    missing = [name for name in dotted if name != "phasewise.toml" and not exists(name)]
+    missing += [name for name in files if not (CODE / f"{name}.py").exists()]
+    missing += [name for name in paths if not (CODE.parent / name).exists()]
+
+    assert not missing
+
+
+# ── decisions, guarantees, tests ─────────────────────────────────────────────────────────────────────────────────
+
+DECISIONS = sorted((DOCS / "decisions").glob("[0-9]*.md"))
+
+
+def test_decisions_have_one_number_each_a_heading_a_date_and_a_status_and_are_in_the_index() -> None:
+    rows = []
+    for page in DECISIONS:
+        heading, empty, line = page.read_text(encoding="utf-8").splitlines()[:3]
+        title = re.fullmatch(r"# (\d+)\. (.+)", heading)
+        state = re.fullmatch(r"(20\d\d-\d\d-\d\d) · (accepted|superseded by \[\d+\]\(\d{4}-[\w.-]+\.md\))", line)
+        assert title, f"{page.name}: {heading}"
+        assert state, f"{page.name}: {line}"
+        assert not empty
+        assert page.name.startswith(f"{int(title[1]):04}-"), page.name
+        rows.append([f"[{title[1]}]({page.name})", title[2], *state.groups()])
+
+    numbers = [page.name[:4] for page in DECISIONS]
+    assert len(set(numbers)) == len(numbers)
+    assert read_table(read("decisions/README.md"), header="number |") == rows
+
+
+def test_every_decision_that_is_named_exists() -> None:
+    numbers = {int(page.name[:4]) for page in DECISIONS}
+    files = [*PAGES, *CODE.rglob("*.py"), *(CHECKOUT / "tests").rglob("*.py")]
+    named = [
+        (file.name, int(number))
+        for file in files
+        for number in re.findall(r"[Dd]ecisions? (\d+)|docs/decisions/(\d{4})", file.read_text(encoding="utf-8"))
+        for number in number
+        if number
+    ]
+
+    assert len(named) > 10
+    assert [name for name in named if name[1] not in numbers] == []
+
+
+def test_every_guarantee_has_its_tests_and_every_such_test_its_guarantee() -> None:
+    text = read("guarantees.md")
+    sections = re.findall(r"^## (\d+)\. [^\n]+\n(.*?)(?=^## |\Z)", text, flags=re.MULTILINE | re.DOTALL)
+    documented = {int(number): set(re.findall(r"`(test_\w+)`", section)) for number, section in sections}
+    written: dict[int, set[str]] = {}
+    for path in (CHECKOUT / "tests").rglob("test_*.py"):
+        for name in re.findall(r"def (test_g\d\d_\w+)", path.read_text(encoding="utf-8")):
+            for number in re.findall(r"(?<=_)g(\d\d)(?=_)", name):
+                written.setdefault(int(number), set()).add(name)
+
+    assert list(documented) == list(range(1, len(documented) + 1))
+    assert documented == written
+
+
+def test_unit_tests_mirror_the_packages() -> None:
+    unit = CHECKOUT / "tests" / "unit"
+    strangers = []
+    for path in unit.glob("*/test_*.py"):
+        package = CODE / path.parent.name
+        names = {name.strip("_") for name in (module.stem for module in package.glob("*.py")) if name != "__init__"}
+        if "def " in (package / "__init__.py").read_text():  # the package is a module of its own name
+            names.add(package.name)
+        if not any(re.fullmatch(rf"test_{name}(_\w+)?", path.stem) for name in names):
+            strangers.append(str(path.relative_to(CHECKOUT)))
+
+    assert strangers == []
+    assert {path.name for path in unit.iterdir() if path.is_dir() and path.name[0] != "_"} <= list_modules(CODE)
 
 
 def test_every_test_that_the_documents_point_to_exists() -> None:
@@ -218,9 +377,8 @@ def test_every_page_is_linked_from_another() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8")):
             linked.add((page.parent / target).resolve())
-    pages = [page for page in DOCS.rglob("*.md") if page.parent.name != "decisions"]
 
-    assert not [name_page(page) for page in pages if page not in linked]
+    assert not [name_page(page) for page in DOCS.rglob("*.md") if page not in linked]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_page)

@@ -7,6 +7,8 @@
     staging/<batch>/<table>/manifest.json          written last; without it the folder counts for nothing
     staging/<batch>/published.json                 the snapshot that the batch became
 
+``extract`` turns one table into Parquet and writes its manifest.
+
 Never reaches Prefect. ``publishing``, ``report``, ``flows`` and ``cli`` may import it. It runs in the processes of
 ``sub_etl`` and ``process_table_etl``, and for reading in ``final_etl`` and commands.
 """

@@ -1,7 +1,7 @@
+"""The supervisor: its port, and the environment of what it starts."""
+
 from __future__ import annotations
 
-import json
-import os
 import socket
 import subprocess
 import sys
@@ -10,64 +10,8 @@ from pathlib import Path
 import pytest
 
 from phasewise.stack import supervisor
-from phasewise.stack.control import StackError, client_environment, find_stack, start_workers, stop_stack
+from phasewise.stack.control import StackError, client_environment
 from phasewise.stack.supervisor import listen, stack_environment
-from phasewise.system.processes import start_time
-
-
-def write_state(home: Path, pid: int, started: str | None) -> None:
-    state = {"api_url": "http://127.0.0.1:1/api", "ui_url": "http://127.0.0.1:1", "pool": "p", "workers": ["worker-1"]}
-    (home / "stack.json").write_text(json.dumps({**state, "pid": pid, "started": started}))
-
-
-def test_a_folder_without_a_state_file_has_no_stack(tmp_path: Path) -> None:
-    assert find_stack(tmp_path) is None
-    assert stop_stack(tmp_path) is False
-
-
-def test_a_half_written_state_file_is_no_stack(tmp_path: Path) -> None:
-    (tmp_path / "stack.json").write_text('{"pid": 1')
-
-    assert find_stack(tmp_path) is None
-
-
-def test_a_dead_supervisor_is_no_stack(tmp_path: Path) -> None:
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    started = start_time(process.pid)
-    process.wait()
-    write_state(tmp_path, process.pid, started)
-
-    assert find_stack(tmp_path) is None
-    assert stop_stack(tmp_path) is False
-
-
-def test_another_process_that_got_the_number_is_not_taken_for_the_supervisor(tmp_path: Path) -> None:
-    write_state(tmp_path, os.getpid(), "12345")
-
-    assert find_stack(tmp_path) is None
-    assert stop_stack(tmp_path) is False  # and above all: this process was not signalled
-
-
-def test_a_supervisor_whose_server_does_not_answer_is_no_stack(tmp_path: Path) -> None:
-    write_state(tmp_path, os.getpid(), start_time(os.getpid()))
-
-    assert find_stack(tmp_path) is None
-
-
-def test_workers_cannot_be_added_where_no_stack_runs(tmp_path: Path) -> None:
-    with pytest.raises(StackError, match="make up"):
-        start_workers(tmp_path, 3)
-
-
-def test_the_start_time_of_a_process_stays_and_differs_from_another(tmp_path: Path) -> None:
-    own = start_time(os.getpid())
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
-        its = start_time(other.pid)
-
-    assert own == start_time(os.getpid())
-    assert None not in (own, its)
-    assert own != its
-    assert start_time(other.pid) is None
 
 
 def test_a_taken_preferred_port_is_replaced_by_a_free_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""DuckDB files and folders of files."""
+"""Folders of files."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import datetime as dt
 import gzip
 import json
 import re
-import subprocess
-import sys
 from decimal import Decimal
 from pathlib import Path
 
@@ -16,63 +14,10 @@ import pytest
 
 import phasewise
 from phasewise.errors import ProjectError, SchemaDrift, SourceUnavailable, TableMissing, UnfaithfulValue
-from phasewise.lake.session import open_session, read_parquet
-from phasewise.project.config import Project, load_project
-from phasewise.settings import Settings
 from phasewise.sources import check_project, list_project_tables, open_source
-from phasewise.staging.batch import new_batch_id
 from phasewise.staging.extract import extract_table
-from phasewise.staging.manifest import staged_files
 from phasewise.staging.source_snapshot import open_snapshot
-
-SETTINGS = Settings(threads=2, memory_limit="256MB")
-
-
-def make_project(root: Path, url: str, more: str = "") -> Project:
-    (root / "phasewise.toml").write_text(f'[project]\nname = "t"\n[source]\nurl = "{url}"\n{more}')
-    return load_project(root)
-
-
-def read(project: Project, table: str) -> tuple[list[str], list[tuple]]:
-    manifest = extract_table(project, SETTINGS, batch=new_batch_id(), table=table)
-    assert manifest.rows == manifest.source_rows
-    with open_session(SETTINGS, extensions=()) as connection:
-        result = connection.execute(f"FROM {read_parquet(staged_files(project, manifest))} ORDER BY 1")
-        assert [str(column[1]) for column in result.description] == [column.type for column in manifest.columns]
-        return [column.type for column in manifest.columns], result.fetchall()
-
-
-def make_duckdb(root: Path, script: str, more: str = "") -> Project:
-    with duckdb.connect(str(root / "source.duckdb"), config={"threads": 1}) as connection:
-        connection.execute(script)
-    return make_project(root, "duckdb:///source.duckdb", more)
-
-
-def test_a_duckdb_table_arrives_and_what_parquet_would_change_is_text(tmp_path: Path):
-    project = make_duckdb(
-        tmp_path,
-        """
-        CREATE TYPE mood AS ENUM ('sad');
-        CREATE TABLE t (id INTEGER PRIMARY KEY, u UBIGINT, n DECIMAL(38,2), "at" TIMESTAMPTZ, j JSON, h HUGEINT,
-            i INTERVAL, m mood, l INTEGER[], ns TIMESTAMP_NS, tz TIMETZ, b BIT);
-        INSERT INTO t VALUES (1, 18446744073709551615, 1.25, '2024-01-01 00:00:00+00', '{"a":  1}',
-            170141183460469231731687303715884105727, INTERVAL '1 month 1 microsecond', 'sad', [1, NULL],
-            '2024-01-01 00:00:00.123456789', '10:00:00+05', '101');
-        CREATE VIEW v AS SELECT 1 AS one;
-        """,
-    )
-
-    types, rows = read(project, "t")
-
-    assert types == ["INTEGER", "UBIGINT", "DECIMAL(38,2)", "TIMESTAMP WITH TIME ZONE", *["VARCHAR"] * 8]
-    assert rows == [
-        (1, 2**64 - 1, Decimal("1.25"), dt.datetime(2024, 1, 1, tzinfo=dt.UTC), '{"a":  1}', str(2**127 - 1),
-         "1 month 00:00:00.000001", "sad", "[1, NULL]", "2024-01-01 00:00:00.123456789", "10:00:00+05", "101")
-    ]  # fmt: skip
-    source = open_source(project, SETTINGS)
-    assert source.describe_table("t").key == ("id",)
-    assert source.list_tables() == ["t"]
-    assert read(project, "v")[1] == [(1,)]
+from tests.unit.sources.projects import SETTINGS, make_project, read
 
 
 @pytest.mark.parametrize("kind", ["csv", "json", "parquet"])
@@ -125,29 +70,6 @@ def test_quotes_are_quotes_and_rows_are_rows_wherever_they_come_first_in_a_csv_f
     assert len(late) == 60_004
     assert [row for row in late if len(row[0]) < 6] == [("#5", "x"), ("2", "abc"), ("3", ""), ("4", None)]
     assert early == [("#2", "x"), ("1", "'a'"), ("3", "b")]
-
-
-def test_nobody_writes_to_a_duckdb_file_while_its_snapshot_is_held(tmp_path: Path):
-    project = make_duckdb(tmp_path, "CREATE TABLE t (a INTEGER)")
-    write = [sys.executable, "-c", "import duckdb, sys; duckdb.connect(sys.argv[1])", str(tmp_path / "source.duckdb")]
-
-    with open_snapshot(project, SETTINGS, "b1") as token:
-        assert subprocess.run(write, capture_output=True, timeout=50, check=False).returncode != 0
-        manifest = extract_table(project, SETTINGS, batch="b1", table="t", snapshot=token)
-
-    assert manifest.snapshot == token["id"]
-    assert subprocess.run(write, capture_output=True, timeout=50, check=False).returncode == 0
-
-
-def test_a_duckdb_file_that_is_missing_or_no_database_is_named(tmp_path: Path):
-    project = make_project(tmp_path, "duckdb:///source.duckdb")
-    with pytest.raises(SourceUnavailable, match="does not exist"):
-        open_source(project, SETTINGS).check()
-
-    (tmp_path / "source.duckdb").write_text("no database" * 1000)
-
-    with pytest.raises(SourceUnavailable, match="cannot be opened"):
-        open_source(project, SETTINGS).check()
 
 
 def fill_folder(root: Path) -> None:
