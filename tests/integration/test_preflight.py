@@ -14,6 +14,7 @@ from prefect.states import Pending, Running, Scheduled
 from phasewise.errors import OrchestrationError
 from phasewise.orchestration.deadlock import Limits
 from phasewise.orchestration.diagnose import explain_waiting, read_limits
+from phasewise.orchestration.run_reads import PHASE_LABEL, STEP_LABEL
 from tests.integration.conftest import Runs
 
 
@@ -26,9 +27,11 @@ class Idle:
     queue: UUID
     deployment: UUID
 
-    async def schedule(self, name: str, *, seconds: float = 0) -> FlowRun:
+    async def schedule(self, name: str, *, seconds: float = 0, labels: Any = None) -> FlowRun:
         state: Any = Scheduled(scheduled_time=datetime.now(UTC) + timedelta(seconds=seconds))
-        return await self.runs.client.create_flow_run_from_deployment(self.deployment, name=name, state=state)
+        return await self.runs.client.create_flow_run_from_deployment(
+            self.deployment, name=name, state=state, labels=labels
+        )
 
     async def start(self, name: str) -> FlowRun:
         run = await self.schedule(name)
@@ -57,6 +60,15 @@ async def test_a_pool_without_a_worker_is_named(idle: Idle) -> None:
     assert await explain_waiting(str(run.id)) == [
         f'No worker of the work pool "{idle.pool}" is online. Start one: make start-workers N=1'
     ]
+
+
+async def test_the_phase_and_the_step_that_a_run_is_part_of_are_named_first(idle: Idle) -> None:
+    run = await idle.schedule("people", labels={PHASE_LABEL: "tables", STEP_LABEL: "process_table_etl"})
+
+    reasons = await explain_waiting(str(run.id))
+
+    assert reasons[0] == 'people is part of the step "process_table_etl" in the phase "tables".'
+    assert len(reasons) > 1
 
 
 async def test_what_is_paused_is_named_with_the_command_that_resumes_it(idle: Idle) -> None:

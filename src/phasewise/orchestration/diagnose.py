@@ -22,6 +22,7 @@ from prefect.exceptions import ObjectNotFound
 from phasewise.errors import OrchestrationError
 from phasewise.orchestration.batch_lock import AWAITING_BATCH
 from phasewise.orchestration.deadlock import MAX_NAMED, Limits
+from phasewise.orchestration.run_reads import describe_run
 
 _PAGE = 200
 #: Seconds after which a run that should have started is late; the server's own measure.
@@ -82,7 +83,8 @@ def _find_limit(deployment: DeploymentResponse) -> int | None:
 async def explain_waiting(run_id: str) -> list[str]:
     """Return why the flow run *run_id* has not started, one reason a line, what to do first; never empty.
 
-    For a run that has started or ended that is said instead.
+    Before the reasons a line names its phase and step, if a pipeline declares them. For a run that has started or
+    ended that is said instead.
 
     Raises:
         OrchestrationError: the server does not know the run.
@@ -94,13 +96,18 @@ async def explain_waiting(run_id: str) -> list[str]:
             raise OrchestrationError(
                 f"The server does not know the flow run {run_id}.", hint="Take its id from the UI or from the report."
             ) from exc
-        state = run.state
+        state, place = run.state, _describe_place(run)
         if state is None or state.type not in (StateType.SCHEDULED, StateType.PENDING):
-            return [f"{run.name} does not wait: it is {state.name if state else 'without a state'}."]
+            return [*place, f"{run.name} does not wait: it is {state.name if state else 'without a state'}."]
         if state.type is StateType.PENDING:
-            return [_describe_claimed(run)]
+            return [*place, _describe_claimed(run)]
         reasons = [*_explain_time(run), *await _explain_pool(client, run), *await _explain_deployment(client, run)]
-    return [*(reasons or ["Nothing holds it back: the next free worker takes it."]), *_describe_late(run)]
+    return [*place, *(reasons or ["Nothing holds it back: the next free worker takes it."]), *_describe_late(run)]
+
+
+def _describe_place(run: FlowRun) -> list[str]:
+    one = describe_run(run)
+    return [f'{one.name} is part of the step "{one.step}" in the phase "{one.phase}".'] if one.phase else []
 
 
 def _describe_claimed(run: FlowRun) -> str:

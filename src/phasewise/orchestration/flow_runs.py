@@ -34,6 +34,10 @@ class RunRequest:
     key: str | None = None
     #: Requests with one group share a node of the parent's task runs; a fan-out is one group.
     group: str | None = None
+    #: Phase and step of the pipeline that it is for, and its item in a fan-out; its outcomes say so.
+    phase: str | None = None
+    step: str | None = None
+    item: str | None = None
 
 
 class FlowRuns(Protocol):

@@ -87,6 +87,7 @@ class Phase:
     """Steps that run in parallel. The next phase starts when all of them have completed."""
 
     steps: Sequence[Step]
+    #: What the report and the terminal call it; without one it is ``Phase 1``, ``Phase 2``, … by its place.
     name: str = ""
     #: When a step fails: ``wait`` lets its siblings finish (their work is kept for a resume), ``cancel`` ends them.
     on_failure: Literal["wait", "cancel"] = "wait"

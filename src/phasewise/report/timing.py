@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from phasewise.report.records import RunSpan
@@ -26,7 +26,7 @@ class RunNode:
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseSpan:
-    """Runs that were not kept waiting by each other, from the first one's trigger to the last one's end."""
+    """Runs of one phase of the pipeline, from the first one's trigger to the last one's end."""
 
     name: str
     nodes: tuple[RunNode, ...]
@@ -86,14 +86,17 @@ def build_tree(runs: Sequence[RunSpan]) -> tuple[RunNode, ...]:
 
 
 def find_phases(roots: Sequence[RunNode], now: datetime) -> tuple[PhaseSpan, ...]:
-    """Return the phases below the first run: as the runs name them, else as the clock shows them.
-
-    By the clock, a phase begins with a run that started after every run before it had ended.
-    """
+    """Return the phases below the first run; runs outside of a phase are one that is called Runs."""
     nodes = roots[0].children if len(roots) == 1 and roots[0].children else tuple(roots)
-    named = all(node.run.phase for node in nodes)
-    groups = _group_by_name(nodes) if named else _group_by_clock(nodes, now)
-    return tuple(_measure_phase(name, group, now) for name, group in groups)
+    return tuple(replace(phase, name=phase.name or "Runs") for phase in split_by_phase(nodes, now))
+
+
+def split_by_phase(nodes: Sequence[RunNode], now: datetime) -> tuple[PhaseSpan, ...]:
+    """Return runs of one parent by their declared phases, in order of start; outside of a phase the name is empty."""
+    groups: dict[str, list[RunNode]] = {}
+    for node in nodes:
+        groups.setdefault(node.run.phase or "", []).append(node)
+    return tuple(_measure_phase(name, group, now) for name, group in groups.items())
 
 
 def measure_time_saved(runs: Sequence[RunSpan], now: datetime) -> TimeSaved:
@@ -192,27 +195,6 @@ def _closes_circle(run_id: str, parent: str | None, parents: Mapping[str, str | 
             return True
         parent = parents.get(parent)
     return False
-
-
-def _group_by_name(nodes: Sequence[RunNode]) -> list[tuple[str, list[RunNode]]]:
-    groups: dict[str, list[RunNode]] = {}
-    for node in nodes:
-        groups.setdefault(node.run.phase or "", []).append(node)
-    return list(groups.items())
-
-
-def _group_by_clock(nodes: Sequence[RunNode], now: datetime) -> list[tuple[str, list[RunNode]]]:
-    groups: list[list[RunNode]] = []
-    latest: datetime | None = None
-    for node in nodes:
-        start = node.run.started_at or node.run.expected_start
-        if latest is None or (start is not None and start >= latest):
-            groups.append([])
-        groups[-1].append(node)
-        # A run that waits to start has not ended either, so what was triggered beside it is of its phase.
-        end = _end(node.run, now)
-        latest = end if latest is None else max(latest, end)
-    return [(f"Phase {number}", group) for number, group in enumerate(groups, start=1)]
 
 
 def _measure_phase(name: str, nodes: Sequence[RunNode], now: datetime) -> PhaseSpan:

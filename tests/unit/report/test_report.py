@@ -39,6 +39,7 @@ from phasewise.report.figures import (
     time_ticks,
     to_moment,
 )
+from phasewise.report.timeline import lay_out_timeline
 from phasewise.report.timing import (
     build_tree,
     count_parallel,
@@ -90,14 +91,14 @@ def make_mart(columns: list[str], rows: list[list[Any]], **fields: Any) -> MartR
     return MartReport(name="mart", title="Mart", columns=columns, rows=rows, **fields)
 
 
-#: Phase 1: a (1 s) beside b, which triggers b/1 and b/2 (3 s and 2 s); phase 2: c (4 s).
+#: Phase load: a (1 s) next to b, which triggers b/1 and b/2 (3 s and 2 s); phase publish: c (4 s).
 TWO_PHASES = (
     make_run("main", 0, 10),
-    make_run("a", 0.5, 1.5, parent="main", expected_start=at(0)),
-    make_run("b", 0.5, 5, parent="main"),
-    make_run("b/1", 1, 4, parent="b"),
-    make_run("b/2", 1, 3, parent="b"),
-    make_run("c", 6, 10, parent="main", expected_start=at(5)),
+    make_run("a", 0.5, 1.5, parent="main", phase="load", expected_start=at(0)),
+    make_run("b", 0.5, 5, parent="main", phase="load"),
+    make_run("b/1", 1, 4, parent="b", phase="tables"),
+    make_run("b/2", 1, 3, parent="b", phase="tables"),
+    make_run("c", 6, 10, parent="main", phase="publish", expected_start=at(5)),
 )
 
 
@@ -175,24 +176,48 @@ def test_an_end_before_the_start_counts_as_no_time() -> None:
     assert measure_time_saved([make_run("a", 5, 4)], at(10)).steps_seconds == 0
 
 
-def test_phases_are_read_off_the_clock() -> None:
+def test_phases_have_the_names_that_the_pipeline_declares() -> None:
     phases = find_phases(build_tree(TWO_PHASES), at(10))
 
-    assert [[node.run.name for node in phase.nodes] for phase in phases] == [["a", "b"], ["c"]]
+    named = [(phase.name, [node.run.name for node in phase.nodes]) for phase in phases]
+    assert named == [("load", ["a", "b"]), ("publish", ["c"])]
 
 
-def test_runs_triggered_together_are_one_phase_before_they_start() -> None:
-    waiting = [make_run(name, None, None, parent="main", expected_start=at(1)) for name in ("a", "b")]
+def test_steps_that_wait_for_each_others_slot_are_still_one_phase() -> None:
+    # With one slot pre, sub and final start one after another: by the clock they would be three phases.
+    runs = [
+        make_run("main", 0, 9),
+        make_run("pre", 1, 2, parent="main", phase="load"),
+        make_run("sub", 3, 5, parent="main", phase="load"),
+        make_run("final", 6, 8, parent="main", phase="publish"),
+    ]
 
-    phases = find_phases(build_tree([make_run("main", 0, None), *waiting]), at(2))
+    phases = find_phases(build_tree(runs), at(9))
 
-    assert len(phases) == 1
+    assert [(phase.name, phase.seconds) for phase in phases] == [("load", 4), ("publish", 2)]
 
 
-def test_phases_with_names_keep_them() -> None:
-    runs = [make_run("main", 0, 9), *(make_run(name, 0, 9, parent="main", phase=f"P {name}") for name in "ab")]
+def test_runs_that_no_pipeline_declares_are_together() -> None:
+    runs = [
+        make_run("main", 0, 9),
+        make_run("a", 0, 2, parent="main"),
+        make_run("b", 3, 9, parent="main"),
+        make_run("c", 3, 4, parent="main", phase="publish"),
+    ]
 
-    assert [phase.name for phase in find_phases(build_tree(runs), at(9))] == ["P a", "P b"]
+    assert [phase.name for phase in find_phases(build_tree(runs), at(9))] == ["Runs", "publish"]
+
+
+def test_the_phases_of_a_step_are_rows_below_it() -> None:
+    timeline = lay_out_timeline(make_report(runs=TWO_PHASES))
+
+    load, publish = timeline.phases
+    assert (load.name, publish.name) == ("load", "publish")
+    a, b = load.rows
+    assert (a.label, a.rows) == ("a", ())
+    [tables] = b.rows
+    assert (tables.label, tables.duration) == ("tables", "3.0 s")
+    assert [row.label for row in tables.rows] == ["b × 2"]
 
 
 def test_a_parent_is_found_by_id_or_by_name() -> None:
