@@ -78,8 +78,10 @@ async def test_what_is_paused_is_named_with_the_command_that_resumes_it(idle: Id
 
     reasons = await explain_waiting(str(run.id))
 
-    assert f'The work pool "{idle.pool}" is paused. Go on: prefect work-pool resume {idle.pool}' in reasons
-    assert f'The work queue "tables" is paused. Go on: prefect work-queue resume tables --pool {idle.pool}' in reasons
+    assert f'The work pool "{idle.pool}" is paused. Resume it: prefect work-pool resume {idle.pool}' in reasons
+    assert (
+        f'The work queue "tables" is paused. Resume it: prefect work-queue resume tables --pool {idle.pool}' in reasons
+    )
 
 
 async def test_a_limit_that_is_reached_is_named_with_the_runs_that_hold_its_slots(idle: Idle) -> None:
@@ -116,7 +118,7 @@ async def test_a_run_that_is_scheduled_for_later_says_when(idle: Idle) -> None:
 
     reasons = await explain_waiting(str(run.id))
 
-    assert reasons[0] in ("It is scheduled for later: in 600 s.", "It is scheduled for later: in 599 s.")
+    assert reasons[0] in ("It is scheduled to start in 600 s.", "It is scheduled to start in 599 s.")
 
 
 async def test_a_run_that_should_have_started_long_ago_is_called_late(idle: Idle) -> None:
@@ -134,13 +136,13 @@ async def test_a_run_that_a_worker_has_taken_says_so(idle: Idle) -> None:
 
     [reason] = await explain_waiting(str(run.id))
 
-    assert "has taken it 0 s ago and is starting its process" in reason
+    assert "took it 0 s ago and is starting its process" in reason
 
 
 async def test_a_run_that_does_not_wait_says_what_it_does(idle: Idle) -> None:
     run = await idle.start("people")
 
-    assert await explain_waiting(str(run.id)) == ["people does not wait: it is Running."]
+    assert await explain_waiting(str(run.id)) == ["people is not waiting: it is Running."]
 
 
 async def test_a_run_that_nobody_knows_is_an_error(idle: Idle) -> None:

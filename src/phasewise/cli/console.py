@@ -198,7 +198,7 @@ def _describe_counts(counts: Counter[RunKind], total: int) -> Text:
 
 
 def _sum_up(counts: Counter[RunKind]) -> RunKind:
-    """Return what a group of runs is as a whole: its worst, else what still goes on."""
+    """Return what a group of runs is as a whole: its worst, else what is still running."""
     return next((kind for kind in ("failed", "cancelled", "running", "waiting") if counts[kind]), "completed")
 
 

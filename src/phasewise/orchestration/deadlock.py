@@ -55,7 +55,7 @@ def check_deadlock(
 
     Raises:
         PipelineInvalid: they can; it names the limits, the steps that hold their slots and the step that waits, and
-            the smallest limit that mends it.
+            the smallest limit that fixes it.
     """
     main = Step(
         name="main_etl", deployment="main-etl-job/main-etl-deployment", work_queue="orchestrators", phases=phases

@@ -98,7 +98,7 @@ async def explain_waiting(run_id: str) -> list[str]:
             ) from exc
         state, place = run.state, _describe_place(run)
         if state is None or state.type not in (StateType.SCHEDULED, StateType.PENDING):
-            return [*place, f"{run.name} does not wait: it is {state.name if state else 'without a state'}."]
+            return [*place, f"{run.name} is not waiting: it is {state.name if state else 'without a state'}."]
         if state.type is StateType.PENDING:
             return [*place, _describe_claimed(run)]
         reasons = [*_explain_time(run), *await _explain_pool(client, run), *await _explain_deployment(client, run)]
@@ -112,7 +112,7 @@ def _describe_place(run: FlowRun) -> list[str]:
 
 def _describe_claimed(run: FlowRun) -> str:
     worker = run.labels.get("prefect.worker.name", "A worker")
-    return f"{worker} has taken it {_since(run):.0f} s ago and is starting its process."
+    return f"{worker} took it {_since(run):.0f} s ago and is starting its process."
 
 
 def _since(run: FlowRun) -> float:
@@ -127,8 +127,8 @@ def _explain_time(run: FlowRun) -> list[str]:
     if due <= 1:
         return []
     name = run.state.name if run.state is not None else None
-    what = {"AwaitingRetry": "It waits for its next attempt", "AwaitingConcurrencySlot": "It asks again for a slot"}
-    return [f"{what.get(name or '', 'It is scheduled for later')}: in {due:.0f} s."]
+    what = {"AwaitingRetry": "Its next attempt is due", "AwaitingConcurrencySlot": "It asks for a slot again"}
+    return [f"{what.get(name or '', 'It is scheduled to start')} in {due:.0f} s."]
 
 
 def _seconds_until_due(run: FlowRun) -> float:
@@ -157,10 +157,10 @@ async def _explain_pool(client: PrefectClient, run: FlowRun) -> list[str]:
 def _explain_paused(pool: WorkPool, queue: WorkQueue) -> list[str]:
     reasons = []
     if pool.is_paused:
-        reasons.append(f'The work pool "{pool.name}" is paused. Go on: prefect work-pool resume {pool.name}')
+        reasons.append(f'The work pool "{pool.name}" is paused. Resume it: prefect work-pool resume {pool.name}')
     if queue.is_paused:
         resume = f"prefect work-queue resume {queue.name} --pool {pool.name}"
-        reasons.append(f'The work queue "{queue.name}" is paused. Go on: {resume}')
+        reasons.append(f'The work queue "{queue.name}" is paused. Resume it: {resume}')
     return reasons
 
 

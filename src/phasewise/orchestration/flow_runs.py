@@ -69,7 +69,7 @@ class FlowRuns(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class LocalRun:
-    """The flow run that this code runs in, where a process tree stands in for the server (``phasewise.local.runs``)."""
+    """The flow run that this code runs in, where a process tree replaces the server (``phasewise.local.runs``)."""
 
     run_id: str
     #: Where the runs below it live.

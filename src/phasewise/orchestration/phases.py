@@ -53,7 +53,7 @@ async def wait_for_flow_runs(
 
     Raises:
         FlowRunsFailed: at least one did not complete; it names each with its state, message and id.
-        TimeoutError: not all of them were final in time; they go on running.
+        TimeoutError: not all of them were final in time; they keep running.
     """
     runs = flow_runs or current_flow_runs()
     outcomes: dict[str, StepOutcome] = {}
@@ -174,7 +174,7 @@ class StartedPhase:
                 pending.discard(final.run_id)
                 outcomes[final.run_id] = outcome = self._name(final)
                 if self.phase.on_failure == "cancel" and self._is_over_budget(outcomes.values(), outcome.step):
-                    # Each once: those that end because of it come by here as well.
+                    # Each once: those that end because of it pass through here too.
                     if new := [run_id for run_id in pending if run_id not in asked]:
                         await self.flow_runs.cancel(new)
                     asked |= pending

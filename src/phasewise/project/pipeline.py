@@ -93,7 +93,7 @@ class Phase:
     on_failure: Literal["wait", "cancel"] = "wait"
 
     def with_step(self, step: Step) -> Phase:
-        """Return this phase with one step more beside the others."""
+        """Return this phase with one more step next to the others."""
         return replace(self, steps=(*self.steps, step))
 
 
@@ -242,7 +242,7 @@ def _find_step_problems(step: Step) -> list[str]:
         problems.append(f'step "{step.name}": deployment "{step.deployment}" is not written flow/deployment')
     if isinstance(step, FanOut):
         twice = sorted({item for item in step.items if list(step.items).count(item) > 1})
-        problems += [f'step "{step.name}": item "{item}" stands twice' for item in twice]
+        problems += [f'step "{step.name}": item "{item}" is listed twice' for item in twice]
         try:
             step.count_allowed()
         except PipelineInvalid as exc:

@@ -154,7 +154,7 @@ class BatchReport:
     message: str = ""
     #: URL of the source, without its password.
     source: str = ""
-    #: Folder or URL of the lake, without its password.
+    #: Folder or URL of the warehouse, without its password.
     warehouse: str = ""
     runs: Sequence[RunSpan] = ()
     tables: Sequence[TableReport] = ()

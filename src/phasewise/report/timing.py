@@ -118,7 +118,7 @@ def measure_time_saved(runs: Sequence[RunSpan], now: datetime) -> TimeSaved:
 def find_critical_chain(roots: Sequence[RunNode], now: datetime) -> frozenset[str]:
     """Return the run ids of the chain that ends with the last step, each started after the one before it ended.
 
-    Walked backwards over the steps: before each stands the one that ended last of those that may have held it up,
+    Walked backwards over the steps: before each is the one that ended last of those that may have held it up,
     by a barrier between phases or by the slot that it gave back.
     """
     paths = [path for root in roots for path in _walk_paths((root,)) if path[-1].run.started_at]
@@ -141,7 +141,7 @@ def _walk_paths(path: tuple[RunNode, ...]) -> Iterator[tuple[RunNode, ...]]:
 def _may_hold_up(path: Sequence[RunNode], later: Sequence[RunNode], now: datetime) -> bool:
     """Return whether all that ran on the one side, where the two paths part, ended before the other side started.
 
-    A run of another branch ended earlier, but its branch went on beside the later one: it held nothing up.
+    A run of another branch ended earlier, but its branch continued next to the later one: it held nothing up.
     """
     pairs = zip(path, later, strict=False)
     one, other = next(((one.run, other.run) for one, other in pairs if one is not other), (None, None))

@@ -1,4 +1,4 @@
-"""The process that runs a stack: it starts the server and the workers, and starts again what dies.
+"""The process that runs a stack: it starts the server and the workers, and restarts what dies.
 
 It imports no Prefect, so it is small and up at once. Started by ``phasewise.stack``.
 
@@ -183,7 +183,7 @@ class _Supervisor:
                 self._wait(None)
         except _Stopped as reason:
             _log(f"stopping: {reason}")
-            self._report({"error": f"The stack ended while it came up: {reason}"})
+            self._report({"error": f"The stack ended while it was starting: {reason}"})
         finally:
             self._stop_everything()
             state_file(self._home).unlink(missing_ok=True)
@@ -361,7 +361,7 @@ def listen(port: int | None) -> socket.socket:
     except OSError as exc:
         if port is not None:
             listening.close()
-            raise StackError(f"Port {port} is taken.", hint="Leave it out to take a free one.") from exc
+            raise StackError(f"Port {port} is taken.", hint="Leave it out to use a free one.") from exc
         listening.bind(("127.0.0.1", 0))
     listening.listen(512)
     return listening
@@ -419,7 +419,7 @@ def main(argv: Sequence[str]) -> int:
     with (Path(plan.home) / "supervisor.lock").open("w") as lock:
         try:
             if not wait_until(lambda: _try_lock(lock), STOP_SECONDS):  # the one before may be on its way out
-                raise StackError("A stack runs here already, but its server does not answer.", hint="make down")
+                raise StackError("A stack is already running here, but its server does not answer.", hint="make down")
             supervisor = _Supervisor(plan)
         except StackError as exc:
             os.write(plan.report, json.dumps({"error": str(exc)}).encode() + b"\n")
