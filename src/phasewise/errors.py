@@ -8,7 +8,7 @@
     │   ├── SourceUnavailable       it does not answer, is missing, locked or not a database
     │   ├── TableMissing            it answers, but lacks the table
     │   ├── SchemaDrift             a column of the contract is missing or changed its type
-    │   └── UnfaithfulValue         a value has no faithful place in the lake's type
+    │   └── UnfaithfulValue         a value has no faithful place in the warehouse's type
     ├── StagingError                staging cannot be written, or is not complete
     │   └── NothingStaged
     ├── AuditFailed                 a blocking audit found bad rows; nothing was published
@@ -93,11 +93,11 @@ class SchemaDrift(SourceError):
 
 
 class UnfaithfulValue(SourceError):
-    """A value has no faithful place in the type that its column would get in the lake."""
+    """A value has no faithful place in the type that its column would get in the warehouse."""
 
 
 class StagingError(PhasewiseError):
-    """Staging cannot be written (full disk, read-only), or what lies there is not complete."""
+    """Staging cannot be written (full disk, read-only), or what is in it is not complete."""
 
 
 class NothingStaged(StagingError):

@@ -32,7 +32,8 @@ class StepOutcome:
     #: Time spent running, over all attempts.
     seconds: float | None = None
     attempts: int = 1
-    #: Name of the pipeline's step that this run belongs to, its item in a fan-out, and run id of its parent.
+    #: Phase and step that the pipeline declares for this run, its item in a fan-out, and run id of its parent.
+    phase: str | None = None
     step: str | None = None
     item: str | None = None
     parent_id: str | None = None

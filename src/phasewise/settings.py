@@ -1,7 +1,7 @@
 """Settings of the machine, read from ``PHASEWISE_*`` environment variables.
 
-What belongs to a project (its source, tables, audits, marts) stands in ``phasewise.toml``; what belongs to the
-machine that runs it stands here. Prefect's own settings keep their own names (``PREFECT_API_URL``, …).
+What belongs to a project (its source, tables, audits, marts) is in ``phasewise.toml``; what belongs to the
+machine that runs it is here. Prefect's own settings keep their own names (``PREFECT_API_URL``, …).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Settings(BaseSettings):
     extract_memory_limit: str = Field(
         default="200MB",
         description="Memory that DuckDB may use while it extracts a table. Many are extracted at the same time, so it "
-        "is less than what one audit or publishing gets.",
+        "is less than what an audit or publishing gets.",
     )
     temp_limit: str = Field(
         default="10GB", description="Disk that DuckDB may use for temporary files in one flow run, such as 10GB."
@@ -43,23 +43,25 @@ class Settings(BaseSettings):
     partition_rows: int = Field(
         default=10_000_000,
         ge=0,
-        description="Rows above which a table is split into partitions, each a flow run of its own; 0: never.",
+        description="Rows above which a table is split into partitions, each with its own flow run; 0: never.",
     )
     connect_timeout: float = Field(default=10.0, gt=0, description="Seconds to wait for a source database to answer.")
     min_free_bytes: int = Field(
-        default=256 * 1024 * 1024, ge=0, description="Free bytes that staging and the lake need before a batch starts."
+        default=256 * 1024 * 1024,
+        ge=0,
+        description="Free bytes that staging and the warehouse need before a batch starts.",
     )
     batch_retention_days: float = Field(
-        default=7.0, ge=0, description="Days that the staging of a batch which was not published is kept for a resume."
+        default=7.0, ge=0, description="Days that the staging of an unpublished batch is kept for a resume."
     )
     source_snapshot_hours: float = Field(
         default=24.0,
         gt=0,
-        description="Hours after which a moment of the source that a batch holds is given up: tables that are then "
-        "still missing fail.",
+        description="Hours after which a batch gives up the moment of the source that it holds. Tables that are "
+        "still missing then fail.",
     )
     snapshot_retention_days: float = Field(
-        default=7.0, ge=0, description="Days that snapshots of the lake are kept before cleanup expires them."
+        default=7.0, ge=0, description="Days that snapshots of the warehouse are kept before cleanup expires them."
     )
     lock_timeout: float = Field(
         default=300.0, ge=0, description="Seconds to wait while another process writes to the warehouse."
@@ -77,13 +79,12 @@ class Settings(BaseSettings):
     drain_seconds: float = Field(
         default=5.0,
         ge=0,
-        description="Seconds that a worker which is stopped lets its flow runs finish. "
-        "Then it stops and reschedules them.",
+        description="Seconds that a stopping worker lets its flow runs finish. Then it stops and reschedules them.",
     )
     run_memory_limit: ByteSize | None = Field(
         default=None,
-        description="Memory that a process of a flow run may use, such as 2GB. It holds more than DuckDB's: "
-        "leave 512MB beside DuckDB's limits. Default: no limit.",
+        description="Memory that a process of a flow run may use, such as 2GB. DuckDB is only a part of it: "
+        "leave 512MB on top of DuckDB's limits. Default: no limit.",
     )
     forkserver_runs: int = Field(
         default=1000, ge=1, description="Flow runs after which a worker forks from a new forkserver."

@@ -20,6 +20,19 @@ from tests.acceptance.conftest import CHECKOUT, SHOP, Shell, wait_for
 
 pytestmark = pytest.mark.timeout(200)
 
+#: Flow run → the phase that the built-in pipeline declares for it.
+PHASES = {
+    "main-etl-job": None,
+    "pre-etl-job": "load",
+    "sub-etl-job": "load",
+    "process-table-etl/customer": "tables",
+    "process-table-etl/orders": "tables",
+    "process-table-etl/stock": "tables",
+    "cleanup-flow-1": "cleanup",
+    "cleanup-flow-2": "cleanup",
+    "final-etl-job": "publish",
+}
+
 
 @pytest.fixture
 def shop(shell: Shell) -> Project:
@@ -87,6 +100,7 @@ def test_a_local_run_publishes_and_reports_like_one_on_a_server(shell: Shell, sh
         "cleanup-flow-2": "sub-etl-job",
         "final-etl-job": "main-etl-job",
     }
+    assert {run["name"]: run["phase"] for run in runs} == PHASES
     ended = [run for run in runs if run["name"] not in ("main-etl-job", "final-etl-job")]
     assert all(run["started_at"] and run["ended_at"] and run["state"] == "Completed" for run in ended)
     assert processes_of(shell) == []

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from phasewise.lake.session import find_extension, open_session
 from phasewise.lake.warehouse import attach_lake, list_snapshots
 from phasewise.project.config import Project, load_project
 from phasewise.publishing.publish import publish_batch
+from phasewise.report import read_report
+from phasewise.report.timeline import lay_out_timeline
 from phasewise.stack.control import StackInfo
 from phasewise.testing.projects import SAMPLE_SETTINGS, change_source, stage_batch, write_project
 from tests.acceptance.conftest import SHOP, Shell, wait_for
@@ -38,6 +41,18 @@ def children(stack: StackInfo, run_id: str) -> dict[str, dict[str, Any]]:
     """Return the direct children of a flow run by their names."""
     runs = call(stack, "/flow_runs/filter", {"flow_runs": {"parent_flow_run_id": {"any_": [run_id]}}})
     return {run["name"]: run for run in runs}
+
+
+@contextmanager
+def limiting_orchestrators(stack: StackInfo, limit: int) -> Iterator[None]:
+    """Let at most *limit* flow runs of the queue ``orchestrators`` run at a time while the block runs."""
+    queue = f"{stack.api_url}/work_pools/{stack.pool}/queues/orchestrators"
+    before = httpx.get(queue).json()["concurrency_limit"]
+    httpx.patch(queue, json={"concurrency_limit": limit}).raise_for_status()
+    try:
+        yield
+    finally:
+        httpx.patch(queue, json={"concurrency_limit": before}).raise_for_status()
 
 
 def read_lake(project: Project) -> dict[str, list[tuple[Any, ...]]]:
@@ -259,7 +274,9 @@ def test_a_project_adds_a_step_and_a_phase(stack: StackInfo, stack_shell: Shell)
     example = Path(__file__).parents[2] / "examples" / "custom_pipeline" / "pipeline.py"
     (stack_shell.project / "pipeline.py").write_text(example.read_text())
 
-    done = stack_shell.phasewise("run-distributed")
+    assert stack_shell.phasewise("deploy").returncode == 0  # the first one makes the queue
+    with limiting_orchestrators(stack, 2):  # pre_etl and sub_etl run one after the other
+        done = stack_shell.phasewise("run-distributed")
 
     assert done.returncode == 0, done.stdout
     main = newest_main(stack)
@@ -267,5 +284,22 @@ def test_a_project_adds_a_step_and_a_phase(stack: StackInfo, stack_shell: Shell)
     assert set(runs) == {"pre-etl-job", "sub-etl-job", "profile-source", "final-etl-job", "prune-reports"}
     assert runs["prune-reports"]["start_time"] > runs["final-etl-job"]["end_time"]
     assert runs["profile-source"]["start_time"] < runs["sub-etl-job"]["end_time"]
+    first, second = sorted((runs["pre-etl-job"], runs["sub-etl-job"]), key=lambda run: str(run["start_time"]))
+    assert first["end_time"] <= second["start_time"]
     reports = stack_shell.project / ".phasewise" / "reports"
+    report = read_report(reports / f"{main['id']}.json")
+    assert {run.name: run.phase for run in report.runs} == {
+        "main-etl-job": None,
+        "pre-etl-job": "load",
+        "sub-etl-job": "load",
+        "profile-source": "load",
+        "process-table-etl/customer": "tables",
+        "process-table-etl/orders": "tables",
+        "process-table-etl/stock": "tables",
+        "cleanup-flow-1": "cleanup",
+        "cleanup-flow-2": "cleanup",
+        "final-etl-job": "publish",
+    }
+    assert [phase.name for phase in lay_out_timeline(report).phases] == ["load", "publish"]
+    assert runs["prune-reports"]["labels"]["phasewise-phase"] == "tidy"
     assert (reports / f"{main['id']}.profile.json").is_file()

@@ -49,10 +49,10 @@ def test_a_batch_that_goes_on_from_another_than_the_lake_s_leaves_a_report(proje
     stage_batch(project, batch="b2")
     rollback_batch(project, SAMPLE_SETTINGS, "b0")
 
-    with pytest.raises(PublishConflict, match='goes on from batch "b1"'):
+    with pytest.raises(PublishConflict, match='staged on top of batch "b1"'):
         final_etl("b2")
 
-    assert 'goes on from batch "b1"' in read_report(project, "b2")["message"]
+    assert 'staged on top of batch "b1"' in read_report(project, "b2")["message"]
 
 
 def test_a_report_that_cannot_be_written_leaves_the_batch_published_and_says_what_to_do(project: Project):

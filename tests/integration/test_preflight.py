@@ -14,6 +14,7 @@ from prefect.states import Pending, Running, Scheduled
 from phasewise.errors import OrchestrationError
 from phasewise.orchestration.deadlock import Limits
 from phasewise.orchestration.diagnose import explain_waiting, read_limits
+from phasewise.orchestration.run_reads import PHASE_LABEL, STEP_LABEL
 from tests.integration.conftest import Runs
 
 
@@ -26,9 +27,11 @@ class Idle:
     queue: UUID
     deployment: UUID
 
-    async def schedule(self, name: str, *, seconds: float = 0) -> FlowRun:
+    async def schedule(self, name: str, *, seconds: float = 0, labels: Any = None) -> FlowRun:
         state: Any = Scheduled(scheduled_time=datetime.now(UTC) + timedelta(seconds=seconds))
-        return await self.runs.client.create_flow_run_from_deployment(self.deployment, name=name, state=state)
+        return await self.runs.client.create_flow_run_from_deployment(
+            self.deployment, name=name, state=state, labels=labels
+        )
 
     async def start(self, name: str) -> FlowRun:
         run = await self.schedule(name)
@@ -59,6 +62,15 @@ async def test_a_pool_without_a_worker_is_named(idle: Idle) -> None:
     ]
 
 
+async def test_the_phase_and_the_step_that_a_run_is_part_of_are_named_first(idle: Idle) -> None:
+    run = await idle.schedule("people", labels={PHASE_LABEL: "tables", STEP_LABEL: "process_table_etl"})
+
+    reasons = await explain_waiting(str(run.id))
+
+    assert reasons[0] == 'people is part of the step "process_table_etl" in the phase "tables".'
+    assert len(reasons) > 1
+
+
 async def test_what_is_paused_is_named_with_the_command_that_resumes_it(idle: Idle) -> None:
     run = await idle.schedule("people")
     await idle.runs.client.update_work_queue(idle.queue, is_paused=True)
@@ -66,8 +78,10 @@ async def test_what_is_paused_is_named_with_the_command_that_resumes_it(idle: Id
 
     reasons = await explain_waiting(str(run.id))
 
-    assert f'The work pool "{idle.pool}" is paused. Go on: prefect work-pool resume {idle.pool}' in reasons
-    assert f'The work queue "tables" is paused. Go on: prefect work-queue resume tables --pool {idle.pool}' in reasons
+    assert f'The work pool "{idle.pool}" is paused. Resume it: prefect work-pool resume {idle.pool}' in reasons
+    assert (
+        f'The work queue "tables" is paused. Resume it: prefect work-queue resume tables --pool {idle.pool}' in reasons
+    )
 
 
 async def test_a_limit_that_is_reached_is_named_with_the_runs_that_hold_its_slots(idle: Idle) -> None:
@@ -104,7 +118,7 @@ async def test_a_run_that_is_scheduled_for_later_says_when(idle: Idle) -> None:
 
     reasons = await explain_waiting(str(run.id))
 
-    assert reasons[0] in ("It is scheduled for later: in 600 s.", "It is scheduled for later: in 599 s.")
+    assert reasons[0] in ("It is scheduled to start in 600 s.", "It is scheduled to start in 599 s.")
 
 
 async def test_a_run_that_should_have_started_long_ago_is_called_late(idle: Idle) -> None:
@@ -122,13 +136,13 @@ async def test_a_run_that_a_worker_has_taken_says_so(idle: Idle) -> None:
 
     [reason] = await explain_waiting(str(run.id))
 
-    assert "has taken it 0 s ago and is starting its process" in reason
+    assert "took it 0 s ago and is starting its process" in reason
 
 
 async def test_a_run_that_does_not_wait_says_what_it_does(idle: Idle) -> None:
     run = await idle.start("people")
 
-    assert await explain_waiting(str(run.id)) == ["people does not wait: it is Running."]
+    assert await explain_waiting(str(run.id)) == ["people is not waiting: it is Running."]
 
 
 async def test_a_run_that_nobody_knows_is_an_error(idle: Idle) -> None:

@@ -317,7 +317,7 @@ async def test_a_run_that_the_kernel_ends_for_want_of_memory_says_so(runs: Runs,
         run = await starved.finish("takes_memory", size_bytes=2_000_000_000)
 
     assert run.state.name == "Crashed"
-    assert "The kernel ended it for want of memory; it used up to " in run.state.message
+    assert "The kernel killed it because memory ran out; it used up to " in run.state.message
 
 
 async def messages(runs: Runs, run: FlowRun) -> list[str]:

@@ -181,7 +181,7 @@ async def test_a_forkserver_that_is_killed_takes_along_the_runs_of_its_own_worke
     assert {run.state.name for run in crashed if run.state} == {"Crashed"}
     for run in crashed:
         assert run.state is not None
-        assert "The warm process that it was forked from has ended" in (run.state.message or "")
+        assert "The forkserver that it was forked from has ended" in (run.state.message or "")
     assert {run.state_name for run in undisturbed} == {"Running"}
     assert set(parents) == {other}
     assert [(run.state_name, run.run_count, run.infrastructure_pid) for run in ended] == [

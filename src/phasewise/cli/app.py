@@ -129,7 +129,7 @@ def down() -> None:
 
 @app.command
 def start_workers(count: Annotated[int, Parameter(help="Workers to add.")] = 3, /) -> None:
-    """Start workers more on the running stack."""
+    """Add workers to the running stack."""
     from phasewise.stack.control import start_workers as start
 
     stack = start(find_home(Settings()), count)
@@ -140,10 +140,10 @@ def start_workers(count: Annotated[int, Parameter(help="Workers to add.")] = 3, 
 def deploy(
     *,
     main: Annotated[
-        str | None, Parameter(help="Name for the deployment of main_etl, where a server has several projects.")
+        str | None, Parameter(help="Name for the deployment of main_etl, if a server has several projects.")
     ] = None,
 ) -> None:
-    """Deploy the flows of the project: the seven, and those that its own steps bring."""
+    """Deploy the flows of the project: the seven built-in ones, and those of its own steps."""
     url = deploy_flows(choose_server(), main)
     print(f"Next: make start-workers (unless workers run), then run main-etl-job from {url.removesuffix('/api')},")
     print("or: python flows/prefect_flow-worker-flow-v2.py run")
@@ -170,8 +170,11 @@ def deploy_flows(settings: Settings, main: str | None = None) -> str:
     if before != str(project.root):
         name = done[0].deployment.full_name
         # What it writes to standard output is fixed.
-        print(f"{name} ran {before} until now; it, and its schedules, run {project.root} from now on.", file=sys.stderr)
-        print("Give each project one of its own with: phasewise deploy --main NAME", file=sys.stderr)
+        print(
+            f"{name} ran {before} until now. From now on it runs {project.root}, and so do its schedules.",
+            file=sys.stderr,
+        )
+        print("Give each project its own deployment with: phasewise deploy --main NAME", file=sys.stderr)
     return url
 
 
@@ -181,13 +184,13 @@ def run(
     local: Annotated[
         bool, Parameter(negative="", help="Without a server: flow runs are processes below this one.")
     ] = False,
-    resume: Annotated[str | None, Parameter(help="With --local: the batch to go on with.")] = None,
+    resume: Annotated[str | None, Parameter(help="With --local: the batch to resume.")] = None,
 ) -> None:
     """Run main_etl in this process, its subflows through the work pool of the server."""
     if local:
         run_local(Settings(), resume)
     elif resume is not None:
-        raise UnknownBatch("--resume goes with --local.", hint=f"On the server: phasewise resume {resume}")
+        raise UnknownBatch("--resume works only with --local.", hint=f"On the server: phasewise resume {resume}")
     else:
         run_main(choose_server())
 
@@ -219,7 +222,7 @@ def _find_staged_batch(project: Project, prefix: str) -> str:
 
 
 def run_main(settings: Settings, resume: str | None = None) -> None:
-    """Check that a run could start, then run ``main_etl`` in this process, or go on with the batch *resume*."""
+    """Check that a run could start, then run ``main_etl`` in this process, or continue the batch *resume*."""
     project = load_project(find_project(settings))
     _make_demo_source(project.root)
     check_server_answers()
@@ -239,7 +242,7 @@ def run_main(settings: Settings, resume: str | None = None) -> None:
 def run_distributed() -> int:
     """Run the whole ETL as deployments on a work pool and show its progress.
 
-    Uses the stack that is running, and leaves it running; without one it starts one and stops it at the end.
+    Uses the running stack and leaves it running. If there is none, starts one and stops it at the end.
     """
     from phasewise.stack.control import running_stack
 
@@ -323,7 +326,7 @@ def query(
     format: Annotated[Literal["table", "csv", "json"], Parameter(help="How to print the rows.")] = "table",  # noqa: A002
     at: Annotated[str | None, Parameter(help="Read it as this batch left it (see: phasewise snapshots).")] = None,
 ) -> None:
-    """Read the published warehouse with SQL. Tables by their names, marts in the schema `marts`."""
+    """Query the published warehouse with SQL. Tables have their own names, marts are in the schema `marts`."""
     from phasewise.cli.console import render_rows
     from phasewise.lake.publications import query_warehouse
 
@@ -349,7 +352,7 @@ def check_server_answers() -> str:
     except httpx.HTTPError as exc:
         raise ServerUnreachable(
             f"No Prefect server answers at {url} ({type(exc).__name__}).",
-            hint="Start one: make up (or set PREFECT_API_URL to the one that you use).",
+            hint="Start one: make up (or set PREFECT_API_URL to the one you use).",
         ) from exc
     return url
 

@@ -11,7 +11,7 @@ from cyclopts import App, Parameter
 from phasewise.project.config import find_project
 from phasewise.settings import Settings
 
-_Batch = Annotated[str | None, Parameter(help="Id of the batch, or the beginning of it. Default: the newest.")]
+_Batch = Annotated[str | None, Parameter(help="Id of the batch, or its first characters. Default: the newest batch.")]
 
 
 def add_batch_commands(
@@ -19,7 +19,7 @@ def add_batch_commands(
 ) -> None:
     """Add the commands to *app*.
 
-    *choose_server* decides which server they talk to; *run_main* goes on with a batch in this process.
+    *choose_server* decides which server they talk to; *run_main* continues a batch in this process.
     """
 
     @app.command
@@ -47,9 +47,9 @@ def add_batch_commands(
 
     @app.command
     def resume(batch: _Batch = None, /) -> None:
-        """Run a batch that did not complete again: only what did not complete is run.
+        """Resume a batch that did not complete: run only what is not done yet.
 
-        One that was started with `phasewise run` goes on in the process of this command, any other on the workers.
+        A batch that was started with `phasewise run` continues in this command, any other on the workers.
         """
         settings = choose_server()
         project = find_project(settings)
@@ -60,7 +60,7 @@ def add_batch_commands(
         ended = [StateType.FAILED, StateType.CRASHED, StateType.CANCELLED]
         found = asyncio.run(find_batch(project, batch, states=ended))
         if not asyncio.run(is_deployed(found.run_id)):
-            print(f"Batch {found.run_id} was started in a process of its own; it goes on in this one.", flush=True)
+            print(f"Batch {found.run_id} was started in its own process. It continues in this one.", flush=True)
             run_main(settings, found.run_id)
         else:
             asyncio.run(resume_batch(found.run_id))

@@ -21,7 +21,15 @@ from rich.text import Text
 from phasewise.outcomes import StepOutcome
 from phasewise.report.figures import format_seconds, is_number
 from phasewise.report.records import RunKind, RunSpan
-from phasewise.report.timing import RunNode, build_tree, find_phases, run_seconds, seconds_between
+from phasewise.report.timing import (
+    PhaseSpan,
+    RunNode,
+    build_tree,
+    find_phases,
+    run_seconds,
+    seconds_between,
+    split_by_phase,
+)
 from phasewise.report.write import to_json_value
 
 RowFormat = Literal["table", "csv", "json"]
@@ -88,9 +96,8 @@ def render_progress(runs: Sequence[RunSpan], now: datetime, *, ascii_only: bool 
     lines = _ProgressGrid(grid, now, column=1 if ascii_only else 0)
     if len(roots) == 1:
         lines.add_run(roots[0], depth=0)
-    for phase in find_phases(roots, now) if len(runs) > 1 else ():
-        grid.add_row(Text(phase.name, style="bold"), "", Text(format_seconds(phase.seconds), style="bold"))
-        lines.add_runs(phase.nodes, depth=1)
+    if len(runs) > 1:
+        lines.add_phases(find_phases(roots, now), depth=0)
     return grid
 
 
@@ -103,6 +110,13 @@ class _ProgressGrid:
         #: Which form of a mark: the sign, or the ASCII for terminals that lack it.
         self._column = column
 
+    def add_phases(self, phases: Sequence[PhaseSpan], depth: int) -> None:
+        for phase in phases:
+            if phase.name:
+                name = Padding(Text(make_printable(phase.name), style="bold"), (0, 0, 0, 2 * depth))
+                self._grid.add_row(name, "", Text(format_seconds(phase.seconds), style="bold"))
+            self.add_runs(phase.nodes, depth + 1 if phase.name else depth)
+
     def add_runs(self, nodes: Sequence[RunNode], depth: int) -> None:
         for flow in dict.fromkeys(node.run.flow for node in nodes):
             same = [node for node in nodes if node.run.flow == flow]
@@ -110,7 +124,7 @@ class _ProgressGrid:
                 self._add_group(flow, [node.run for node in same], depth)
             else:
                 self.add_run(same[0], depth)
-                self.add_runs(same[0].children, depth + 1)
+                self.add_phases(split_by_phase(same[0].children, self._now), depth + 1)
 
     def add_run(self, node: RunNode, depth: int) -> None:
         run = node.run
@@ -184,7 +198,7 @@ def _describe_counts(counts: Counter[RunKind], total: int) -> Text:
 
 
 def _sum_up(counts: Counter[RunKind]) -> RunKind:
-    """Return what a group of runs is as a whole: its worst, else what still goes on."""
+    """Return what a group of runs is as a whole: its worst, else what is still running."""
     return next((kind for kind in ("failed", "cancelled", "running", "waiting") if counts[kind]), "completed")
 
 

@@ -30,7 +30,7 @@ def run_deployment(
     """Start a flow run of the deployment *name*, wait until it is final and return its outcome.
 
     *environment* is set for the run, over what the deployment says; it must hold no secrets. *show* gets the run and
-    all runs below it, about once a second. Interrupted (Ctrl-C), the run is cancelled before the interruption goes on.
+    all runs below it, about once a second. Interrupted (Ctrl-C), the run is cancelled before the command ends.
 
     Raises:
         ServerUnreachable: the server went away and did not come back.
@@ -68,7 +68,7 @@ def _follow(client: SyncPrefectClient, run: FlowRun, show: Callable[[Sequence[St
 
 
 def _cancel(client: SyncPrefectClient, run: FlowRun) -> None:
-    with suppress(httpx.HTTPError):  # without a server nothing can be cancelled, and the interruption goes on
+    with suppress(httpx.HTTPError):  # without a server nothing can be cancelled, and the interruption continues
         _cancel_and_wait(client, run)
 
 

@@ -22,7 +22,7 @@ def add_warehouse_commands(app: App) -> None:
 
 
 def plan() -> None:
-    """Show what the next batch would load of each table, and which columns changed. Loads nothing."""
+    """Show what the next batch would load from each table, and which columns changed. Loads nothing."""
     from phasewise.staging.forecast import forecast_tables
 
     forecasts = forecast_tables(*_load())
@@ -45,9 +45,9 @@ def audit(
     *,
     batch: Annotated[str | None, Parameter(help="Default: the newest that is not published.")] = None,
     show: Annotated[bool, Parameter(help="Print the first bad rows of each audit that failed.")] = False,
-    replay: Annotated[bool, Parameter(help="Put rows of the quarantine that pass now back into their tables.")] = False,
+    replay: Annotated[bool, Parameter(help="Put quarantined rows that pass now back into their tables.")] = False,
 ) -> None:
-    """Audit a staged batch, or what is published when nothing is staged. Publishes nothing without --replay."""
+    """Audit a staged batch, or the published tables if nothing is staged. Publishes nothing without --replay."""
     project, settings = _load()
     if replay:
         _replay(project, settings, table)
@@ -106,7 +106,7 @@ def diff(before: str, after: str, /) -> None:
 
 
 def rollback(batch: str, /) -> None:
-    """Make the warehouse what it was when BATCH was published, as a new snapshot."""
+    """Restore the warehouse to what it was when BATCH was published, as a new snapshot."""
     from phasewise.publishing.rollback import rollback_batch
 
     publication = rollback_batch(*_load(), batch)
@@ -154,7 +154,7 @@ def _audit(project: Project, settings: Settings, batch: str | None) -> list[Audi
         if batch is None and not has_lake(project):
             raise NothingStaged("Nothing is staged and nothing was published.", hint="Run: make run-distributed")
         if batch is None:
-            print("Auditing what is published.")
+            print("Auditing the published tables.")
             return audit_published(connection, project)
         print(f"Auditing batch {batch}.")
         manifests = list_manifests(project, batch)

@@ -248,7 +248,7 @@ class Forkserver:
             ended._finish(os.waitstatus_to_exitcode(message["status"]), message["peak_rss_kib"] * 1024)
 
     def _lose_everything(self) -> None:
-        died = ForkserverDied("The forkserver has ended.", hint="Its reason stands in the worker's log.")
+        died = ForkserverDied("The forkserver has ended.", hint="Its reason is in the worker's log.")
         waiting: list[asyncio.Future[Any]] = [self._ready, *self._requests.values()]
         for answer in waiting:
             if not answer.done():

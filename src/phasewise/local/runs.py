@@ -108,6 +108,9 @@ class _Run:
             ended_at=ended_at,
             seconds=self.seconds if ended_at is not None else None,
             attempts=self.attempts,
+            phase=self.request.phase,
+            step=self.request.step,
+            item=self.request.item,
             parent_id=self.parent_id,
             summary=ending.summary or {},
         )

@@ -1,4 +1,4 @@
-"""Be the one batch of a project that runs: among the batches on the server, and on the disk that holds its staging.
+"""One batch of a project at a time: among the batches on the server, and on the disk that holds its staging.
 
 The server knows the batches of all machines, but none that run without it. A lock in the staging folder knows those.
 """
@@ -91,7 +91,7 @@ async def _postpone(run: FlowRun, reason: str) -> None:
 async def lock_on_server(run_id: str, project: Path) -> None:
     """Make *run_id* the one batch of *project* on the server.
 
-    Two that start at the same moment see each other: the one that began to run first goes on. The other waits until
+    Two that start at the same moment see each other: the one that began to run first continues. The other waits until
     that one has said which project it is of.
 
     Raises:
@@ -133,8 +133,8 @@ def _running_since(run: FlowRun) -> tuple[datetime, str]:
 def _explain_rival(rival: FlowRun) -> BatchRunning:
     since = _running_since(rival)[0]
     return BatchRunning(
-        f"Batch {rival.id} of this project is running since {since:%Y-%m-%d %H:%M:%S} UTC.",
-        hint=f'Wait for it, or end it: phasewise cancel {rival.id} (or set on_overlap = "wait" in phasewise.toml).',
+        f"Batch {rival.id} of this project has been running since {since:%Y-%m-%d %H:%M:%S} UTC.",
+        hint=f'Wait for it, or cancel it: phasewise cancel {rival.id} (or set on_overlap = "wait" in phasewise.toml).',
     )
 
 
@@ -157,7 +157,7 @@ async def lock_staging(staging: Path, batch: str, *, on_overlap: OnOverlap = "re
                 if on_overlap == "refuse":
                     raise BatchRunning(
                         f"Batch {exc.holder or '(just starting)'} of this project is running on this machine.",
-                        hint="Wait for it, or end it: phasewise cancel, or Ctrl-C where it was started with --local "
+                        hint="Wait for it, or cancel it: phasewise cancel, or Ctrl-C if it was started with --local "
                         '(or set on_overlap = "wait" in phasewise.toml).',
                     ) from exc
             await asyncio.sleep(_WAIT_SECONDS)

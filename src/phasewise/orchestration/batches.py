@@ -54,7 +54,7 @@ async def find_batch(project: Path, batch: str | None = None, *, states: Sequenc
         if len(found) != 1:
             raise UnknownBatch(
                 f'{len(found)} batches begin with "{batch}".' if found else f'There is no batch "{batch}".',
-                hint="Their ids are those of the main-etl-job runs in the Prefect UI.",
+                hint="Find the ids in the Prefect UI: they are those of the main-etl-job runs.",
             )
         return describe_run(found[0])
     async with get_client() as client:
@@ -123,7 +123,7 @@ async def resume_batch(run_id: str, *, process: str | None = None) -> FlowRun:
         if run.state is None or not run.state.is_final():
             raise BatchRunning(
                 f"Batch {run_id} has not ended: it is {run.state.name if run.state else 'without a state'}.",
-                hint=f"End it first if it hangs: phasewise cancel {run_id}",
+                hint=f"If it hangs, cancel it first: phasewise cancel {run_id}",
             )
         if run.state.is_completed():
             raise UnknownBatch(

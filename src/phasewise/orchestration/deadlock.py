@@ -55,7 +55,7 @@ def check_deadlock(
 
     Raises:
         PipelineInvalid: they can; it names the limits, the steps that hold their slots and the step that waits, and
-            the smallest limit that mends it.
+            the smallest limit that fixes it.
     """
     main = replace(MAIN_ETL, phases=phases)
     limits = Limits(queues=queue_limits, pool=pool_limit, deployments=deployment_limits or {}, workers=worker_limit)

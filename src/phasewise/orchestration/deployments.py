@@ -85,7 +85,7 @@ class Deployed:
     """What ``deploy`` did to one deployment."""
 
     deployment: Deployment
-    #: False when it stood on the server exactly like this before.
+    #: False when it was on the server exactly like this before.
     is_changed: bool
     #: The environment that it gave to its runs until now; empty for a new one.
     environment_before: Mapping[str, str] = field(default_factory=dict)
@@ -150,7 +150,7 @@ async def check_ready(deployments: Iterable[Deployment], *, pool: str) -> None:
     """Check that a run could start now: the deployments exist and a worker is online.
 
     Raises:
-        DeploymentMissing, NoWorkerOnline: what is missing, and the command that mends it.
+        DeploymentMissing, NoWorkerOnline: what is missing, and the command that fixes it.
     """
     async with get_client() as client:
         names = [deployment.full_name for deployment in deployments]

@@ -22,7 +22,7 @@ from prefect.exceptions import ObjectNotFound
 from phasewise.errors import OrchestrationError
 from phasewise.orchestration.batch_lock import AWAITING_BATCH
 from phasewise.orchestration.deadlock import MAX_NAMED, Limits
-from phasewise.orchestration.run_reads import READ_SIZE, read_pages
+from phasewise.orchestration.run_reads import READ_SIZE, describe_run, read_pages
 
 #: Seconds after which a run that should have started is late; the server's own measure.
 _LATE_SECONDS = 15.0
@@ -72,7 +72,8 @@ def _find_limit(deployment: DeploymentResponse) -> int | None:
 async def explain_waiting(run_id: str) -> list[str]:
     """Return why the flow run *run_id* has not started, one reason a line, what to do first; never empty.
 
-    For a run that has started or ended that is said instead.
+    Before the reasons a line names its phase and step, if a pipeline declares them. For a run that has started or
+    ended that is said instead.
 
     Raises:
         OrchestrationError: the server does not know the run.
@@ -84,18 +85,23 @@ async def explain_waiting(run_id: str) -> list[str]:
             raise OrchestrationError(
                 f"The server does not know the flow run {run_id}.", hint="Take its id from the UI or from the report."
             ) from exc
-        state = run.state
+        state, place = run.state, _describe_place(run)
         if state is None or state.type not in (StateType.SCHEDULED, StateType.PENDING):
-            return [f"{run.name} does not wait: it is {state.name if state else 'without a state'}."]
+            return [*place, f"{run.name} is not waiting: it is {state.name if state else 'without a state'}."]
         if state.type is StateType.PENDING:
-            return [_describe_claimed(run)]
+            return [*place, _describe_claimed(run)]
         reasons = [*_explain_time(run), *await _explain_pool(client, run), *await _explain_deployment(client, run)]
-    return [*(reasons or ["Nothing holds it back: the next free worker takes it."]), *_describe_late(run)]
+    return [*place, *(reasons or ["Nothing holds it back: the next free worker takes it."]), *_describe_late(run)]
+
+
+def _describe_place(run: FlowRun) -> list[str]:
+    one = describe_run(run)
+    return [f'{one.name} is part of the step "{one.step}" in the phase "{one.phase}".'] if one.phase else []
 
 
 def _describe_claimed(run: FlowRun) -> str:
     worker = run.labels.get("prefect.worker.name", "A worker")
-    return f"{worker} has taken it {_since(run):.0f} s ago and is starting its process."
+    return f"{worker} took it {_since(run):.0f} s ago and is starting its process."
 
 
 def _since(run: FlowRun) -> float:
@@ -110,8 +116,8 @@ def _explain_time(run: FlowRun) -> list[str]:
     if due <= 1:
         return []
     name = run.state.name if run.state is not None else None
-    what = {"AwaitingRetry": "It waits for its next attempt", "AwaitingConcurrencySlot": "It asks again for a slot"}
-    return [f"{what.get(name or '', 'It is scheduled for later')}: in {due:.0f} s."]
+    what = {"AwaitingRetry": "Its next attempt is due", "AwaitingConcurrencySlot": "It asks for a slot again"}
+    return [f"{what.get(name or '', 'It is scheduled to start')} in {due:.0f} s."]
 
 
 def _seconds_until_due(run: FlowRun) -> float:
@@ -140,10 +146,10 @@ async def _explain_pool(client: PrefectClient, run: FlowRun) -> list[str]:
 def _explain_paused(pool: WorkPool, queue: WorkQueue) -> list[str]:
     reasons = []
     if pool.is_paused:
-        reasons.append(f'The work pool "{pool.name}" is paused. Go on: prefect work-pool resume {pool.name}')
+        reasons.append(f'The work pool "{pool.name}" is paused. Resume it: prefect work-pool resume {pool.name}')
     if queue.is_paused:
         resume = f"prefect work-queue resume {queue.name} --pool {pool.name}"
-        reasons.append(f'The work queue "{queue.name}" is paused. Go on: {resume}')
+        reasons.append(f'The work queue "{queue.name}" is paused. Resume it: {resume}')
     return reasons
 
 

@@ -94,7 +94,7 @@ class FanOutLink:
             await self._say(Completed(message=f"All {len(self.run_ids)} flow runs completed."), client)
 
     async def reopen(self, run_ids: Collection[str], client: PrefectClient) -> None:
-        """Forget how runs have ended that are run again."""
+        """Forget how those runs ended that now run again."""
         if again := self.run_ids.intersection(run_ids):
             for run_id in again:
                 self._completed.pop(run_id, None)

@@ -13,7 +13,7 @@ def order_longest_first(items: Sequence[str], *, durations: Mapping[str, float],
     """Return *items* with the longest first, so that no long one is left over while the other slots stand idle.
 
     *durations* are the seconds of past batches, *sizes* rows of the source; both may lack items and name others.
-    An item of which neither is known comes before all others: it may be the longest. Started last, it would stretch
+    An item with neither of them comes before all others: it may be the longest. Started last, it would stretch
     the fan-out by its whole length; started first, it costs nothing but its turn. Equals keep their order.
     """
     expected = estimate_durations(items, durations=durations, sizes=sizes)

@@ -38,6 +38,10 @@ class RunRequest:
     key: str | None = None
     #: Requests with one group share a node of the parent's task runs; a fan-out is one group.
     group: str | None = None
+    #: Phase and step of the pipeline that it is for, and its item in a fan-out; its outcomes say so.
+    phase: str | None = None
+    step: str | None = None
+    item: str | None = None
 
 
 class FlowRuns(Protocol):
@@ -69,7 +73,7 @@ class FlowRuns(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class LocalRun:
-    """The flow run that this code runs in, where a process tree stands in for the server (``phasewise.local.runs``)."""
+    """The flow run that this code runs in, where a process tree replaces the server (``phasewise.local.runs``)."""
 
     run_id: str
     #: Where the runs below it live.

@@ -53,7 +53,7 @@ async def wait_for_flow_runs(
 
     Raises:
         FlowRunsFailed: at least one did not complete; it names each with its state, message and id.
-        TimeoutError: not all of them were final in time; they go on running.
+        TimeoutError: not all of them were final in time; they keep running.
     """
     runs = flow_runs or current_flow_runs()
     outcomes: dict[str, StepOutcome] = {}
@@ -92,7 +92,7 @@ async def run_phases(
     logger = current_logger()
     deadline = None if timeout is None else Deadline(timeout=timeout, at=time.monotonic() + timeout)
     done: list[PhaseOutcome] = []
-    for number, phase in enumerate(phases, start=1):
+    for number, phase in enumerate(_name_phases(phases), start=1):
         names = _join_names([step.name for step in phase.steps])
         logger.info("Phase %d: Starting %s%s...", number, names, " in parallel" if len(phase.steps) > 1 else "")
         started = await start_phase(
@@ -123,18 +123,13 @@ async def start_phase(
 ) -> StartedPhase:
     """Trigger the steps of one phase and return at once; ``await started.wait()`` waits for them."""
     runs = flow_runs or current_flow_runs()
-    planned = [(step, item, request) for step in phase.steps for item, request in plan_requests(step, batch=batch)]
-    run_ids = await runs.submit([request for _, _, request in planned])
-    for (_, _, request), run_id in zip(planned, run_ids, strict=True):
+    requests = [
+        replace(one, phase=phase.name or None) for step in phase.steps for one in plan_requests(step, batch=batch)
+    ]
+    origins = dict(zip(await runs.submit(requests), requests, strict=True))
+    for run_id, request in origins.items():
         current_logger().info("Triggered subflow %s (run_id: %s)", request.deployment, run_id)
-    origins = {run_id: _Origin(step, item) for (step, item, _), run_id in zip(planned, run_ids, strict=True)}
     return StartedPhase(phase=phase, origins=origins, crash_retries=crash_retries, flow_runs=runs, deadline=deadline)
-
-
-@dataclass(frozen=True)
-class _Origin:
-    step: Step
-    item: str | None
 
 
 @dataclass(kw_only=True)
@@ -142,8 +137,8 @@ class StartedPhase:
     """A phase whose flow runs are on their way."""
 
     phase: Phase
-    #: Run id → the step, and the item of a fan-out, that it was triggered for; in the order of triggering.
-    origins: Mapping[str, _Origin]
+    #: Run id → what it was triggered with; in the order of triggering.
+    origins: Mapping[str, RunRequest]
     flow_runs: FlowRuns
     crash_retries: int = 1
     deadline: Deadline | None = None
@@ -167,7 +162,7 @@ class StartedPhase:
                 pending.discard(final.run_id)
                 outcomes[final.run_id] = outcome = self._name(final)
                 if self.phase.on_failure == "cancel" and self._is_over_budget(outcomes.values(), outcome.step):
-                    # Each once: those that end because of it come by here as well.
+                    # Each once: those that end because of it pass through here too.
                     if new := [run_id for run_id in pending if run_id not in asked]:
                         await self.flow_runs.cancel(new)
                     asked |= pending
@@ -202,14 +197,15 @@ class StartedPhase:
 
     async def _enforce(self, seconds: float, steps: Sequence[Step], name: str, pending: set[str]) -> None:
         await asyncio.sleep(seconds)
-        late = [run_id for run_id in pending if self.origins[run_id].step in steps]
+        names = {step.name for step in steps}
+        late = [run_id for run_id in pending if self.origins[run_id].step in names]
         self._timed_out = dict.fromkeys(late, name) | self._timed_out  # the first one is what ended it
         await self.flow_runs.cancel(late)
 
     def _name(self, final: StepOutcome) -> StepOutcome:
-        """Say of which step *final* is the outcome, and whether it was its timeout that ended it."""
+        """Say whether it was its timeout that ended *final*, and of which step it is: a lost run does not know."""
         origin = self.origins[final.run_id]
-        outcome = replace(final, step=origin.step.name, item=origin.item)
+        outcome = replace(final, phase=origin.phase, step=origin.step, item=origin.item)
         timeout = self._timed_out.get(final.run_id)
         if timeout is None or outcome.is_completed:
             return outcome
@@ -242,27 +238,33 @@ def describe_failures(fan_out: FanOut, failed: Sequence[StepOutcome]) -> dict[st
     return {whole: "; ".join(lines) for whole, lines in reasons.items()}
 
 
-def plan_requests(step: Step, *, batch: str) -> list[tuple[str | None, RunRequest]]:
-    """Return the flow runs of *step* with their items: one, or one per item of a fan-out, each with its own key."""
+def plan_requests(step: Step, *, batch: str) -> list[RunRequest]:
+    """Return the flow runs of *step*: one, or one per item of a fan-out, each with its own key."""
     prefix = f"{batch}/{step.name}"
     parameters = {key: batch if value == BATCH else value for key, value in step.parameters.items()}
+    whole = RunRequest(deployment=step.deployment, name=step.flow_name, key=prefix, group=prefix, step=step.name)
     if not isinstance(step, FanOut):
-        request = RunRequest(
-            deployment=step.deployment, name=step.flow_name, parameters=parameters, key=prefix, group=prefix
-        )
-        return [(None, request)]
+        return [replace(whole, parameters=parameters)]
     return [
-        (
-            item,
-            RunRequest(
-                deployment=step.deployment,
-                name=f"{step.flow_name}/{item}",
-                parameters={**parameters, **step.find_parameters(item)},
-                key=f"{prefix}/{item}",
-                group=prefix,
-            ),
+        replace(
+            whole,
+            name=f"{step.flow_name}/{item}",
+            parameters={**parameters, **step.find_parameters(item)},
+            key=f"{prefix}/{item}",
+            item=item,
         )
         for item in step.items
+    ]
+
+
+def _name_phases(phases: Sequence[Phase]) -> list[Phase]:
+    """Return *phases* with a name each: the number tells those apart that have none or share one."""
+    names = [phase.name for phase in phases]
+    return [
+        replace(phase, name=f"{phase.name or 'Phase'} {number}")
+        if names.count(phase.name) > 1 or not phase.name
+        else phase
+        for number, phase in enumerate(phases, start=1)
     ]
 
 

@@ -23,7 +23,14 @@ from phasewise.errors import DeploymentMissing, OrchestrationError, ServerUnreac
 from phasewise.orchestration.cancel import cancel_runs
 from phasewise.orchestration.fan_out_link import FanOutLink, find_fan_outs, group_of, link_to_parent
 from phasewise.orchestration.flow_runs import LOCAL_RUN, FlowRuns, RunRequest
-from phasewise.orchestration.run_reads import describe_run, read_by_key, read_runs
+from phasewise.orchestration.run_reads import (
+    ITEM_LABEL,
+    PHASE_LABEL,
+    STEP_LABEL,
+    describe_run,
+    read_by_key,
+    read_runs,
+)
 from phasewise.orchestration.watch import _listen, watch_runs
 from phasewise.outcomes import StepOutcome
 
@@ -161,11 +168,13 @@ def _describe(
     scheduled = (datetime.now(UTC) + timedelta(microseconds=rank)).isoformat()
     state = {"type": "SCHEDULED", "state_details": {"scheduled_time": scheduled}}
     body: dict[str, Any] = {"parameters": dict(request.parameters), "state": state}
+    labels = {PHASE_LABEL: request.phase, STEP_LABEL: request.step, ITEM_LABEL: request.item}
     optional: dict[str, Any] = {
         "name": request.name,
         "idempotency_key": request.key,
         "parent_task_run_id": parent and str(parent),
         "job_variables": dict(job_variables),
+        "labels": {label: value for label, value in labels.items() if value is not None},
     }
     return body | {key: value for key, value in optional.items() if value}
 

@@ -22,6 +22,8 @@ from phasewise.outcomes import StepOutcome
 
 #: Label prefix under which a flow run keeps its summary on the server.
 SUMMARY_PREFIX = "phasewise."
+#: Labels of a flow run: what it is for in the pipeline.
+PHASE_LABEL, STEP_LABEL, ITEM_LABEL = "phasewise-phase", "phasewise-step", "phasewise-item"
 READ_SIZE = 200
 
 T = TypeVar("T")
@@ -90,7 +92,14 @@ def describe_run(run: FlowRun, *, parent_id: str | None = None) -> StepOutcome:
         ended_at=run.end_time,
         seconds=run.total_run_time.total_seconds() if state.is_final() else None,
         attempts=run.run_count,
+        phase=_read_label(run, PHASE_LABEL),
+        step=_read_label(run, STEP_LABEL),
+        item=_read_label(run, ITEM_LABEL),
         parent_id=parent_id,
         url=url_for(run),
         summary=summary,
     )
+
+
+def _read_label(run: FlowRun, label: str) -> str | None:
+    return str(run.labels[label]) if label in run.labels else None

@@ -84,7 +84,7 @@ async def _next_suspects(hints: asyncio.Queue[str | None], pending: Collection[s
 def _coalesce_pause(pending: int) -> float:
     """Return the seconds in which events are gathered for one read: siblings tend to end together.
 
-    Longer where many are pending, of which some always end: it bounds the reads by the time that the runs take, to one
+    Longer where many are pending and some always end: it bounds the reads by the time that the runs take, to one
     a second as long as 100 are pending. A parent has nothing to do with a single one of so many.
     """
     return min(max(_COALESCE_PAUSE, pending / 100), 1.0)
@@ -105,7 +105,7 @@ async def _listen(run_ids: Sequence[str], hints: asyncio.Queue[str | None]) -> N
                 pause = _COALESCE_PAUSE
                 async for event in subscriber:
                     hints.put_nowait(event.resource.id.removeprefix("prefect.flow-run."))
-        except Exception as exc:  # noqa: BLE001 - whatever ended the socket, we connect again; the slow read goes on
+        except Exception as exc:  # noqa: BLE001 - whatever ended the socket, we connect again; the slow read continues
             get_logger("phasewise.orchestration.flow_runs").debug("Events subscription ended: %s", exc)
         await asyncio.sleep(pause)
         pause = min(pause * 2, 5.0)

@@ -51,7 +51,7 @@ class _Record(BaseModel):
 
 
 class Reference(_Record):
-    """A foreign key that must hold: every non-null value of *columns* stands in *to* of *table*."""
+    """A foreign key that must hold: every non-null value of *columns* is in *to* of *table*."""
 
     columns: tuple[str, ...] = Field(min_length=1)
     table: str
@@ -110,7 +110,7 @@ class Table(_Record):
         if self.lookback is not None and self.cursor is None:
             raise ValueError("lookback needs a cursor")
         if self.deletes and self.mode in ("full", "append"):
-            raise ValueError("deletes goes with the modes merge and snapshot")
+            raise ValueError("deletes works only with the modes merge and snapshot")
         return self
 
     @field_validator("quarantine_limit")
@@ -160,7 +160,7 @@ class SourceConfig(_Record):
 
 
 class WarehouseConfig(_Record):
-    #: Folder of the lake; relative paths are relative to the project's folder.
+    #: Folder of the warehouse; relative paths are relative to the project's folder.
     path: str = "warehouse"
     #: PostgreSQL URL of the catalog, for several machines. None: ``catalog.sqlite`` in the folder.
     catalog: str | None = Field(default=None, repr=False)
@@ -373,7 +373,7 @@ def _explain_one(path: Path, text: str, error: Mapping[str, Any]) -> str:
 
 
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:
-    """Return the keys allowed beside the last part of *location*."""
+    """Return the keys allowed next to the last part of *location*."""
     model: Any = _ProjectFile
     sections: dict[str, Any] = {
         "project": _ProjectSection,
@@ -390,7 +390,7 @@ def _known_keys(location: tuple[int | str, ...]) -> list[str]:
 
 
 def _find_line(text: str, location: list[str]) -> int | None:
-    """Return the line where the key of *location* stands, or its section; TOML parsers keep no positions."""
+    """Return the line where the key of *location* is, or its section; TOML parsers keep no positions."""
     names = [part for part in location if not part.isdigit()]
     for name in reversed(names):
         quoted = re.escape(name)
@@ -408,7 +408,7 @@ def _build_project(root: Path, parsed: _ProjectFile) -> Project:
     data = _locate_data(root, warehouse.data)
     staging = (state / "staging").resolve()
     if catalog and data and not data.startswith("s3://"):
-        # A folder that all machines reach: what they stage lies there too, beside the files of the lake.
+        # A folder that all machines reach: what they stage is there too, next to the files of the warehouse.
         data, staging = f"{data}/lake", Path(data, "staging")
     return Project(
         name=parsed.project.name,

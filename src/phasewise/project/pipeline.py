@@ -87,12 +87,13 @@ class Phase:
     """Steps that run in parallel. The next phase starts when all of them have completed."""
 
     steps: Sequence[Step]
+    #: What the report and the terminal call it; without one it is ``Phase 1``, ``Phase 2``, … by its place.
     name: str = ""
     #: When a step fails: ``wait`` lets its siblings finish (their work is kept for a resume), ``cancel`` ends them.
     on_failure: Literal["wait", "cancel"] = "wait"
 
     def with_step(self, step: Step) -> Phase:
-        """Return this phase with one step more beside the others."""
+        """Return this phase with one more step next to the others."""
         return replace(self, steps=(*self.steps, step))
 
 
@@ -230,7 +231,7 @@ def _find_step_problems(step: Step) -> list[str]:
         problems.append(f'step "{step.name}": deployment "{step.deployment}" is not written flow/deployment')
     if isinstance(step, FanOut):
         twice = sorted({item for item in step.items if list(step.items).count(item) > 1})
-        problems += [f'step "{step.name}": item "{item}" stands twice' for item in twice]
+        problems += [f'step "{step.name}": item "{item}" is listed twice' for item in twice]
         try:
             step.count_allowed()
         except PipelineInvalid as exc:

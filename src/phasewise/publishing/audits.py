@@ -211,7 +211,7 @@ def _audit_row_count(
     bad = max(abs(staged - in_source), abs(staged - written), abs(staged - whole))
     detail = f"{staged} rows are staged, {written} were written and the source had {in_source}" if bad else ""
     if whole != in_source:
-        detail += f" in {len(parts)} partitions, {whole} in the whole table: it was written anew while it was read"
+        detail += f" in {len(parts)} partitions, {whole} in the whole table: it was rewritten while it was read"
     return AuditResult(name="row count", table=table, bad_rows=bad, detail=detail)
 
 
@@ -416,7 +416,7 @@ def _explain_kept_type(table: str, declared: Table, actual: str | None, type_: s
     if actual is None or not is_kept or not holds_all(actual, _canonical_type(type_)):
         return ""
     is_replaceable = declared.mode in ("append", "merge") and declared.drift != "discard"
-    anew = f', or raise [table."{table}"] version to load the table anew' if is_replaceable else ""
+    anew = f', or raise [table."{table}"] version to load the table again' if is_replaceable else ""
     return f" (the warehouse keeps the wider type that it has: write {actual} into the contract{anew})"
 
 

@@ -289,14 +289,14 @@ def _is_in_lake(connection: duckdb.DuckDBPyConnection, part: Manifest, now: Tabl
     if now is None or now != part.load.base:
         began, then = _name_batch(part.load.base), _name_batch(now)
         raise PublishConflict(
-            f'What was staged of table "{part.table}" goes on from {began}, and the warehouse has {then} of it.',
+            f'Table "{part.table}" was staged on top of {began}, but the warehouse has {then} of it.',
             hint="Start a new batch.",
         )
     return False
 
 
 def _name_batch(state: TableState | None) -> str:
-    return f'batch "{state.batch}"' if state else "nothing to go on from"
+    return f'batch "{state.batch}"' if state else "no batch"
 
 
 def _has(connection: duckdb.DuckDBPyConnection, table: str) -> bool:

@@ -75,7 +75,7 @@ def maintain_lake(project: Project, settings: Settings, *, orphan_grace: timedel
     except duckdb.Error as exc:
         raise LakeError(
             f"The warehouse {project.warehouse_name} could not be maintained: {first_line(exc)}",
-            hint="What readers see is unchanged; the next cleanup goes on where this one stopped.",
+            hint="What readers see is unchanged; the next cleanup continues where this one stopped.",
         ) from exc
     return LakeMaintenance(
         expired_snapshots=expired,

@@ -1,7 +1,7 @@
 """One chart per mart, drawn as SVG: bars, columns, a line or a scatter of points.
 
 A chart never fails for the sake of its data: a value that cannot be drawn is left out and counted, a mart without
-a column of numbers has no chart, and the table beside the chart always has the values.
+a column of numbers has no chart, and the table next to the chart always has the values.
 """
 
 from __future__ import annotations
@@ -266,7 +266,7 @@ def _draw_scatter(chart: Chart, width: int) -> tuple[Markup, int]:
 
 
 def _draw_frame(chart: Chart, width: int, *, with_zero: bool, margin: float) -> tuple[_Frame, list[Markup]]:
-    """Draw the axes with their ticks, grid and labels; *margin* is the room beside the outer values.
+    """Draw the axes with their ticks, grid and labels; *margin* is the room next to the outer values.
 
     For columns it is in units of the smallest gap between two values, else a share of the whole.
     """

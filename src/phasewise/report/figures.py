@@ -91,7 +91,7 @@ _UNITS = {
 
 
 def is_number(value: object) -> bool:
-    """Return whether *value* can stand on an axis: a number within 1e300 that is not a truth value."""
+    """Return whether *value* can be on an axis: a number within 1e300 that is not a truth value."""
     if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
         return False
     if isinstance(value, Decimal) and value.is_nan():
@@ -125,7 +125,7 @@ def nice_ticks(low: float, high: float, count: int) -> list[float]:
     magnitude = 10.0 ** math.floor(math.log10(rough)) if rough > 0 else 1.0
     step = next((factor * magnitude for factor in (1, 2, 2.5, 5, 10) if factor * magnitude >= rough), rough)
     first, last = math.floor(low / step), math.ceil(high / step)
-    # Beyond the precision of a float a step may vanish beside the bounds.
+    # Beyond the precision of a float a step may vanish next to the bounds.
     return [number * step for number in range(first, last + 1)] if last - first <= 4 * count else [low, high]
 
 

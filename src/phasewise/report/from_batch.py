@@ -49,7 +49,7 @@ class BatchData:
 def write_batch_report(
     data: BatchData, *, status: Literal["published", "failed", "renewed"], message: str = ""
 ) -> ReportFiles:
-    """Write ``<reports>/<batch>.html`` and its data as JSON beside it."""
+    """Write ``<reports>/<batch>.html`` and its data as JSON next to it."""
     now = datetime.now(UTC)
     starts = [run.started_at for run in data.runs if run.started_at] + [one.started_at for one in data.manifests]
     report = BatchReport(
@@ -79,9 +79,9 @@ def describe_moments(manifests: Sequence[Manifest]) -> str:
     loose = sorted({manifest.table for manifest in manifests if manifest.partition and manifest.snapshot is None})
     but = f" but for those whose partitions were read one after another: {', '.join(loose)}" if loose else ""
     return (
-        "The tables were not read at one moment of the source: the batch was resumed after the source was mended, or "
+        "The tables were not read at one moment of the source: the batch was resumed after the source was fixed, or "
         "the source could not hold the moment for all of them. Those of another moment are marked. "
-        f"Each table is consistent for itself{but}."
+        f"Each table is consistent in itself{but}."
     )
 
 

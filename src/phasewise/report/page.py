@@ -65,7 +65,7 @@ class _Segment:
 
 
 def render_html(report: BatchReport, *, json_name: str) -> str:
-    """Return the page of *report*; *json_name* is the file of its data, beside it."""
+    """Return the page of *report*; *json_name* is the file of its data, next to it."""
     saved = measure_time_saved(report.runs, report.ended_at)
     script = _read_asset("report.js")
     return (

@@ -30,7 +30,7 @@ class RunSpan:
     state: str
     #: The run that triggered it, by run id (or by name, where names are unique); None for the first one.
     parent: str | None = None
-    #: Phase of the pipeline that it is a step of. Without it, phases are read off the clock.
+    #: Phase that its pipeline declares for it; None outside of a pipeline, and for the first run.
     phase: str | None = None
     #: When it was to start, which is when it began to wait for a worker.
     expected_start: datetime | None = None
@@ -56,6 +56,7 @@ class RunSpan:
             run_id=run.run_id,
             state=run.state_name,
             parent=run.parent_id,
+            phase=run.phase,
             expected_start=run.expected_at,
             started_at=run.started_at,
             ended_at=run.ended_at,
@@ -153,7 +154,7 @@ class BatchReport:
     message: str = ""
     #: URL of the source, without its password.
     source: str = ""
-    #: Folder or URL of the lake, without its password.
+    #: Folder or URL of the warehouse, without its password.
     warehouse: str = ""
     runs: Sequence[RunSpan] = ()
     tables: Sequence[TableReport] = ()

@@ -10,6 +10,7 @@ from datetime import datetime
 from phasewise.report.figures import format_count, format_seconds, time_ticks
 from phasewise.report.records import BatchReport, RunSpan
 from phasewise.report.timing import (
+    PhaseSpan,
     RunNode,
     build_tree,
     count_parallel,
@@ -17,6 +18,7 @@ from phasewise.report.timing import (
     find_phases,
     run_seconds,
     seconds_between,
+    split_by_phase,
 )
 
 #: A fan-out with more runs than this starts folded; its row still shows how many ran at once.
@@ -33,7 +35,7 @@ class Bar:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One line of the timeline: a run with those below it, or a group of runs of one flow."""
+    """One line of the timeline: a run with those below it, a phase of them, or a group of runs of one flow."""
 
     label: str
     #: The whole name, where *label* leaves out what the group says already.
@@ -142,7 +144,29 @@ class _Clock:
             wait=self.bar(run.expected_start, run.started_at or end),
             url=run.url if run.url and run.url.startswith(("http://", "https://")) else None,
             is_critical=run.run_id in self.critical,
-            rows=() if is_alone else self.rows(node.children),
+            rows=() if is_alone else self.inner_phases(node.children),
+        )
+
+    def inner_phases(self, nodes: Sequence[RunNode]) -> tuple[Row, ...]:
+        """Return a row per phase of a run's own; runs outside of a phase are rows themselves."""
+        rows: list[Row] = []
+        for phase in split_by_phase(nodes, self.now):
+            rows += [self.inner_phase(phase)] if phase.name else self.rows(phase.nodes)
+        return tuple(rows)
+
+    def inner_phase(self, phase: PhaseSpan) -> Row:
+        return Row(
+            label=phase.name,
+            name=phase.name,
+            kind="parent",
+            state="",
+            duration=format_seconds(phase.seconds),
+            detail=f"phase {phase.name}: {format_seconds(phase.seconds)}",
+            bar=self.bar(phase.started_at, phase.ended_at),
+            wait=None,
+            url=None,
+            is_critical=False,
+            rows=self.rows(phase.nodes),
         )
 
     def group(self, flow: str, nodes: Sequence[RunNode]) -> Row:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from phasewise.report.records import RunSpan
@@ -26,7 +26,7 @@ class RunNode:
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseSpan:
-    """Runs that were not kept waiting by each other, from the first one's trigger to the last one's end."""
+    """Runs of one phase of the pipeline, from the first one's trigger to the last one's end."""
 
     name: str
     nodes: tuple[RunNode, ...]
@@ -86,14 +86,17 @@ def build_tree(runs: Sequence[RunSpan]) -> tuple[RunNode, ...]:
 
 
 def find_phases(roots: Sequence[RunNode], now: datetime) -> tuple[PhaseSpan, ...]:
-    """Return the phases below the first run: as the runs name them, else as the clock shows them.
-
-    By the clock, a phase begins with a run that started after every run before it had ended.
-    """
+    """Return the phases below the first run; runs outside of a phase are one that is called Runs."""
     nodes = roots[0].children if len(roots) == 1 and roots[0].children else tuple(roots)
-    named = all(node.run.phase for node in nodes)
-    groups = _group_by_name(nodes) if named else _group_by_clock(nodes, now)
-    return tuple(_measure_phase(name, group, now) for name, group in groups)
+    return tuple(replace(phase, name=phase.name or "Runs") for phase in split_by_phase(nodes, now))
+
+
+def split_by_phase(nodes: Sequence[RunNode], now: datetime) -> tuple[PhaseSpan, ...]:
+    """Return runs of one parent by their declared phases, in order of start; outside of a phase the name is empty."""
+    groups: dict[str, list[RunNode]] = {}
+    for node in nodes:
+        groups.setdefault(node.run.phase or "", []).append(node)
+    return tuple(_measure_phase(name, group, now) for name, group in groups.items())
 
 
 def measure_time_saved(runs: Sequence[RunSpan], now: datetime) -> TimeSaved:
@@ -115,7 +118,7 @@ def measure_time_saved(runs: Sequence[RunSpan], now: datetime) -> TimeSaved:
 def find_critical_chain(roots: Sequence[RunNode], now: datetime) -> frozenset[str]:
     """Return the run ids of the chain that ends with the last step, each started after the one before it ended.
 
-    Walked backwards over the steps: before each stands the one that ended last of those that may have held it up,
+    Walked backwards over the steps: before each is the one that ended last of those that may have held it up,
     by a barrier between phases or by the slot that it gave back.
     """
     paths = [path for root in roots for path in _walk_paths((root,)) if path[-1].run.started_at]
@@ -138,7 +141,7 @@ def _walk_paths(path: tuple[RunNode, ...]) -> Iterator[tuple[RunNode, ...]]:
 def _may_hold_up(path: Sequence[RunNode], later: Sequence[RunNode], now: datetime) -> bool:
     """Return whether all that ran on the one side, where the two paths part, ended before the other side started.
 
-    A run of another branch ended earlier, but its branch went on beside the later one: it held nothing up.
+    A run of another branch ended earlier, but its branch continued next to the later one: it held nothing up.
     """
     pairs = zip(path, later, strict=False)
     one, other = next(((one.run, other.run) for one, other in pairs if one is not other), (None, None))
@@ -192,27 +195,6 @@ def _closes_circle(run_id: str, parent: str | None, parents: Mapping[str, str | 
             return True
         parent = parents.get(parent)
     return False
-
-
-def _group_by_name(nodes: Sequence[RunNode]) -> list[tuple[str, list[RunNode]]]:
-    groups: dict[str, list[RunNode]] = {}
-    for node in nodes:
-        groups.setdefault(node.run.phase or "", []).append(node)
-    return list(groups.items())
-
-
-def _group_by_clock(nodes: Sequence[RunNode], now: datetime) -> list[tuple[str, list[RunNode]]]:
-    groups: list[list[RunNode]] = []
-    latest: datetime | None = None
-    for node in nodes:
-        start = node.run.started_at or node.run.expected_start
-        if latest is None or (start is not None and start >= latest):
-            groups.append([])
-        groups[-1].append(node)
-        # A run that waits to start has not ended either, so what was triggered beside it is of its phase.
-        end = _end(node.run, now)
-        latest = end if latest is None else max(latest, end)
-    return [(f"Phase {number}", group) for number, group in enumerate(groups, start=1)]
 
 
 def _measure_phase(name: str, nodes: Sequence[RunNode], now: datetime) -> PhaseSpan:

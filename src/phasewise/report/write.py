@@ -47,7 +47,7 @@ def write_report(report: BatchReport, folder: Path) -> ReportFiles:
     except OSError as exc:
         raise ReportError(
             f"The report of batch {report.batch} could not be written to {folder}: {exc.strerror}.",
-            hint="Make room or allow writing there, then run final-etl-job again without a batch; it writes one.",
+            hint="Free some space or make it writable, then run final-etl-job without a batch: it writes a new one.",
         ) from exc
     return files
 

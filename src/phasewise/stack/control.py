@@ -1,7 +1,7 @@
 """A whole stack on one machine: the Prefect server and its workers, supervised.
 
-A small process, the supervisor, starts the server and the workers, starts again what dies, and takes all of them along
-when it ends. Its folder, ``home``, holds everything that it writes:
+A small process, the supervisor, starts the server and the workers, restarts what dies, and stops all of them when it
+ends. Its folder, ``home``, holds everything that it writes:
 ``stack.json`` (what runs, for other commands to find), ``prefect/`` (the PREFECT_HOME of server, workers and clients,
 so that the user's own is not touched) and ``logs/``.
 

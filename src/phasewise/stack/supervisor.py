@@ -1,4 +1,4 @@
-"""The process that runs a stack: it starts the server and the workers, and starts again what dies.
+"""The process that runs a stack: it starts the server and the workers, and restarts what dies.
 
 It imports no Prefect, so it is small and up at once. Started by ``phasewise.stack``.
 
@@ -178,7 +178,7 @@ class _Supervisor:
                 self._wait(None)
         except _Stopped as reason:
             _log(f"stopping: {reason}")
-            self._report({"error": f"The stack ended while it came up: {reason}"})
+            self._report({"error": f"The stack ended while it was starting: {reason}"})
         finally:
             self._stop_everything()
             state_file(self._home).unlink(missing_ok=True)
@@ -356,7 +356,7 @@ def listen(port: int | None) -> socket.socket:
     except OSError as exc:
         if port is not None:
             listening.close()
-            raise StackError(f"Port {port} is taken.", hint="Leave it out to take a free one.") from exc
+            raise StackError(f"Port {port} is taken.", hint="Leave it out to use a free one.") from exc
         listening.bind(("127.0.0.1", 0))
     listening.listen(512)
     return listening

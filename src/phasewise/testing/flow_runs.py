@@ -33,6 +33,20 @@ class MemoryRun:
     task: asyncio.Task[None] | None = field(default=None, repr=False)
     is_final: asyncio.Event = field(default_factory=asyncio.Event, repr=False)
 
+    def conclude(self, state: str, **details: Any) -> StepOutcome:
+        request = self.request
+        return StepOutcome(
+            name=request.name or self.run_id,
+            run_id=self.run_id,
+            state_type=state,
+            state_name=state.title(),
+            phase=request.phase,
+            step=request.step,
+            item=request.item,
+            attempts=self.attempts,
+            **details,
+        )
+
 
 class MemoryFlowRuns:
     """``FlowRuns`` whose deployments are async functions of this process.
@@ -77,16 +91,8 @@ class MemoryFlowRuns:
             state, message = "CRASHED", str(exc)
         except Exception as exc:  # noqa: BLE001 - a flow may raise anything; the run records it
             state, message = "FAILED", str(exc)
-        run.outcome = StepOutcome(
-            name=run.request.name or run.run_id,
-            run_id=run.run_id,
-            state_type=state,
-            state_name=state.title(),
-            message=message,
-            started_at=started_at,
-            ended_at=datetime.now(UTC),
-            attempts=run.attempts,
-            summary=summary,
+        run.outcome = run.conclude(
+            state, message=message, started_at=started_at, ended_at=datetime.now(UTC), summary=summary
         )
         run.is_final.set()
 
@@ -115,10 +121,7 @@ class MemoryFlowRuns:
 
     def _settle(self, run: MemoryRun, _task: asyncio.Task[None]) -> None:
         if run.outcome is None:
-            name = run.request.name or run.run_id
-            run.outcome = StepOutcome(
-                name=name, run_id=run.run_id, state_type="CANCELLED", state_name="Cancelled", attempts=run.attempts
-            )
+            run.outcome = run.conclude("CANCELLED")
             run.is_final.set()
 
     def find(self, name: str) -> MemoryRun:

@@ -6,8 +6,8 @@ worker sends what comes from all its runs over connections that are open already
 Prefect's own hooks for processes that forward to another (those of its process-pool task runner).
 
 What a run wrote is in the kernel's hands at once, so a run that is killed loses less than one that keeps it in a queue
-of its own: the worker reads the rest after the process has ended. A worker that cannot be written to is done without:
-the run then sends for itself.
+of its own: the worker reads the rest after the process has ended. If the worker cannot be written to,
+the run sends for itself.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _AWAY_SECONDS = 1.0
 #: Seconds that a worker that ends gives the last logs.
 _LAST_SECONDS = 5.0
 _CHUNK_BYTES = 1 << 16
-#: What a log handler notes beside a log for whoever batches it; no field of the log.
+#: What a log handler notes next to a log for whoever batches it; no field of the log.
 _SIZE = "__payload_size__"
 
 # ── the run's side ───────────────────────────────────────────────────────────────────────────────────────────────

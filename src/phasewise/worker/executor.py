@@ -45,7 +45,7 @@ from phasewise.worker.fork_job import (
 #: Seconds that a flow run has to report its state when its worker ends without a drain.
 END_SECONDS = 5.0
 
-_OUT_OF_MEMORY = "The kernel ended it for want of memory"
+_OUT_OF_MEMORY = "The kernel killed it because memory ran out"
 
 
 # ── one flow run ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -235,7 +235,7 @@ class _ForkStarter:
             task_status.started(ProcessHandle(process, scope))  # type: ignore[arg-type] # it reads pid and returncode
             is_oom_kill = await process.wait() == -signal.SIGKILL and count_oom_kills() > oom_kills
             if process.is_lost:
-                note = "The warm process that it was forked from has ended, and so have all runs that came from it."
+                note = "The forkserver that it was forked from has ended, and with it all of its runs."
                 self._notes[flow_run.id] = f"{note} {_OUT_OF_MEMORY}." if is_oom_kill else note
             elif is_oom_kill:
                 peak = process.peak_rss_bytes // 2**20
@@ -253,7 +253,7 @@ class _Proposer(StateProposer):
     def __init__(self, *, client: PrefectClient) -> None:
         super().__init__(client=client)
         self.released: set[UUID] = set()
-        #: What is known of why a run crashed, beside its exit code.
+        #: What is known of why a run crashed, next to its exit code.
         self.notes: dict[UUID, str] = {}
         #: Runs whose crash is on the server.
         self.reported: set[UUID] = set()

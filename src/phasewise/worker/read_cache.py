@@ -22,7 +22,7 @@ class Reads:
         self._answers: dict[tuple[object, UUID], tuple[asyncio.Future[BaseModel], float]] = {}
 
     def begin(self) -> None:
-        """Read anew from here on, but for what was said to hold longer."""
+        """Read again from here on, except what was said to hold longer."""
         now = self._clock()
         self._answers = {key: answer for key, answer in self._answers.items() if answer[1] > now}
 

@@ -279,7 +279,7 @@ class WarmProcessWorker(ProcessWorker):
         try:
             await self._forkservers.current()
         except ForkserverDied as exc:
-            return f"the warm process does not start: {exc}"
+            return f"the forkserver does not start: {exc}"
         return None
 
     async def _see_version(self, deployment: DeploymentResponse) -> None:
@@ -367,7 +367,7 @@ class WarmProcessWorker(ProcessWorker):
     async def _setup_cancellation_observer(self) -> None:
         """Start the worker's one events subscription; called after each sync with the server.
 
-        It stands in for the process worker's observers: one for the worker, and one more for each run.
+        It replaces the process worker's observers: one for the worker, and one more for each run.
         """
         if self._listening is None and self._work_pool is not None:
             self._listening = self._services
@@ -398,7 +398,7 @@ class WarmProcessWorker(ProcessWorker):
                     self._questions.something_is_new()  # for what was scheduled while nobody listened
                     async for event in subscriber:
                         self._on_event(event)
-            except Exception as exc:  # noqa: BLE001 - whatever breaks the socket, polling goes on and we reconnect
+            except Exception as exc:  # noqa: BLE001 - whatever breaks the socket, polling continues and we reconnect
                 self._logger.warning("Lost the events of the work pool (%s); polling until it is back.", exc)
             await anyio.sleep(1)
 

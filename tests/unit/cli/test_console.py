@@ -37,16 +37,16 @@ def make_run(name: str, state: str, start: float | None = None, end: float | Non
     return StepOutcome(**(values | fields))
 
 
-#: In the middle of phase 1: of five tables two are done, two run, one waits.
+#: In the middle of the first phase: of five tables two are done, two run, one waits.
 RUNNING = (
     make_run("main-etl-job", "Running", 0),
-    make_run("pre-etl-job", "Completed", 0.2, 1.2),
-    make_run("sub-etl-job", "Running", 0.3),
-    make_run("process-table-etl/batting", "Completed", 1, 3, parent_id="sub-etl-job"),
-    make_run("process-table-etl/people", "Completed", 1, 2, parent_id="sub-etl-job"),
-    make_run("process-table-etl/teams", "Running", 3, parent_id="sub-etl-job"),
-    make_run("process-table-etl/parks", "Running", 3, parent_id="sub-etl-job"),
-    make_run("process-table-etl/schools", "Pending", parent_id="sub-etl-job", expected_at=at(1)),
+    make_run("pre-etl-job", "Completed", 0.2, 1.2, phase="load"),
+    make_run("sub-etl-job", "Running", 0.3, phase="load"),
+    make_run("process-table-etl/batting", "Completed", 1, 3, parent_id="sub-etl-job", phase="tables"),
+    make_run("process-table-etl/people", "Completed", 1, 2, parent_id="sub-etl-job", phase="tables"),
+    make_run("process-table-etl/teams", "Running", 3, parent_id="sub-etl-job", phase="tables"),
+    make_run("process-table-etl/parks", "Running", 3, parent_id="sub-etl-job", phase="tables"),
+    make_run("process-table-etl/schools", "Pending", parent_id="sub-etl-job", phase="tables", expected_at=at(1)),
 )
 
 
@@ -89,18 +89,30 @@ def test_each_run_has_its_state_and_its_seconds() -> None:
 
 
 def test_a_phase_appears_when_its_first_run_is_triggered() -> None:
-    ended = [make_run(run.name, "Completed", 1, 5, parent_id=run.parent_id) for run in RUNNING[1:]]
-    final = make_run("final-etl-job", "Scheduled", expected_at=at(5.1))
+    ended = [make_run(run.name, "Completed", 1, 5, parent_id=run.parent_id, phase=run.phase) for run in RUNNING[1:]]
+    final = make_run("final-etl-job", "Scheduled", expected_at=at(5.1), phase="publish")
 
     before = draw([RUNNING[0], *ended], 5.05)
     after = draw([RUNNING[0], *ended, final], 5.2)
 
-    assert "Phase 2" not in before
-    assert after.index("Phase 1") < after.index("process-table-etl") < after.index("Phase 2") < after.index("final-etl")
+    assert "publish" not in before
+    assert [line.split()[0] for line in after.splitlines() if line.split()[0].isalpha()] == [
+        "load",
+        "tables",
+        "publish",
+    ]
+    places = [after.index(name) for name in ("load", "sub-etl", "tables", "process-table-etl", "publish", "final-etl")]
+    assert places == sorted(places)
+
+
+def test_the_name_of_a_phase_cannot_steer_the_terminal() -> None:
+    runs = [RUNNING[0], make_run("pre-etl-job", "Completed", 0.2, 1.2, phase="\x1b[2J[bold]load")]
+
+    assert r"\x1b[2J[bold]load" in draw(runs, 2)
 
 
 def test_a_fan_out_with_a_failure_is_marked_while_it_goes_on() -> None:
-    runs = [*RUNNING[:5], make_run("process-table-etl/teams", "Crashed", 3, 4, parent_id="sub-etl-job")]
+    runs = [*RUNNING[:5], make_run("process-table-etl/teams", "Crashed", 3, 4, parent_id="sub-etl-job", phase="tables")]
 
     line = find_line(draw(runs, 4), "process-table-etl")
 

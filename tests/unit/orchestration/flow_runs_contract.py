@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,23 @@ class FlowRunsContract:
         assert [outcomes[run_id].summary for run_id in (first, second)] == [{"rows": 3}, {"rows": 5}]
         assert {outcome.state_type for outcome in outcomes.values()} == {"COMPLETED"}
         assert all(one.started_at and one.ended_at and one.started_at <= one.ended_at for one in outcomes.values())
+
+    async def test_a_run_keeps_its_place_in_the_pipeline_when_it_runs_again(
+        self, flow_runs: FlowRuns, request_run: Any, tmp_path: Path
+    ) -> None:
+        (tmp_path / "a.broken").touch()
+        request = replace(request_run("work", key="k"), phase="tables", step="process", item="a")
+        outcomes = [await watch(flow_runs, *await flow_runs.submit([request])) for _ in range(2)]
+        await flow_runs.restart([outcomes[0][0].run_id])
+        outcomes.append(await watch(flow_runs, outcomes[0][0].run_id))
+
+        places = [(one.phase, one.step, one.item, one.attempts) for [one] in outcomes]
+        assert places == [("tables", "process", "a", attempt) for attempt in (1, 2, 3)]
+
+    async def test_a_run_without_a_place_in_a_pipeline_names_none(self, flow_runs: FlowRuns, request_run: Any) -> None:
+        [outcome] = await watch(flow_runs, *await flow_runs.submit([request_run("work")]))
+
+        assert (outcome.phase, outcome.step, outcome.item) == (None, None, None)
 
     async def test_two_requests_with_one_key_are_one_run(self, flow_runs: FlowRuns, request_run: Any, log: Any) -> None:
         [first] = await flow_runs.submit([request_run("work", key="k")])

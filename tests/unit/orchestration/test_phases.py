@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -56,6 +57,27 @@ async def test_a_phase_starts_only_after_every_step_of_the_one_before(
 
     assert recorder.log.index("start publish") > recorder.log.index("end a")
     assert recorder.log.index("start publish") > recorder.log.index("end b")
+
+
+async def test_each_run_is_told_its_phase_its_step_and_its_item(flow_runs: MemoryFlowRuns) -> None:
+    phases = [Phase(name="load", steps=[tables("a", "b")]), Phase(name="publish", steps=[publish()])]
+
+    outcome = await run_phases(phases, batch="b1", flow_runs=flow_runs)
+
+    requests = [run.request for run in flow_runs.runs.values()]
+    expected = [("load", "tables", "a"), ("load", "tables", "b"), ("publish", "publish", None)]
+    assert [(request.phase, request.step, request.item) for request in requests] == expected
+    assert [(step.phase, step.step, step.item) for phase in outcome.phases for step in phase.steps] == expected
+
+
+async def test_phases_without_a_name_of_their_own_are_told_apart_by_their_number(flow_runs: MemoryFlowRuns) -> None:
+    steps = [[replace(publish(), name=str(number))] for number in range(4)]
+    names = ["load", "", "load", "tidy"]
+    phases = [Phase(name=name, steps=these) for name, these in zip(names, steps, strict=True)]
+
+    outcome = await run_phases(phases, batch="b1", flow_runs=flow_runs)
+
+    assert [phase.name for phase in outcome.phases] == ["load 1", "Phase 2", "load 3", "tidy"]
 
 
 async def test_steps_of_a_phase_run_at_the_same_time(recorder: Recorder, flow_runs: MemoryFlowRuns) -> None:

@@ -302,7 +302,7 @@ async def test_triggering_costs_much_less_than_two_calls_a_child_and_grows_no_fa
     for children in (100, 500, 2000):
         server = CountingServer()
         fan_out = FanOut(name="t", deployment="f/d", over="table", items=[f"t{n}" for n in range(children)])
-        requests = [request for _, request in plan_requests(fan_out, batch="b")]
+        requests = plan_requests(fan_out, batch="b")
         with server.serving(monkeypatch):
             run_ids = await PrefectFlowRuns().submit(requests)
 

@@ -45,7 +45,7 @@ def test_a_step_with_the_name_of_one_below_another_step_is_refused() -> None:
 def test_a_fan_out_with_an_item_twice_is_refused() -> None:
     fan_out = FanOut(name="load", deployment="load/load-deployment", over="table", items=["people", "people"])
 
-    with pytest.raises(PipelineInvalid, match='item "people" stands twice'):
+    with pytest.raises(PipelineInvalid, match='item "people" is listed twice'):
         validate_phases([Phase(steps=[fan_out])])
 
 

@@ -311,7 +311,7 @@ def test_what_goes_on_from_another_batch_than_the_lake_s_is_not_published(tmp_pa
     stage_batch(project, batch="b2")
     rollback_batch(project, SETTINGS, "b0")
 
-    with pytest.raises(PublishConflict, match='goes on from batch "b1", and the warehouse has batch "b0"'):
+    with pytest.raises(PublishConflict, match='staged on top of batch "b1", but the warehouse has batch "b0"'):
         publish_batch(project, SETTINGS, "b2")
 
 

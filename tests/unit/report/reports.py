@@ -53,14 +53,14 @@ def make_mart(columns: list[str], rows: list[list[Any]], **fields: Any) -> MartR
     return MartReport(name="mart", title="Mart", columns=columns, rows=rows, **fields)
 
 
-#: Phase 1: a (1 s) beside b, which triggers b/1 and b/2 (3 s and 2 s); phase 2: c (4 s).
+#: Phase load: a (1 s) next to b, which triggers b/1 and b/2 (3 s and 2 s); phase publish: c (4 s).
 TWO_PHASES = (
     make_run("main", 0, 10),
-    make_run("a", 0.5, 1.5, parent="main", expected_start=at(0)),
-    make_run("b", 0.5, 5, parent="main"),
-    make_run("b/1", 1, 4, parent="b"),
-    make_run("b/2", 1, 3, parent="b"),
-    make_run("c", 6, 10, parent="main", expected_start=at(5)),
+    make_run("a", 0.5, 1.5, parent="main", phase="load", expected_start=at(0)),
+    make_run("b", 0.5, 5, parent="main", phase="load"),
+    make_run("b/1", 1, 4, parent="b", phase="tables"),
+    make_run("b/2", 1, 3, parent="b", phase="tables"),
+    make_run("c", 6, 10, parent="main", phase="publish", expected_start=at(5)),
 )
 
 

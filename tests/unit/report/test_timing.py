@@ -5,6 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
+from phasewise.report.timeline import lay_out_timeline
 from phasewise.report.timing import (
     build_tree,
     count_parallel,
@@ -61,24 +62,48 @@ def test_an_end_before_the_start_counts_as_no_time() -> None:
     assert measure_time_saved([make_run("a", 5, 4)], at(10)).steps_seconds == 0
 
 
-def test_phases_are_read_off_the_clock() -> None:
+def test_phases_have_the_names_that_the_pipeline_declares() -> None:
     phases = find_phases(build_tree(TWO_PHASES), at(10))
 
-    assert [[node.run.name for node in phase.nodes] for phase in phases] == [["a", "b"], ["c"]]
+    named = [(phase.name, [node.run.name for node in phase.nodes]) for phase in phases]
+    assert named == [("load", ["a", "b"]), ("publish", ["c"])]
 
 
-def test_runs_triggered_together_are_one_phase_before_they_start() -> None:
-    waiting = [make_run(name, None, None, parent="main", expected_start=at(1)) for name in ("a", "b")]
+def test_steps_that_wait_for_each_others_slot_are_still_one_phase() -> None:
+    # With one slot pre, sub and final start one after another: by the clock they would be three phases.
+    runs = [
+        make_run("main", 0, 9),
+        make_run("pre", 1, 2, parent="main", phase="load"),
+        make_run("sub", 3, 5, parent="main", phase="load"),
+        make_run("final", 6, 8, parent="main", phase="publish"),
+    ]
 
-    phases = find_phases(build_tree([make_run("main", 0, None), *waiting]), at(2))
+    phases = find_phases(build_tree(runs), at(9))
 
-    assert len(phases) == 1
+    assert [(phase.name, phase.seconds) for phase in phases] == [("load", 4), ("publish", 2)]
 
 
-def test_phases_with_names_keep_them() -> None:
-    runs = [make_run("main", 0, 9), *(make_run(name, 0, 9, parent="main", phase=f"P {name}") for name in "ab")]
+def test_runs_that_no_pipeline_declares_are_together() -> None:
+    runs = [
+        make_run("main", 0, 9),
+        make_run("a", 0, 2, parent="main"),
+        make_run("b", 3, 9, parent="main"),
+        make_run("c", 3, 4, parent="main", phase="publish"),
+    ]
 
-    assert [phase.name for phase in find_phases(build_tree(runs), at(9))] == ["P a", "P b"]
+    assert [phase.name for phase in find_phases(build_tree(runs), at(9))] == ["Runs", "publish"]
+
+
+def test_the_phases_of_a_step_are_rows_below_it() -> None:
+    timeline = lay_out_timeline(make_report(runs=TWO_PHASES))
+
+    load, publish = timeline.phases
+    assert (load.name, publish.name) == ("load", "publish")
+    a, b = load.rows
+    assert (a.label, a.rows) == ("a", ())
+    [tables] = b.rows
+    assert (tables.label, tables.duration) == ("tables", "3.0 s")
+    assert [row.label for row in tables.rows] == ["b × 2"]
 
 
 def test_a_parent_is_found_by_id_or_by_name() -> None:
