@@ -13,7 +13,7 @@ from phasewise.report.timing import (
     find_phases,
     measure_time_saved,
 )
-from tests.unit.report.reports import PATIENTLY, TWO_PHASES, at, make_run
+from tests.unit.report.reports import PATIENTLY, TWO_PHASES, at, make_report, make_run
 
 
 def test_a_step_is_a_run_that_triggered_no_other() -> None:
