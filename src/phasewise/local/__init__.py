@@ -1,5 +1,5 @@
 """A whole batch in one process tree, without a server: for development, tests and small jobs.
 
-``flows`` and ``cli`` may import it. ``runs`` works in the main process, ``engine`` in that one and in those forked for
-the runs.
+``flows`` and ``cli`` may import it. ``batch`` and ``runs`` work in the main process, ``child`` in those that are
+forked for flow runs, ``engine`` in both.
 """
