@@ -129,7 +129,7 @@ async def sub_etl(batch_id: str | None = None) -> dict[str, Any]:
         for split in splits.values():
             if split.note:
                 current_logger().warning("%s: %s", split.table, split.note)
-        fan_out = _plan_fan_out(project, settings, tables, splits)
+        fan_out = _order_fan_out(project, settings, tables, splits)
         failed = await _stage_tables(project, settings, batch, table_phase, fan_out)
     current_logger().info("Starting cleanup subflows...")
     await (await _start(cleanup_phase, batch, project, settings)).wait()
@@ -137,7 +137,7 @@ async def sub_etl(batch_id: str | None = None) -> dict[str, Any]:
     return {"completed_tables": len(tables) - failed} | ({"failed_tables": failed} if failed else {})
 
 
-def _plan_fan_out(project: Project, settings: Settings, tables: list[str], splits: Mapping[str, SplitTable]) -> FanOut:
+def _order_fan_out(project: Project, settings: Settings, tables: list[str], splits: Mapping[str, SplitTable]) -> FanOut:
     """Return one flow run per table, or per part of a table that is split, those first that will take longest."""
     parts = list_items(tables, splits)
     durations = read_durations(pipeline.PROCESS_TABLE_ETL.flow_name, max_runs=3 * len(parts))

@@ -1,10 +1,9 @@
-"""What happened: the outcome of a step, of a phase and of a whole run, as data that can be stored."""
+"""What happened: the outcome of a step, of a phase and of a whole run, as data."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
@@ -85,24 +84,3 @@ class RunOutcome:
     @property
     def is_completed(self) -> bool:
         return all(phase.is_completed for phase in self.phases)
-
-    def find_step(self, name: str) -> StepOutcome:
-        """Return the outcome of the step *name*.
-
-        Raises:
-            KeyError: no phase that was started has such a step.
-        """
-        for phase in self.phases:
-            for outcome in phase.steps:
-                if outcome.step == name:
-                    return outcome
-        raise KeyError(name)
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), default=_encode)
-
-
-def _encode(value: object) -> object:
-    if isinstance(value, datetime):
-        return value.isoformat()
-    raise TypeError(f"{type(value).__name__} has no JSON form")

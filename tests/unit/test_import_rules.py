@@ -64,6 +64,15 @@ def test_only_worker_server_and_local_touch_private_names_of_prefect():
     assert {f: names for f, names in found.items() if names} == {}
 
 
+@pytest.mark.parametrize("package", ["forkserver", "local"])
+def test_the_first_line_of_a_file_says_in_which_process_it_runs(package):
+    files = [f for f in (ROOT / "src/phasewise" / package).glob("*.py") if f.name != "__init__.py"]
+    first = {f.name: (ast.get_docstring(ast.parse(f.read_text())) or "").partition("\n")[0] for f in files}
+
+    assert len(first) >= 4
+    assert {name: line for name, line in first.items() if " Runs " not in line} == {}
+
+
 @pytest.mark.parametrize(
     ("plane", "stranger"),
     [

@@ -1,6 +1,6 @@
-"""What a worker and its forkserver say to each other over one Unix socket, and how it is framed.
+"""What a worker and its forkserver say to each other over one Unix socket, in frames. Runs in both processes.
 
-In frames: four bytes of length, then JSON.
+A frame is four bytes of length, then JSON.
 
     worker      → forkserver   fork: target, arguments, env, cwd, and the descriptors for stdout and stderr
     worker      → forkserver   guard | release: a process that the worker itself has started

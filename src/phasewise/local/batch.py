@@ -1,4 +1,4 @@
-"""Run flows without a server. The code of the main process.
+"""Flows without a server. Runs in the main process.
 
 A flow that waits for others gets a process tree below it; any other one is called here.
 """

@@ -1,4 +1,4 @@
-"""One flow run of a local batch. The code of the process that was forked for it, and of the forkserver before."""
+"""One flow run of a local batch. Runs in the process that is forked for it; ``load_flows`` in the forkserver before."""
 
 from __future__ import annotations
 

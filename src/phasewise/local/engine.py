@@ -1,4 +1,4 @@
-"""Prefect's engine without a server: flows and tasks are called, with their retries. Both processes' common code.
+"""Prefect's engine without a server: flows and tasks are called, with their retries. Runs in both processes.
 
 A flow that runs here sees what it would see anywhere: ``get_run_logger``, ``prefect.runtime.flow_run``, tasks that
 are called, submitted and mapped. Their caching, hooks, timeouts and concurrency limits by tag need a server and are

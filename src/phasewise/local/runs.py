@@ -1,4 +1,4 @@
-"""Flow runs in one process tree, without a server. The code of the main process.
+"""Flow runs in one process tree, without a server. Runs in the main process.
 
 Each flow run is forked from a forkserver, as on a worker of ours. Flows that wait for others (async, on the
 work queue ``orchestrators``) run in the event loop of the main process instead: they have no work of their own, and

@@ -32,10 +32,10 @@ from phasewise.errors import DeploymentMissing, NoWorkerOnline, OrchestrationErr
 from phasewise.orchestration.batches import read_project
 from phasewise.orchestration.deadlock import check_deadlock
 from phasewise.orchestration.diagnose import read_limits
+from phasewise.orchestration.run_reads import read_pages
 from phasewise.project.pipeline import MAIN_ETL, Phase, Step, list_steps
 from phasewise.settings import Settings
 
-DEFAULT_POOL = "default-pool"
 DEFAULT_WORKER_TYPE = "warm-process"
 ORCHESTRATORS = "orchestrators"
 TABLES = "tables"
@@ -138,8 +138,9 @@ async def _check_deadlock(
 
 
 async def _list_projects(client: PrefectClient, pool: str) -> set[str | None]:
-    """Return the projects that the pool has a deployment of ``main_etl`` for; 200 of them at most."""
-    found = await client.read_deployments(
+    """Return the projects that the pool has a deployment of ``main_etl`` for."""
+    found = await read_pages(
+        client.read_deployments,
         flow_filter=FlowFilter(name=FlowFilterName(any_=[MAIN_ETL.flow_name])),
         work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[pool])),
     )

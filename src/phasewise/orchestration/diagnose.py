@@ -60,7 +60,7 @@ async def read_limits(client: PrefectClient, pool: str) -> Limits:
 async def _read_flow_names(client: PrefectClient, flow_ids: Collection[UUID]) -> dict[UUID, str]:
     if not flow_ids:
         return {}
-    flows = await client.read_flows(flow_filter=FlowFilter(id=FlowFilterId(any_=list(flow_ids))), limit=READ_SIZE)
+    flows = await read_pages(client.read_flows, flow_filter=FlowFilter(id=FlowFilterId(any_=list(flow_ids))))
     return {flow.id: flow.name for flow in flows}
 
 

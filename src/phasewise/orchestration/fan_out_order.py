@@ -1,11 +1,10 @@
-"""In which order the items of a fan-out start, and how long they will take together: pure arithmetic, no server.
+"""In which order the items of a fan-out start: pure arithmetic, no server.
 
 An item is what one flow run of the fan-out is for: a table, or a partition of one.
 """
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Iterable, Mapping, Sequence
 
 
@@ -53,20 +52,3 @@ def _find_seconds_per_row(durations: Mapping[str, float], sizes: Mapping[str, in
         if half <= 0:
             return seconds_per_row
     return None
-
-
-def estimate_makespan(durations: Iterable[float], slots: int) -> float:
-    """Return the seconds until all are done when they start in this order, each as soon as one of *slots* is free.
-
-    In the order of ``order_longest_first`` this is at most 4/3 − 1/(3 · slots) of the shortest time possible (Graham
-    1969), as far as the durations are right; in any order it is at most 2 − 1/slots of it.
-
-    Raises:
-        ValueError: *slots* is less than 1.
-    """
-    if slots < 1:
-        raise ValueError(f"{slots} slots would never finish")
-    ends = [0.0] * slots
-    for seconds in durations:
-        heapq.heapreplace(ends, ends[0] + seconds)
-    return max(ends)

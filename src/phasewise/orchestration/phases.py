@@ -230,14 +230,6 @@ class StartedPhase:
         return PhaseOutcome(name=self.phase.name, steps=settled)
 
 
-def describe_failures(fan_out: FanOut, failed: Sequence[StepOutcome]) -> dict[str, str]:
-    """Return why each whole thing failed that an item in *failed* is, or is a part of: a part gives up the whole."""
-    reasons: dict[str, list[str]] = {}
-    for run in failed:
-        reasons.setdefault(fan_out.find_whole(run.item or ""), []).append(run.describe())
-    return {whole: "; ".join(lines) for whole, lines in reasons.items()}
-
-
 def plan_requests(step: Step, *, batch: str) -> list[RunRequest]:
     """Return the flow runs of *step*: one, or one per item of a fan-out, each with its own key."""
     prefix = f"{batch}/{step.name}"
@@ -296,3 +288,11 @@ def _log_outcome(outcome: StepOutcome) -> None:
 
 def _join_names(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def describe_failures(fan_out: FanOut, failed: Sequence[StepOutcome]) -> dict[str, str]:
+    """Return why each whole thing failed that an item in *failed* is, or is a part of: a part gives up the whole."""
+    reasons: dict[str, list[str]] = {}
+    for run in failed:
+        reasons.setdefault(fan_out.find_whole(run.item or ""), []).append(run.describe())
+    return {whole: "; ".join(lines) for whole, lines in reasons.items()}

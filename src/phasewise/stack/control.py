@@ -28,7 +28,7 @@ from phasewise.settings import Settings
 from phasewise.stack.supervisor import (
     START_SECONDS,
     STOP_SECONDS,
-    StackPlan,
+    StackSpec,
     answers,
     read_state,
     state_file,
@@ -88,8 +88,8 @@ def start_stack(
     with _starting(home):
         if found := find_stack(home):
             return found
-        plan = _plan(home, pool, workers, worker_type, port, project_env)
-        supervisor, info = _launch(plan)
+        spec = _specify(home, pool, workers, worker_type, port, project_env)
+        supervisor, info = _launch(spec)
         supervisor.returncode = 0  # it is nobody's child to wait for: it stays
         return info
 
@@ -134,8 +134,8 @@ def running_stack(
         with _starting(home):
             info = find_stack(home)
             if info is None:
-                plan = _plan(home, pool, workers, worker_type, port, project_env, lifeline=lifeline)
-                supervisor, info = _launch(plan)
+                spec = _specify(home, pool, workers, worker_type, port, project_env, lifeline=lifeline)
+                supervisor, info = _launch(spec)
                 stack.callback(_stop, supervisor)
         yield info
 
@@ -175,7 +175,7 @@ def _starting(home: Path) -> Iterator[None]:
         yield
 
 
-def _plan(
+def _specify(
     home: Path,
     pool: str,
     workers: int,
@@ -184,8 +184,8 @@ def _plan(
     project_env: Mapping[str, str] | None,
     *,
     lifeline: int | None = None,
-) -> StackPlan:
-    return StackPlan(
+) -> StackSpec:
+    return StackSpec(
         home=str(home.resolve()),
         pool=pool,
         workers=workers,
@@ -198,20 +198,20 @@ def _plan(
     )
 
 
-def _launch(plan: StackPlan) -> tuple[subprocess.Popen[bytes], StackInfo]:
+def _launch(spec: StackSpec) -> tuple[subprocess.Popen[bytes], StackInfo]:
     """Start the supervisor in a session of its own and wait for its report.
 
     Ctrl-C in the terminal therefore reaches the command alone, which stops the stack when it is done with it.
     """
-    home = Path(plan.home)
+    home = Path(spec.home)
     (home / "logs").mkdir(parents=True, exist_ok=True)
     reader, writer = os.pipe()
-    plan = StackPlan(**{**asdict(plan), "report": writer})
-    inherited = [fd for fd in (plan.report, plan.lifeline) if fd is not None]
+    spec = StackSpec(**{**asdict(spec), "report": writer})
+    inherited = [fd for fd in (spec.report, spec.lifeline) if fd is not None]
     with (home / "logs" / "supervisor.log").open("wb") as log, os.fdopen(reader, "rb") as report:
         try:
             supervisor = subprocess.Popen(
-                [sys.executable, "-m", "phasewise.stack.supervisor", json.dumps(asdict(plan))],
+                [sys.executable, "-m", "phasewise.stack.supervisor", json.dumps(asdict(spec))],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

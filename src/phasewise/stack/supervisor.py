@@ -55,7 +55,7 @@ class StackError(OrchestrationError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StackPlan:
+class StackSpec:
     """What the supervisor is to run; it crosses to it as JSON."""
 
     home: str
@@ -151,9 +151,9 @@ class _Stopped(Exception):
 
 
 class _Supervisor:
-    def __init__(self, plan: StackPlan) -> None:
-        self._plan = plan
-        self._home = Path(plan.home)
+    def __init__(self, spec: StackSpec) -> None:
+        self._spec = spec
+        self._home = Path(spec.home)
         self._signals, writer = socket.socketpair()
         self._signals.setblocking(False)
         writer.setblocking(False)
@@ -161,10 +161,10 @@ class _Supervisor:
         self._children: list[_Child] = []
         self._has_reported = False
         self._started = time.time()
-        self._listening = listen(plan.port)
+        self._listening = listen(spec.port)
         port = self._listening.getsockname()[1]
         self._api_url = f"http://127.0.0.1:{port}/api"
-        self._env = stack_environment(self._home, port, plan.project_env)
+        self._env = stack_environment(self._home, port, spec.project_env)
 
     def run(self) -> None:
         """Run the stack until a signal, the lifeline's end or too many failures; leave no process behind."""
@@ -193,7 +193,7 @@ class _Supervisor:
         )
         self._start(server)
         # At the same time: while the server imports, the workers do, and their first request waits at its socket.
-        workers = self._start_workers(self._plan.workers)
+        workers = self._start_workers(self._spec.workers)
         self._wait_for(lambda: answers(self._api_url), "the server")
         self._introduce(workers)
         self._report(self._info())
@@ -203,8 +203,8 @@ class _Supervisor:
         for _ in range(count):
             name = f"worker-{len(self._children)}"
             command = [sys.executable, "-m", "phasewise.worker"]
-            command += ["--pool", self._plan.pool]
-            command += ["--name", name, "--type", self._plan.worker_type]
+            command += ["--pool", self._spec.pool]
+            command += ["--name", name, "--type", self._spec.worker_type]
             self._start(_Child(name=name, command=command, env=self._env))
             names.append(name)
         return names
@@ -216,7 +216,7 @@ class _Supervisor:
 
     def _online(self) -> set[str]:
         try:
-            found = _get(f"{self._api_url}/work_pools/{self._plan.pool}/workers/filter", {})
+            found = _get(f"{self._api_url}/work_pools/{self._spec.pool}/workers/filter", {})
         except (OSError, ValueError):
             return set()
         since = datetime.fromtimestamp(self._started, UTC)
@@ -228,7 +228,7 @@ class _Supervisor:
             "api_url": self._api_url,
             "ui_url": self._api_url.removesuffix("/api"),
             "pid": os.getpid(),
-            "pool": self._plan.pool,
+            "pool": self._spec.pool,
             "workers": [child.name for child in self._children if child.name != "server"],
         }
 
@@ -238,8 +238,8 @@ class _Supervisor:
             return
         self._has_reported = True
         with contextlib.suppress(OSError):  # it has given up
-            os.write(self._plan.report, json.dumps(report).encode() + b"\n")
-        os.close(self._plan.report)
+            os.write(self._spec.report, json.dumps(report).encode() + b"\n")
+        os.close(self._spec.report)
 
     # ── children ─────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -270,10 +270,10 @@ class _Supervisor:
 
     def _wait(self, seconds: float | None) -> None:
         """Wait for a signal or the lifeline's end, and act on it."""
-        lifeline = [] if self._plan.lifeline is None else [self._plan.lifeline]
+        lifeline = [] if self._spec.lifeline is None else [self._spec.lifeline]
         signals = self._signals.fileno()
         ready = select.select([signals, *lifeline], [], [], seconds)[0]
-        if self._plan.lifeline in ready:
+        if self._spec.lifeline in ready:
             raise _Stopped("the command that it ran for has ended")
         if signals not in ready:
             return
@@ -307,7 +307,7 @@ class _Supervisor:
 
     def _stop_everything(self) -> None:
         """End the workers, then the server, which they report their last states to, then whatever is left."""
-        self._end([child for child in self._children if child.name != "server"], self._plan.drain_seconds + 10)
+        self._end([child for child in self._children if child.name != "server"], self._spec.drain_seconds + 10)
         self._end([child for child in self._children if child.name == "server"], 5)
         deadline = time.monotonic() + 5
         while left := _children():  # forkservers and flow runs whose worker was killed: they end by themselves
@@ -402,13 +402,13 @@ def _log(line: str) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    plan = StackPlan(**json.loads(argv[0]))
+    spec = StackSpec(**json.loads(argv[0]))
     with contextlib.ExitStack() as held:
         try:
-            _lock_home(held, Path(plan.home))
-            supervisor = _Supervisor(plan)
+            _lock_home(held, Path(spec.home))
+            supervisor = _Supervisor(spec)
         except StackError as exc:
-            os.write(plan.report, json.dumps({"error": str(exc)}).encode() + b"\n")
+            os.write(spec.report, json.dumps({"error": str(exc)}).encode() + b"\n")
             return 1
         supervisor.run()
     return 0
