@@ -10,7 +10,7 @@ from phasewise.server.events import _LARGE, _REMEMBERED, _sharing
 PUBLISH_TO_TWO_SERVICES = """
 import asyncio
 
-from phasewise.server_events import share_events
+from phasewise.server.events import share_events
 
 share_events()
 

@@ -13,7 +13,8 @@ import asyncio, sys
 from pathlib import Path
 
 from prefect.server.database.dependencies import set_database_config
-from phasewise.server import OneWriterAtATime, create_database
+from phasewise.server.app import create_database
+from phasewise.server.database import OneWriterAtATime
 
 path = Path(sys.argv[1])
 create_database(path)
@@ -21,7 +22,7 @@ set_database_config(OneWriterAtATime(f"sqlite+aiosqlite:///{path}"))
 
 import httpx
 from prefect.server.api.server import create_app
-from phasewise.server_requests import shorten_requests, _applications, _DefaultContentType
+from phasewise.server.requests import shorten_requests, _applications, _DefaultContentType
 
 
 async def main():
