@@ -14,7 +14,7 @@ from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule
 
-from phasewise.deployments import BUILT_IN, deploy
+from phasewise.orchestration.deployments import BUILT_IN, deploy
 from phasewise.settings import Settings
 from tests.integration.conftest import Runs
 

@@ -348,6 +348,7 @@ LOCAL_TASKS = Patch(
     why="Prefect's engine records each task at a server, and a local run has none.",
     gain="tasks of a local run",
     until="Prefect runs tasks without a server",
+    is_optional=False,
 )
 LOCAL_FLOWS = Patch(
     name="local-flows",
@@ -356,6 +357,7 @@ LOCAL_FLOWS = Patch(
     why="Prefect's engine records each flow at a server, and a local run has none.",
     gain="flows that a flow of a local run calls",
     until="Prefect runs flows without a server",
+    is_optional=False,
 )
 
 PATCHES: tuple[Patch, ...] = tuple(value for value in list(vars().values()) if isinstance(value, Patch))

@@ -50,7 +50,7 @@ class Patch:
     until: str
     #: Issue or pull request, where there is one.
     upstream: str = ""
-    #: Whether PHASEWISE_PATCHES leaves it out. What only uses private names, and rebinds none, stays.
+    #: Whether PHASEWISE_PATCHES leaves it out: not what rebinds nothing, and not what a local run consists of.
     is_optional: bool = True
 
 
