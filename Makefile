@@ -44,12 +44,13 @@ test: .venv/installed-dev ## run all tests (TESTS="tests/unit -k name" for some)
 
 # The oldest Prefect that pyproject.toml allows and the newest there is, which are one and the same by now.
 PREFECT_RANGE := 3.9.1
-PREFECT_TESTS := tests/unit/worker/test_worker.py tests/integration/test_server_schema.py tests/integration/test_worker.py \
-	tests/integration/test_flow_runs_contract.py tests/integration/test_schedules.py
+PREFECT_TESTS := tests/unit/patches tests/unit/server tests/unit/worker/test_worker.py tests/unit/worker/test_event_relay.py \
+	tests/unit/local tests/integration/test_server_schema.py tests/integration/test_worker.py \
+	tests/integration/test_flow_runs_contract.py tests/integration/test_schedules.py tests/integration/test_newer_prefect.py
 # Tests among them of what is ours alone, two fifths of their time: limits of memory, forkservers that are replaced.
 PREFECT_SKIPS := memory or forkserver or code_of_now or start_soon
 
-test-prefect-range: .venv/installed-dev ## run the tests of worker, server and schedules with the oldest and the newest Prefect
+test-prefect-range: .venv/installed-dev ## run the tests of patches, worker, server and schedules with the oldest and the newest Prefect
 	@pids=(); \
 	for version in $(PREFECT_RANGE); do \
 	  $(MAKE) --no-print-directory .venv/prefect-$$version/installed; \

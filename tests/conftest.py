@@ -23,7 +23,7 @@ def _isolate(environ: os._Environ[str]) -> None:
 
     Prefect reads its settings when it is imported, so this runs before any test module is.
     """
-    for name in [n for n in environ if n.startswith(("PREFECT_", "PHASEWISE_"))]:
+    for name in [n for n in environ if n.startswith(("PREFECT_", "PHASEWISE_")) and n != "PHASEWISE_PATCHES"]:
         del environ[name]
     environ["HOME"] = str(_home)
     environ["PREFECT_HOME"] = str(_home / "prefect")

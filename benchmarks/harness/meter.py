@@ -13,7 +13,7 @@ _TICKS = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Process:
+class Process:
     pid: int
     parent: int
     #: Of itself and of the children that it has waited for.
@@ -22,7 +22,7 @@ class _Process:
 
 def descendants(root: int) -> list[int]:
     """Return the processes below *root*, zombies included."""
-    return [process.pid for process in _tree(root)]
+    return [process.pid for process in read_tree(root)]
 
 
 def tree_cpu_seconds() -> float:
@@ -32,7 +32,7 @@ def tree_cpu_seconds() -> float:
     the nearest subreaper above (see ``guard``), which waits for it, so nothing leaves the tree.
     """
     ended = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return ended.ru_utime + ended.ru_stime + sum(process.cpu_seconds for process in _tree(os.getpid()))
+    return ended.ru_utime + ended.ru_stime + sum(process.cpu_seconds for process in read_tree(os.getpid()))
 
 
 def pss_bytes(pid: int) -> int:
@@ -52,12 +52,12 @@ def tree_pss_bytes() -> int:
     return total
 
 
-def _tree(root: int) -> list[_Process]:
-    children: dict[int, list[_Process]] = defaultdict(list)
+def read_tree(root: int) -> list[Process]:
+    children: dict[int, list[Process]] = defaultdict(list)
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and (process := _read(int(entry.name))):
             children[process.parent].append(process)
-    found: list[_Process] = []
+    found: list[Process] = []
     unseen = [root]
     while unseen:
         below = children[unseen.pop()]
@@ -66,11 +66,11 @@ def _tree(root: int) -> list[_Process]:
     return found
 
 
-def _read(pid: int) -> _Process | None:
+def _read(pid: int) -> Process | None:
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:  # it ended
         return None
     # After the name, which may hold spaces and parentheses. proc(5): ppid is field 4, the four times 14 to 17.
     fields = stat.rpartition(")")[2].split()
-    return _Process(pid=pid, parent=int(fields[1]), cpu_seconds=sum(map(int, fields[11:15])) / _TICKS)
+    return Process(pid=pid, parent=int(fields[1]), cpu_seconds=sum(map(int, fields[11:15])) / _TICKS)

@@ -100,6 +100,12 @@ class Settings(BaseSettings):
     cancel_grace_seconds: float = Field(
         default=10.0, ge=0, description="Seconds that a cancelled flow run gets to end before it is killed."
     )
+    patches: str = Field(
+        default="on",
+        pattern=r"^(on|off|-[a-z-]+(,-[a-z-]+)*)$",
+        description="`off`: let Prefect's own code run, without the patches that `phasewise doctor` lists: slower. "
+        "`-NAME` or `-NAME,-NAME`: leave out these.",
+    )
 
 
 def find_checkout() -> Path | None:

@@ -114,6 +114,24 @@ async def test_logs_of_run_and_worker_arrive(runs: Runs) -> None:
     assert "the value is 7" in found
 
 
+async def test_a_parameter_may_have_a_default_beyond_64_bits(runs: Runs) -> None:
+    schema = {"type": "object", "properties": {"value": {"type": "integer", "default": 10**20}}}
+    step = {"prefect.deployments.steps.set_working_directory": {"directory": str(FLOWS.parent)}}
+    deployment = await runs.client.create_deployment(
+        flow_id=await runs.client.create_flow_from_name("completed"),
+        name="large",
+        work_pool_name=runs.pool,
+        entrypoint=f"{FLOWS.name}:completed",
+        parameter_openapi_schema=schema,
+        enforce_parameter_schema=True,
+        pull_steps=[step],
+    )
+
+    for value in (5, 10**20):
+        run = await runs.client.create_flow_run_from_deployment(deployment, parameters={"value": value})
+        assert (await runs.until(run)).state_name == "Completed"
+
+
 async def test_task_runs_are_recorded(runs: Runs) -> None:
     run = await runs.finish("with_tasks")
 

@@ -336,6 +336,14 @@ def query(
     render_rows(columns, rows, format)
 
 
+@app.command
+def doctor() -> None:
+    """Show which patches of Prefect are in force here: why, what each gains, for which versions."""
+    from phasewise.cli.doctor import describe_patches
+
+    print("\n".join(describe_patches()))
+
+
 add_warehouse_commands(app)
 add_batch_commands(app, lambda: _reach_server(), lambda settings, batch: run_main(settings, batch))
 

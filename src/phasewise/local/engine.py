@@ -20,7 +20,7 @@ from types import ModuleType
 from typing import Any, NoReturn
 from uuid import UUID
 
-from prefect import Flow, Task, flow_engine, task_engine
+from prefect import Flow, Task, task_engine
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.context import FlowRunContext
 from prefect.flows import load_flow_from_entrypoint
@@ -41,6 +41,8 @@ from pydantic import TypeAdapter
 from phasewise.errors import OrchestrationError, PhasewiseError, PipelineInvalid
 from phasewise.orchestration.flow_runs import LOCAL_RUN, LocalRun, RunRequest, current_logger
 from phasewise.outcomes import StepOutcome
+from phasewise.patches import entries
+from phasewise.patches.registry import apply, why_not
 
 #: Variable that tells the forkserver which flows to load, as ``describe_flows`` writes them.
 FLOWS = "PHASEWISE_LOCAL_FLOWS"
@@ -149,17 +151,25 @@ class NoFlowRuns:
 
 
 def install() -> None:
-    """Have flows and tasks that are called within a local run run here; outside of one Prefect's engine stays."""
+    """Have flows and tasks that are called within a local run run here; outside of one Prefect's engine stays.
+
+    Raises:
+        OrchestrationError: Prefect's engine cannot be replaced, and it records all runs at a server.
+    """
     if getattr(task_engine.run_task, "__module__", "") == __name__:
         return
-    replacements: list[tuple[Any, str, Callable[..., Any]]] = [
-        (task_engine, "run_task", _run_task),
-        (task_engine, "run_task_sync", _run_task_sync),
-        (task_engine, "run_task_async", _run_task_async),
-        (flow_engine, "run_flow", _run_flow),
-    ]
-    for module, name, local in replacements:
-        setattr(module, name, _choose(local, getattr(module, name)))
+    ours: dict[str, Callable[..., Any]] = {
+        "run_task": _run_task,
+        "run_task_sync": _run_task_sync,
+        "run_task_async": _run_task_async,
+        "run_flow": _run_flow,
+    }
+    for patch in (entries.LOCAL_TASKS, entries.LOCAL_FLOWS):
+        if not apply(patch, lambda stock: _choose(ours[stock.__name__], stock)):
+            raise OrchestrationError(
+                f"A local run needs the patch {patch.name}: {why_not(patch)}.",
+                hint="Use a server: phasewise run-distributed.",
+            )
 
 
 def _choose(local: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:

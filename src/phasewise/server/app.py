@@ -1,81 +1,27 @@
-"""The Prefect server of the embedded stack: on SQLite, but without its write collisions.
-
-Prefect opens most of its transactions as readers and lets SQLite turn them into writers. When two do that at once,
-one is told "database is locked" at once and whatever the busy timeout; the server answers 503 and the client backs
-off for seconds (22 times in 25 flow runs, measured with 3.8.8). Here every transaction of the server takes the write
-lock when it begins, one after the other, in the order in which they asked.
-
-The configuration object goes in through Prefect's own injection point, ``set_database_config``.
-"""
+"""The command of the embedded stack's Prefect server. Runs in the server's process."""
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import gc
 import os
 import socket
 import sqlite3
 import sys
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import uvicorn
-from prefect.server.database.configurations import SQLITE_BEGIN_MODE, AioSqliteConfiguration
-from prefect.server.database.dependencies import set_database_config
 from prefect.settings import PREFECT_API_DATABASE_CONNECTION_URL, get_current_settings
 from sqlalchemy.engine import make_url
-from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
 
-from phasewise.server.sqlite_driver import DRIVER
+from phasewise.patches import entries
+from phasewise.patches.registry import apply, may_apply
 from phasewise.system.files import replace_whole
 from phasewise.worker.fork_job import WARM_DESCRIPTION, WARM_NAME
-
-
-class OneWriterAtATime(AioSqliteConfiguration):
-    """SQLite with its transactions in a queue: each begins as the only writer, none is upgraded from a reader."""
-
-    def __init__(self, connection_url: str, **options: Any) -> None:
-        url = make_url(connection_url).set(drivername=DRIVER)
-        super().__init__(url.render_as_string(hide_password=False), **options)
-        self._turn = asyncio.Lock()
-        self._writer: asyncio.Task[Any] | None = None
-
-    def setup_sqlite(self, conn: Any, record: Any) -> None:
-        conn.isolation_level = None  # the server begins its transactions itself
-        super().setup_sqlite(conn, record)
-        conn.execute("PRAGMA busy_timeout = 0")  # the driver waits, and does not block the event loop meanwhile
-        # Pages. A checkpoint waits for the disk, and writes a page once however often it has changed since the last.
-        conn.execute("PRAGMA wal_autocheckpoint = 10000")
-
-    @asynccontextmanager
-    async def begin_transaction(
-        self, session: AsyncSession, with_for_update: bool = False
-    ) -> AsyncGenerator[AsyncSessionTransaction, None]:
-        task = asyncio.current_task()
-        if self._writer is task:  # within its own transaction: waiting for its turn would be waiting for itself
-            async with super().begin_transaction(session, with_for_update) as transaction:
-                yield transaction
-            return
-        # Queueing here and not in SQLite: its busy handler sleeps up to 100 ms between two looks.
-        async with self._turn:
-            self._writer = task
-            try:
-                async with super().begin_transaction(session, with_for_update=True) as transaction:
-                    # Begin now, and let what else this task opens begin as a reader: the server reads through a
-                    # second session within a transaction (pausing a work queue does), which must not wait for it.
-                    _ = await session.connection()
-                    mode = SQLITE_BEGIN_MODE.set("DEFERRED")
-                    try:
-                        yield transaction
-                    finally:
-                        SQLITE_BEGIN_MODE.reset(mode)
-            finally:
-                self._writer = None
 
 
 def create_database(path: Path) -> None:
@@ -93,14 +39,11 @@ def create_database(path: Path) -> None:
         database.executescript(files("phasewise.server").joinpath("server_schema.sql").read_text())
 
 
-def offer_warm_process() -> None:
+def _offering_warm_process(read_view: Callable[[str], Any]) -> Callable[[str], Any]:
     """Have the server tell the UI of our type of work pool, where it asks for those that can be created."""
-    from prefect.server.api import collections
-
-    read_view = collections.get_collection_view
 
     async def read_view_with_ours(view: str) -> dict[str, Any]:
-        found = await read_view(view)
+        found: dict[str, Any] = await read_view(view)
         stock = found.get("prefect", {}).get("process")
         if view != "aggregate-worker-metadata" or stock is None:
             return found
@@ -108,7 +51,16 @@ def offer_warm_process() -> None:
         ours = {**stock, "type": "warm-process", "display_name": WARM_NAME, "description": WARM_DESCRIPTION}
         return {**found, "phasewise": {"warm-process": ours}}
 
-    collections.get_collection_view = read_view_with_ours
+    return read_view_with_ours
+
+
+def _use_one_writer(url: str) -> None:
+    if may_apply(entries.ONE_WRITER):
+        from prefect.server.database.dependencies import set_database_config
+
+        from phasewise.server.database import OneWriterAtATime
+
+        set_database_config(OneWriterAtATime(url))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -119,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     url = make_url(PREFECT_API_DATABASE_CONNECTION_URL.value())
     if url.get_backend_name() == "sqlite" and url.database:
         create_database(Path(url.database))
-        set_database_config(OneWriterAtATime(url.render_as_string(hide_password=False)))
+        _use_one_writer(url.render_as_string(hide_password=False))
     os.set_inheritable(options.socket, False)
     # Imported late: building the app reads the database configuration.
     from prefect.server.api.server import create_app
@@ -128,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from phasewise.server.requests import shorten_requests
     from phasewise.server.statements import spare_statements
 
-    offer_warm_process()
+    apply(entries.OFFER_WORK_POOL, _offering_warm_process)
     share_events()
     spare_statements(on_sqlite=url.get_backend_name() == "sqlite")
     app = create_app(final=True)

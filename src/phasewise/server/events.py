@@ -1,4 +1,4 @@
-"""What a Prefect server in our hands does once for an event, and not once for each of its services.
+"""What the embedded Prefect server does once for an event, not once for each of its services. In the server's process.
 
 The server hands each event, as JSON, to those who write it down, match it with automations, record task runs and
 stream it to subscribers. Each of them copies and parses it; here the first does, and the others get what it made.
@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from prefect.server.events.schemas.events import ReceivedEvent
-from prefect.server.utilities.messaging.memory import MemoryMessage
+from phasewise.patches import entries
+from phasewise.patches.registry import apply
+
+if TYPE_CHECKING:
+    from prefect.server.events.schemas.events import ReceivedEvent
 
 #: Events that are remembered for the services that have not come to them yet, which parse them again after that.
 _REMEMBERED = 256
@@ -22,9 +25,7 @@ _LARGE = 32_768
 
 def share_events() -> None:
     """Make the services of this server share the events that they parse; before it starts."""
-    setattr(ReceivedEvent, "model_validate_json", _sharing(ReceivedEvent.model_validate_json))  # noqa: B010
-    # Of a message that each service gets as its own, only the count of retries is changed.
-    setattr(MemoryMessage, "__deepcopy__", lambda message, _: replace(message))  # noqa: B010
+    apply(entries.PARSE_EVENTS_ONCE, _sharing)
 
 
 def _sharing(parse: Callable[[str | bytes], ReceivedEvent]) -> Callable[[str | bytes], ReceivedEvent]:

@@ -1,4 +1,4 @@
-"""What a Prefect server in our hands leaves out of the way from a request to its answer.
+"""What the embedded Prefect server leaves out between a request and its answer. Runs in the server's process.
 
 Nothing of it changes an answer.
 """
@@ -9,16 +9,20 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from fastapi import FastAPI
-from fastapi.dependencies import utils
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from phasewise.patches import entries
+from phasewise.patches.registry import apply, may_apply
+
 
 def shorten_requests(app: FastAPI) -> None:
     """Make *app*, which Prefect's ``create_app`` returned, answer with less between; before its first request."""
-    setattr(utils, "run_in_threadpool", _run_dependency)  # noqa: B010
+    apply(entries.DEPENDENCIES_HERE, lambda _: _run_dependency)
+    if not may_apply(entries.PLAIN_MIDDLEWARE):
+        return
     for api in _applications(app):
         for index, middleware in enumerate(api.user_middleware):
             dispatch = middleware.kwargs.get("dispatch")

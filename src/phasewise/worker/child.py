@@ -1,4 +1,4 @@
-"""The code of one flow run, or of its hooks, in the process that was forked for it."""
+"""The code of one flow run, or of its hooks. Runs in the process forked for it; ``warm_up`` in the forkserver."""
 
 from __future__ import annotations
 
@@ -15,46 +15,40 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from inspect import iscoroutinefunction
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar
 from uuid import UUID
 
 import certifi
 import prefect
-from prefect._flow_run_suspension import FlowRunSuspensionRequest, is_suspended_flow_run_state
-from prefect._internal.version_checking import _api_version_check_key, _cache_api_version_check
-from prefect.client.orchestration import PrefectClient, SyncPrefectClient, get_client
+from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.events import RelatedResource
-from prefect.events.related import RESOURCE_CACHE
-from prefect.runner._hook_runner import HookRunner
 from prefect.settings import get_current_settings
 from pydantic import BaseModel
 
+from phasewise.patches import entries
+from phasewise.patches.registry import apply, may_apply
 from phasewise.settings import Settings
 from phasewise.worker.event_relay import Outlet
+from phasewise.worker.fork_job import BEGUN, NO_HOOKS
 
 if TYPE_CHECKING:
     from prefect.flow_engine import BaseFlowRunEngine
     from prefect.flows import Flow
-from phasewise.worker.fork_job import BEGUN, NO_HOOKS
 
 # ── in the forkserver, before it forks ───────────────────────────────────────────────────────────────────────────
 
 
 def warm_up() -> None:
     """Do once what Prefect would do in every flow run: none of it depends on the run."""
-    import prefect._internal.version_checking as version_checking
-    import prefect._internal.websockets as websockets
-    import prefect.client.orchestration as orchestration
-    from prefect import flow_engine
     from prefect.logging.handlers import PrefectConsoleHandler
 
     # Each client and socket reads the certificate authorities again: five times a run, 22 ms and 1 MiB each.
     shared = _SharedContexts("ssl")
-    for module in (version_checking, websockets, orchestration):
-        module.ssl = shared  # type: ignore[attr-defined]
-    shared.create_default_context(cafile=get_current_settings().api.ssl_cert_file or certifi.where())
+    if apply(entries.TLS_CONTEXT_ONCE, lambda _: shared):
+        shared.create_default_context(cafile=get_current_settings().api.ssl_cert_file or certifi.where())
     for model in _subclasses(BaseModel):
         if model.__module__.startswith("prefect.") and not model.__pydantic_complete__:
             with contextlib.suppress(Exception):  # it stays as it was: pydantic tries again on first use
@@ -62,8 +56,11 @@ def warm_up() -> None:
     # The console's highlighter compiles its twenty patterns when it has something to show.
     record = logging.LogRecord("prefect.flow_runs", logging.INFO, __file__, 1, "Warm.", None, None)
     PrefectConsoleHandler(stream=io.StringIO()).emit(record)
-    flow_engine._send_heartbeats = _send_heartbeats
-    flow_engine.observe_flow_run_suspension = _observe_suspension  # type: ignore[attr-defined] # its import of it
+    apply(entries.OWN_HEARTBEATS, lambda _: _send_heartbeats)
+    apply(entries.HEAR_SUSPENSION, lambda _: _observe_suspension)
+    for patch in entries.PATCHES:  # looked at once, for all runs that are forked
+        if patch.process == "run":
+            may_apply(patch)
 
 
 class _SharedContexts(ModuleType):
@@ -97,53 +94,46 @@ def run_flow_run(entrypoint: str, api_url: str, known: dict[str, Any], descripto
 
     os.set_inheritable(descriptor, False)
     _use_known(known, api_url)
-    _describe_flows_lazily()
+    apply(entries.DESCRIBE_FLOWS_LAZILY, lambda stock: functools.partial(_Lazily, stock))
     _Line.descriptor = descriptor
     _Line.outlet = Outlet(descriptor)
     _Line.outlet.install()
-    for client in (SyncPrefectClient, PrefectClient):
-        update = _with_pid(client.update_flow_run, os.environ["PREFECT__FLOW_RUN_ID"])
-        client.update_flow_run = update  # type: ignore[method-assign]
+    apply(entries.TELL_PID, lambda stock: _with_pid(stock, os.environ["PREFECT__FLOW_RUN_ID"]))
     return _main([entrypoint])
 
 
 def _use_known(known: dict[str, Any], api_url: str) -> None:
     """Put what the worker has read where Prefect would look for it, or instead of the function that would read it."""
-    from prefect import flow_engine, results
+    if may_apply(entries.KNOWN_VERSION):
+        from prefect._internal.version_checking import _api_version_check_key, _cache_api_version_check
 
-    for url in (api_url, f"{api_url}/"):  # as the events client and as the others write it
-        _cache_api_version_check(_api_version_check_key(url, prefect.__version__))
-    now = datetime.now(UTC)
-    for item in known.get("related", []):
-        entry: dict[str, Any] = {"kind": item["kind"], "object": _KnownObject(item["labels"], item["tags"])}
-        RESOURCE_CACHE[f"{item['kind']}.{item['key']}"] = (entry, now)  # type: ignore[assignment] # Prefect's own DateTime
+        for url in (api_url, f"{api_url}/"):  # as the events client and as the others write it
+            _cache_api_version_check(_api_version_check_key(url, prefect.__version__))
+    if may_apply(entries.KNOWN_RELATED):
+        from prefect.events.related import RESOURCE_CACHE
+
+        now = datetime.now(UTC)
+        for item in known.get("related", []):
+            entry: dict[str, Any] = {"kind": item["kind"], "object": _KnownObject(item["labels"], item["tags"])}
+            RESOURCE_CACHE[f"{item['kind']}.{item['key']}"] = (entry, now)  # type: ignore[assignment] # its own DateTime
     if "flow_run" in known:
         flow_run = FlowRun.model_validate(known["flow_run"])
-        flow_engine.load_flow_run = lambda flow_run_id: flow_run
+        apply(entries.KNOWN_RUN, lambda _: lambda flow_run_id: flow_run)
     if "result_storage" in known:
         block = known["result_storage"] and UUID(known["result_storage"])
 
         async def read_block() -> UUID | None:
             return block
 
-        results._aread_server_default_result_storage_block_id = read_block
-        results._read_server_default_result_storage_block_id = lambda: block
-
-
-def _describe_flows_lazily() -> None:
-    """Make the model and the schema of a flow's parameters when they are asked for, which a run does for its own alone.
-
-    Prefect makes both for each flow that a file decorates: 3 ms for each, of a file with seven that is a seventh of all
-    that a run costs.
-    """
-    from prefect import flows
-
-    for name in ("parameter_schema", "ValidatedFunction"):
-        setattr(flows, name, functools.partial(_Lazily, getattr(flows, name)))
+        apply(entries.KNOWN_RESULT_STORAGE, lambda stock: read_block if iscoroutinefunction(stock) else lambda: block)
 
 
 class _Lazily:
-    """What ``make`` returns for these arguments, made when something of it is asked for."""
+    """What ``make`` returns for these arguments, made when something of it is asked for.
+
+    Prefect makes the model and the schema of the parameters of each flow that a file decorates, 3 ms for each; a run
+    needs those of its own flow.
+    """
 
     def __init__(self, make: Callable[..., Any], *args: Any, **options: Any) -> None:
         self._make = functools.cache(functools.partial(make, *args, **options))
@@ -196,10 +186,9 @@ class _Line:
 
 
 @contextlib.contextmanager
-def _observe_suspension(
-    flow_run_id: UUID, suspension_request: FlowRunSuspensionRequest, polling_interval: float = 10
-) -> Iterator[None]:
+def _observe_suspension(flow_run_id: UUID, suspension_request: Any, polling_interval: float = 10) -> Iterator[None]:
     """Replace Prefect's: the worker listens for all its runs, instead of one events subscription a run."""
+    from prefect._flow_run_suspension import is_suspended_flow_run_state
 
     def wait() -> None:
         if not os.read(_Line.descriptor, 1):
@@ -262,6 +251,7 @@ def _heartbeats(engine: BaseFlowRunEngine[Any, Any], join_on_exit: bool) -> Iter
 def run_hooks(entrypoint: str, flow_run: dict[str, Any], state: dict[str, Any]) -> None:
     """Run the hooks of the flow at *entrypoint* for *state*: those for a cancellation or those for a crash."""
     from prefect.flow_engine import _load_flow_from_runtime_entrypoint
+    from prefect.runner._hook_runner import HookRunner
 
     async def resolve(_: FlowRun) -> Flow[Any, Any]:
         return await asyncio.to_thread(_load_flow_from_runtime_entrypoint, entrypoint)

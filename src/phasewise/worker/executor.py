@@ -16,7 +16,6 @@ import anyio
 import anyio.abc
 from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun, State
-from prefect.exceptions import Abort, Pause
 from prefect.logging import get_logger
 from prefect.runner._cancellation_manager import CancellationManager
 from prefect.runner._control_channel import ControlChannel, ControlSignalStatus
@@ -28,8 +27,6 @@ from prefect.runner._process_manager import (
     create_isolated_termination_scope,
 )
 from prefect.runner._state_proposer import StateProposer
-from prefect.states import AwaitingRetry
-from prefect.utilities.engine import propose_state
 from prefect.workers.process import ProcessWorkerResult
 
 from phasewise.forkserver.client import ForkedProcess
@@ -37,13 +34,8 @@ from phasewise.forkserver.pool import ForkserverPool
 from phasewise.settings import Settings
 from phasewise.system.memory import count_oom_kills
 from phasewise.worker.event_relay import Inlet, Intake
-from phasewise.worker.fork_job import (
-    NO_HOOKS,
-    Job,
-)
-
-#: Seconds that a flow run has to report its state when its worker ends without a drain.
-END_SECONDS = 5.0
+from phasewise.worker.fork_job import NO_HOOKS, Job
+from phasewise.worker.reaper import END_SECONDS, schedule_again
 
 _OUT_OF_MEMORY = "The kernel killed it because memory ran out"
 
@@ -162,14 +154,7 @@ class Executors:
         self._proposer.released.add(flow_run_id)
         # An engine that did not hear what this is about would report a crash: it gets no chance to.
         await self._processes.kill(flow_run_id, force=status is not ControlSignalStatus.ACKNOWLEDGED)
-        await self.schedule_again(flow_run_id)
-
-    async def schedule_again(self, flow_run_id: UUID) -> None:
-        """Schedule a flow run again whose process has ended, unless it has come to its own end."""
-        state = (await self._client.read_flow_run(flow_run_id)).state
-        if state is None or not state.is_final():
-            with contextlib.suppress(Abort, Pause):
-                await propose_state(self._client, AwaitingRetry(), flow_run_id=flow_run_id)
+        await schedule_again(self._client, flow_run_id)
 
     def suspend(self, flow_run_id: UUID) -> None:
         """Tell the process of a flow run, if it is one of ours, that the run was suspended."""

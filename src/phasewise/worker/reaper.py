@@ -24,9 +24,10 @@ from prefect.client.schemas.filters import (
 )
 from prefect.client.schemas.objects import FlowRun, State, StateType, Worker
 from prefect.events import Event
-from prefect.exceptions import ObjectNotFound
+from prefect.exceptions import Abort, ObjectNotFound, Pause
 from prefect.logging import get_logger
 from prefect.states import AwaitingRetry, Cancelled, Crashed
+from prefect.utilities.engine import propose_state
 
 from phasewise.orchestration.batches import PROCESS_LABEL, read_main_runs
 from phasewise.orchestration.cancel import CANCELLED_FROM_ABOVE, cancel_below
@@ -42,6 +43,8 @@ _STUCK_SECONDS = 15.0
 _GATHER_SECONDS = 0.03
 #: Seconds that the worker which has a run in hand gets to end what is below it, before the others look after it.
 _TURN_SECONDS = 0.5
+#: Seconds that a flow run has to report its state when its worker ends without a drain.
+END_SECONDS = 5.0
 #: Seconds after which a claimed run that no worker put its name to was left by a worker that died.
 _UNCLAIMED_SECONDS = 60.0
 #: Seconds that a worker gets to put its name to a run that it has claimed.
@@ -209,6 +212,14 @@ class Caretaker:
         wanted = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=list(types))))
         of_pool = WorkPoolFilter(name=WorkPoolFilterName(any_=[self._pool]))
         return await read_pages(self._client.read_flow_runs, flow_run_filter=wanted, work_pool_filter=of_pool)
+
+
+async def schedule_again(client: PrefectClient, flow_run_id: UUID) -> None:
+    """Schedule a flow run again whose process has ended, unless it has come to its own end."""
+    state = (await client.read_flow_run(flow_run_id)).state
+    if state is None or not state.is_final():
+        with suppress(Abort, Pause):
+            await propose_state(client, AwaitingRetry(), flow_run_id=flow_run_id)
 
 
 def must_cascade(event: Event) -> bool:

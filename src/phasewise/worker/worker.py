@@ -5,9 +5,8 @@ everything already (``phasewise.forkserver``) instead of starting three Pythons,
 of their scheduling instead of at the next poll; the poll stays, as the fallback. What a fork cannot serve exactly as a
 new process would (see ``_why_not_warm``) takes the process worker's own way, and the run's log says why.
 
-Private names of Prefect are used here for Prefect ``>=3.9.1,<4``. The oldest and the newest of them are tested
-(``make test-prefect-range``: 3.9.1); these are the modules to look at when it moves: ``prefect.runner._*``,
-``prefect._internal.*``, ``prefect.flow_engine._*`` and the underscored methods of ``BaseWorker``.
+Private names of Prefect are used for Prefect ``>=3.9.1,<4``; ``phasewise.patches`` lists them. The oldest and the
+newest of these versions are tested (``make test-prefect-range``: 3.9.1).
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 from uuid import UUID
 
 import anyio
@@ -49,11 +48,14 @@ from pydantic import BaseModel, PrivateAttr
 
 from phasewise.forkserver.pool import ForkserverPool
 from phasewise.forkserver.protocol import ForkserverDied
+from phasewise.patches import entries
+from phasewise.patches.registry import apply, may_apply, why_not
 from phasewise.settings import Settings
 from phasewise.system.memory import limit_memory
 from phasewise.worker.claim_order import LEAVE_SECONDS, Turns
 from phasewise.worker.claim_trigger import Questions
 from phasewise.worker.fork_job import (
+    BEGUN,
     WARM_DESCRIPTION,
     WARM_NAME,
     Job,
@@ -65,14 +67,14 @@ from phasewise.worker.fork_job import (
     working_directory,
 )
 from phasewise.worker.read_cache import Reads
-from phasewise.worker.reaper import Caretaker
+from phasewise.worker.reaper import END_SECONDS, Caretaker, schedule_again
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import Flow as APIFlow
     from prefect.client.schemas.objects import WorkPool
     from prefect.client.schemas.responses import DeploymentResponse, WorkerFlowRunResponse
-from phasewise.worker.executor import END_SECONDS, Executors
-from phasewise.worker.fork_job import BEGUN
+
+    from phasewise.worker.executor import Executors
 
 #: Imported before the first fork. What a flow run imports lazily after the fork, it pays for once a run.
 PRELOAD = (
@@ -175,7 +177,12 @@ class WarmProcessWorker(ProcessWorker):
             self._devnull = os.open(os.devnull, os.O_WRONLY)
             self._warm.callback(os.close, self._devnull)
             await self._warm.enter_async_context(self._forkservers)
-            self._executors = await self._warm.enter_async_context(Executors(self._forkservers, self._jobs))
+            if may_apply(entries.FORK_RUNS):
+                from phasewise.worker.executor import Executors  # which needs private names of Prefect
+
+                self._executors = await self._warm.enter_async_context(Executors(self._forkservers, self._jobs))
+            else:
+                self._executors = cast("Executors", _NoExecutors())
             self._services = await self._warm.enter_async_context(_background())
             with contextlib.suppress(RuntimeError, ValueError):  # not in the main thread: no signals to hear
                 asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._on_hangup)
@@ -188,11 +195,12 @@ class WarmProcessWorker(ProcessWorker):
 
     async def setup(self) -> None:
         await super().setup()
-        # Prefect reads the deployment twice and the flow once for each run that it submits.
-        client: Any = self.client
-        client.read_deployment = functools.partial(self._reads.share, client.read_deployment)
-        client.read_flow = functools.partial(self._reads.share, client.read_flow, seconds=_SETTLED_SECONDS)
-        client.update_flow_run = functools.partial(self._update_flow_run, client.update_flow_run)
+        apply(entries.SHARE_READS, self._sharing, on=self.client)
+        apply(entries.PID_WITH_BEGIN, lambda stock: functools.partial(self._update_flow_run, stock), on=self.client)
+
+    def _sharing(self, read: Callable[[UUID], Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+        seconds = _SETTLED_SECONDS if read.__name__ == "read_flow" else 0
+        return functools.partial(self._reads.share, read, seconds=seconds)
 
     async def _update_flow_run(self, update: Callable[..., Awaitable[Any]], flow_run_id: UUID, **changes: Any) -> None:
         """Leave it to a run to report its own process id, with what else it reports when it begins."""
@@ -246,7 +254,7 @@ class WarmProcessWorker(ProcessWorker):
             except asyncio.CancelledError:  # the worker is ending, and the process of the run has
                 if self._draining:
                     with anyio.move_on_after(END_SECONDS, shield=True):
-                        await self._executors.schedule_again(flow_run.id)
+                        await schedule_again(self.client, flow_run.id)
                 raise
             finally:
                 guards.release()
@@ -261,6 +269,8 @@ class WarmProcessWorker(ProcessWorker):
 
     async def _why_not_warm(self, configuration: ProcessJobConfiguration) -> str | None:
         """Say why a forked process could not do for this run exactly what a new one would; None when it can."""
+        if reason := why_not(entries.FORK_RUNS):
+            return f"nothing is forked with this version of Prefect: {reason}."
         if configuration._command_configured:
             return "it has a command of its own."
         if get_current_settings().runner.auto_install_dependencies:
@@ -458,6 +468,22 @@ class WarmProcessWorker(ProcessWorker):
             return
         if state is not None and state.is_cancelling() and self._executors.is_running(flow_run_id):
             self._executors.cancel_soon(flow_run_id)
+
+
+class _NoExecutors:
+    """What a worker has where runs cannot be forked: each is run by Prefect's own code."""
+
+    reported: ClassVar[frozenset[UUID]] = frozenset()
+
+    def is_running(self, flow_run_id: UUID) -> bool:
+        del flow_run_id
+        return False
+
+    def running(self) -> frozenset[UUID]:
+        return frozenset()
+
+    def suspend(self, flow_run_id: UUID) -> None:
+        """Leave it to the run: it listens for itself."""
 
 
 def _known(configuration: WarmProcessJobConfiguration, flow_run: FlowRun) -> list[dict[str, Any]]:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from phasewise.server.app import OneWriterAtATime, create_database
+from phasewise.server.app import create_database
+from phasewise.server.database import OneWriterAtATime
 
 
 @pytest.fixture

@@ -13,7 +13,8 @@ import asyncio, sys
 from pathlib import Path
 
 from prefect.server.database.dependencies import set_database_config
-from phasewise.server.app import OneWriterAtATime, create_database
+from phasewise.server.app import create_database
+from phasewise.server.database import OneWriterAtATime
 
 path = Path(sys.argv[1])
 create_database(path)

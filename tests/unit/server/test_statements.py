@@ -9,7 +9,7 @@ import jsonschema
 import pytest
 from jsonschema.validators import Draft202012Validator
 
-from phasewise.server.statements import _check_schemas_once, _remembering
+from phasewise.server import statements
 
 USE_A_SERVERS_DATABASE = """
 import asyncio, sys
@@ -17,7 +17,8 @@ from pathlib import Path
 from uuid import uuid4
 
 from prefect.server.database.dependencies import set_database_config
-from phasewise.server.app import OneWriterAtATime, create_database
+from phasewise.server.app import create_database
+from phasewise.server.database import OneWriterAtATime
 from phasewise.server.statements import spare_statements
 
 path = Path(sys.argv[1])
@@ -135,12 +136,23 @@ def test_what_was_valid_is_not_validated_again() -> None:
         asked.append(variables)
         return []
 
-    remembering = _remembering(validate)
+    check = statements.remembering(validate)
     for variables in ({"a": 1, "b": 2}, {"b": 2, "a": 1}, {"a": 2}, {"a": 2}):
-        assert remembering(variables, {"type": "object"}, strict=True) == []
-    assert remembering({"a": 1, "b": 2}, {"type": "object"}, strict=False) == []
+        assert check(variables, {"type": "object"}, strict=True) == []
+    assert check({"a": 1, "b": 2}, {"type": "object"}, strict=False) == []
 
     assert asked == [{"a": 1, "b": 2}, {"a": 2}, {"a": 1, "b": 2}]
+
+
+@pytest.mark.parametrize("limit", [10**20, float("nan"), {1, 2}])
+def test_what_json_does_not_know_is_validated(limit: object) -> None:
+    asked = []
+    check = statements.remembering(lambda schema: asked.append(schema) or [])
+
+    for value in (limit, None):
+        assert check({"default": value}) == []
+
+    assert asked == [{"default": limit}, {"default": None}]
 
 
 def test_what_was_not_valid_is_validated_again() -> None:
@@ -152,11 +164,11 @@ def test_what_was_not_valid_is_validated_again() -> None:
             raise LookupError
         return ["wrong"]
 
-    remembering = _remembering(validate)
+    check = statements.remembering(validate)
     for _ in range(2):
-        assert remembering("wrong") == ["wrong"]
+        assert check("wrong") == ["wrong"]
         with pytest.raises(LookupError):
-            remembering("raises")
+            check("raises")
 
     assert asked == ["wrong", "raises"] * 2
 
@@ -167,6 +179,8 @@ from uuid import UUID, uuid4
 
 import docket
 from phasewise.server import statements
+from prefect.server.models.deployments import mark_deployments_ready
+from prefect.server.models.work_queues import mark_work_queues_ready
 
 scheduled = []
 
@@ -178,8 +192,7 @@ def add(self, function, when=None, key=None):
     return schedule
 
 
-docket.Docket.add = add
-statements._mark_ready_seldom()
+docket.Docket.add = statements._adding_marks_seldom(add)
 
 
 class AnotherUUID(UUID):
@@ -187,14 +200,14 @@ class AnotherUUID(UUID):
 
 
 async def main():
-    of_pool = docket.Docket.add(None, statements.mark_deployments_ready, key="pool")
+    of_pool = docket.Docket.add(None, mark_deployments_ready, key="pool")
     queue = uuid4()
     await of_pool(work_queue_ids=[AnotherUUID(str(queue))])
     await of_pool(work_queue_ids=[AnotherUUID(str(queue))])
     await of_pool(work_queue_ids=[AnotherUUID(str(uuid4()))])
     statements._READY_SECONDS = -1  # from now on a mark is old at once
     await of_pool(work_queue_ids=[uuid4()])
-    await docket.Docket.add(None, statements.mark_work_queues_ready, key="pool")(polled_work_queue_ids=[queue])
+    await docket.Docket.add(None, mark_work_queues_ready, key="pool")(polled_work_queue_ids=[queue])
     for _ in range(2):
         await docket.Docket.add(None, main, key="other")(value=object())
     print(len(scheduled), scheduled[-1])
@@ -211,7 +224,6 @@ def test_queues_are_marked_ready_again_only_after_a_while_or_when_there_are_othe
 
 
 def test_parameters_are_validated_each_time_and_their_schema_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jsonschema, "validate", jsonschema.validate)  # put back afterwards
     checked = []
     check_schema = Draft202012Validator.check_schema
 
@@ -220,7 +232,7 @@ def test_parameters_are_validated_each_time_and_their_schema_once(monkeypatch: p
         check_schema(schema)
 
     monkeypatch.setattr(Draft202012Validator, "check_schema", note)
-    _check_schemas_once()
+    monkeypatch.setattr(jsonschema, "validate", statements._checking_schemas_once())
     schema = {"type": "object", "required": ["table"]}
     jsonschema.validate({"table": "a"}, schema, Draft202012Validator)
     for _ in range(2):
