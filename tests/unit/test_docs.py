@@ -244,6 +244,7 @@ def test_the_picture_has_every_package() -> None:
     assert set.union(*read_picture().values()) == list_modules(CODE) - {"testing"}
 
 
+@pytest.mark.timeout(240)  # a new Python with Prefect, on a machine that may be busy
 @pytest.mark.parametrize("process", PROCESSES)
 def test_the_picture_marks_what_a_process_imports(process: str) -> None:
     loaded = "{name.split('.')[1] for name in sys.modules if name.startswith('phasewise.')}"
