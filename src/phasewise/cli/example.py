@@ -129,7 +129,7 @@ def _build(target: Path, files: Mapping[str, Path], settings: Settings) -> None:
 
 @contextmanager
 def _temporary(target: Path) -> Iterator[Path]:
-    """Yield a path next to *target*; whatever is still there at the end is removed."""
+    """Yield a path beside *target*; whatever is still there at the end is removed."""
     path = target.with_name(f".{target.name}.{os.getpid()}")
     leftovers = [path, path.with_name(f"{path.name}-journal")]
     try:

@@ -147,7 +147,7 @@ async def hold_project(staging: Path, batch: str, *, on_overlap: OnOverlap = "re
                 file.seek(0)
                 raise BatchRunning(
                     f"Batch {file.read() or '(just starting)'} of this project is running on this machine.",
-                    hint="Wait for it, or cancel it: phasewise cancel, or Ctrl-C if it was started with --local "
+                    hint="Wait for it, or end it: phasewise cancel, or Ctrl-C where it was started with --local "
                     '(or set on_overlap = "wait" in phasewise.toml).',
                 )
             await asyncio.sleep(_WAIT_SECONDS)

@@ -207,7 +207,7 @@ class MysqlSource:
         except duckdb.Error:
             if not _answers(connection):
                 return SourceUnavailable(
-                    f"The MySQL database {self.url} stopped answering: {error}", hint="Retry once it is back."
+                    f"The MySQL database {self.url} stopped answering: {error}", hint="Try again when it does."
                 )
             found = None
         return found or SourceError(f'Table "{table.name}" of {self.url} cannot be read: {error}')

@@ -255,7 +255,7 @@ class PostgresSource:
         except duckdb.Error:
             if not _answers(connection):
                 return SourceUnavailable(
-                    f"The PostgreSQL database {self.url} stopped answering: {error}", hint="Retry once it is back."
+                    f"The PostgreSQL database {self.url} stopped answering: {error}", hint="Try again when it does."
                 )
         return SourceError(f'Table "{table.name}" of {self.url} cannot be read: {error}')
 

@@ -419,7 +419,7 @@ def main(argv: Sequence[str]) -> int:
     with (Path(plan.home) / "supervisor.lock").open("w") as lock:
         try:
             if not wait_until(lambda: _try_lock(lock), STOP_SECONDS):  # the one before may be on its way out
-                raise StackError("A stack is already running here, but its server does not answer.", hint="make down")
+                raise StackError("A stack runs here already, but its server does not answer.", hint="make down")
             supervisor = _Supervisor(plan)
         except StackError as exc:
             os.write(plan.report, json.dumps({"error": str(exc)}).encode() + b"\n")

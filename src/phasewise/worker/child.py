@@ -50,7 +50,7 @@ def warm_up() -> None:
     from prefect import flow_engine
     from prefect.logging.handlers import PrefectConsoleHandler
 
-    # Each client and socket reads the certificate authorities again: five times a run, 22 ms and 1 MiB each.
+    # Each client and socket reads the certificate authorities anew: five times a run, 22 ms and 1 MiB each.
     shared = _SharedContexts("ssl")
     for module in (version_checking, websockets, orchestration):
         module.ssl = shared  # type: ignore[attr-defined]
@@ -199,7 +199,7 @@ class _Line:
 def _observe_suspension(
     flow_run_id: UUID, suspension_request: FlowRunSuspensionRequest, polling_interval: float = 10
 ) -> Iterator[None]:
-    """Replace Prefect's: the worker listens for all its runs, instead of one events subscription a run."""
+    """Stand in for Prefect's: the worker listens for all its runs, instead of one events subscription a run."""
 
     def wait() -> None:
         if not os.read(_Line.descriptor, 1):
@@ -218,7 +218,7 @@ def _observe_suspension(
 
 @contextlib.contextmanager
 def _send_heartbeats(engine: BaseFlowRunEngine[Any, Any], join_on_exit: bool = True) -> Iterator[None]:
-    """Replace Prefect's, which looks once a second whether to end, and every run waits for that look."""
+    """Stand in for Prefect's, which looks once a second whether to end, and every run waits for that look."""
     _Line.tell_hooks(engine.flow)
     try:
         with _heartbeats(engine, join_on_exit):
