@@ -154,7 +154,7 @@ def _audit(project: Project, settings: Settings, batch: str | None) -> list[Audi
         if batch is None and not has_lake(project):
             raise NothingStaged("Nothing is staged and nothing was published.", hint="Run: make run-distributed")
         if batch is None:
-            print("Auditing the published tables.")
+            print("Auditing what is published.")
             return audit_published(connection, project)
         print(f"Auditing batch {batch}.")
         manifests = list_manifests(project, batch)

@@ -110,7 +110,7 @@ class Table(_Record):
         if self.lookback is not None and self.cursor is None:
             raise ValueError("lookback needs a cursor")
         if self.deletes and self.mode in ("full", "append"):
-            raise ValueError("deletes works only with the modes merge and snapshot")
+            raise ValueError("deletes goes with the modes merge and snapshot")
         return self
 
     @field_validator("quarantine_limit")

@@ -157,6 +157,7 @@ def _label_time(moment: float, step: float) -> str:
 def _decimals(step: float) -> int:
     if step <= 0 or not math.isfinite(step):
         return 0
-    exact = max(0, -math.floor(math.log10(step) + 1e-9))
+    # Up to 300: a float holds no larger power of ten.
+    exact = min(300, max(0, -math.floor(math.log10(step) + 1e-9)))
     # 0.25 needs one more than 0.2 does.
     return exact + 1 if abs(step * 10**exact - round(step * 10**exact)) > 1e-6 else exact

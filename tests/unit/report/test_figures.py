@@ -54,6 +54,7 @@ def test_a_tick_has_the_decimals_that_its_step_needs() -> None:
     assert format_tick(5000, 1000, 9000) == "5,000"
     assert format_tick(500_000, 500_000, 2_000_000) == "0.5M"
     assert format_tick(0, 500_000, 2_000_000) == "0"
+    assert float(format_tick(2e-310, 1e-310, 5e-310)) == 0  # nearer to 0 than any power of ten that is a float
 
 
 # A step cannot be divided out of numbers that a float holds with a few bits only.

@@ -6,7 +6,8 @@ from phasewise.report import (
     TableReport,
     render_report,
 )
-from tests.unit.report.reports import Page, at, make_report, make_run
+from phasewise.report.timeline import lay_out_timeline
+from tests.unit.report.reports import TWO_PHASES, Page, at, make_report, make_run
 
 
 def test_a_batch_without_runs_has_no_timeline() -> None:
@@ -46,3 +47,15 @@ def test_two_thousand_runs_and_five_hundred_tables_fit_one_page() -> None:
 
     assert len(html) < 4_000_000
     assert "2,001 flow runs" in html
+
+
+def test_the_phases_of_a_step_are_rows_below_it() -> None:
+    timeline = lay_out_timeline(make_report(runs=TWO_PHASES))
+
+    load, publish = timeline.phases
+    assert (load.name, publish.name) == ("load", "publish")
+    a, b = load.rows
+    assert (a.label, a.rows) == ("a", ())
+    [tables] = b.rows
+    assert (tables.label, tables.duration) == ("tables", "3.0 s")
+    assert [row.label for row in tables.rows] == ["b × 2"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phasewise.report.timeline import lay_out_timeline
 from phasewise.report.timing import (
     build_tree,
     count_parallel,
@@ -13,7 +12,7 @@ from phasewise.report.timing import (
     find_phases,
     measure_time_saved,
 )
-from tests.unit.report.reports import PATIENTLY, TWO_PHASES, at, make_report, make_run
+from tests.unit.report.reports import PATIENTLY, TWO_PHASES, at, make_run
 
 
 def test_a_step_is_a_run_that_triggered_no_other() -> None:
@@ -92,18 +91,6 @@ def test_runs_that_no_pipeline_declares_are_together() -> None:
     ]
 
     assert [phase.name for phase in find_phases(build_tree(runs), at(9))] == ["Runs", "publish"]
-
-
-def test_the_phases_of_a_step_are_rows_below_it() -> None:
-    timeline = lay_out_timeline(make_report(runs=TWO_PHASES))
-
-    load, publish = timeline.phases
-    assert (load.name, publish.name) == ("load", "publish")
-    a, b = load.rows
-    assert (a.label, a.rows) == ("a", ())
-    [tables] = b.rows
-    assert (tables.label, tables.duration) == ("tables", "3.0 s")
-    assert [row.label for row in tables.rows] == ["b × 2"]
 
 
 def test_a_parent_is_found_by_id_or_by_name() -> None:
