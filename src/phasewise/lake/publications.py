@@ -16,7 +16,7 @@ from phasewise.lake.queries import fetch_int
 from phasewise.lake.quoting import quote_identifier
 from phasewise.lake.session import open_session
 from phasewise.lake.warehouse import attach_lake, list_extensions, list_snapshots
-from phasewise.project.config import Mode, Project
+from phasewise.project.config import Mode, Project, rename_mode
 from phasewise.settings import Settings
 
 #: How a snapshot came to carry its batch: published, published again by a rollback, its marts built anew, or rows that
@@ -58,7 +58,7 @@ class TableState:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> TableState:
-        return cls(**{**data, "key": tuple(data["key"])})
+        return cls(**{**data, "mode": rename_mode(data["mode"]), "key": tuple(data["key"])})
 
 
 @dataclass(frozen=True, kw_only=True)

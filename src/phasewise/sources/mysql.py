@@ -25,6 +25,7 @@ import duckdb
 from phasewise.errors import ProjectError, SourceUnavailable, TableMissing, UnfaithfulValue
 from phasewise.lake.credentials import lend_password
 from phasewise.lake.quoting import quote_identifier, quote_literal
+from phasewise.lake.refusals import find_reason
 from phasewise.lake.session import use_one_thread
 from phasewise.project.urls import read_database_url, redact_url
 from phasewise.settings import Settings
@@ -144,7 +145,7 @@ class MysqlSource(ServerSource):
         except duckdb.Error as exc:
             if snapshot:
                 raise SourceUnavailable(
-                    f"The snapshot of {self.url} that the batch holds cannot be entered: {exc}",
+                    f"The snapshot of {self.url} that the batch holds cannot be entered: {find_reason(exc)}.",
                     hint="The process that held it has ended, or the server ended its connections. Start a new batch.",
                 ) from exc
             raise self._explain_refusal(exc) from exc
