@@ -51,7 +51,7 @@ class _Record(BaseModel):
 
 
 class Reference(_Record):
-    """A foreign key that must hold: every non-null value of *columns* stands in *to* of *table*."""
+    """A foreign key that must hold: every non-null value of *columns* is in *to* of *table*."""
 
     columns: tuple[str, ...] = Field(min_length=1)
     table: str
@@ -276,8 +276,8 @@ class Project(_Record):
         return self.data_path.startswith("s3://")
 
     @property
-    def is_exchanged(self) -> bool:
-        """Whether machines that share no folder exchange what they stage: manifests by the catalog, rows on S3."""
+    def is_replicated(self) -> bool:
+        """Whether staging is replicated to machines that share no folder: manifests by the catalog, rows on S3."""
         return self.catalog is not None and self.is_stored
 
 
@@ -385,7 +385,7 @@ def _explain_one(path: Path, text: str, error: Mapping[str, Any]) -> str:
 
 
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:
-    """Return the keys allowed beside the last part of *location*."""
+    """Return the keys allowed next to the last part of *location*."""
     model: Any = _ProjectFile
     sections: dict[str, Any] = {
         "project": _ProjectSection,
@@ -420,7 +420,7 @@ def _build_project(root: Path, parsed: _ProjectFile) -> Project:
     data = _locate_data(root, warehouse.data)
     staging = (state / "staging").resolve()
     if catalog and data and not data.startswith("s3://"):
-        # A folder that all machines reach: what they stage lies there too, beside the files of the lake.
+        # A folder that all machines reach: what they stage lies there too, next to the files of the lake.
         data, staging = f"{data}/lake", Path(data, "staging")
     return Project(
         name=parsed.project.name,

@@ -41,7 +41,7 @@ class LakeTable:
 
     #: Column → type.
     columns: dict[str, str]
-    #: None where its last load left nothing to go on from.
+    #: None where its last load left nothing to continue from.
     state: TableState | None = None
 
 
@@ -62,7 +62,7 @@ class Load:
     reason: str = ""
     #: Rows whose cursor is beyond this are read, or equal to it where the table has a key; None: all rows.
     since: str | None = None
-    #: The cursor that the batches before had reached, where this one goes on from it.
+    #: The cursor that the batches before had reached, where this one continues from it.
     mark: str | None = None
     #: The highest cursor read so far, this batch included; None: there was none.
     until: str | None = None
@@ -100,7 +100,7 @@ class Load:
         return cls(**{**data, **renamed, "base": base})
 
 
-#: How a table of which nothing is said is loaded.
+#: How a table is loaded that the project says nothing about.
 FULL_LOAD = Load()
 
 

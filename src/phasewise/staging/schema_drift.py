@@ -85,7 +85,7 @@ def refuse_drift(table: str, drift: Drift, rule: DriftRule, *, is_replaced: bool
         names = ", ".join(f'"{name}"' for name in drift.clashing)
         raise SchemaDrift(
             f'Table "{table}" cannot hold old and new values of {names} together: {" ".join(drift.notes)}',
-            hint=f'Raise [table."{table}"] version to load it anew, or give the column a type in its columns.',
+            hint=f'Raise [table."{table}"] version to load it again, or give the column a type in its columns.',
         )
 
 
