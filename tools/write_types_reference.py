@@ -9,7 +9,7 @@ from phasewise.sources import Column, duckdb_file, mysql, postgres, sqlite
 
 PATH = Path(__file__).resolve().parents[1] / "docs" / "reference" / "types.md"
 
-HEAD = """# Types: from the source to the lake
+HEAD = """# Types: from the source to the warehouse
 
 Written by `tools/write_types_reference.py` from the code of the sources. Do not edit.
 
@@ -23,7 +23,7 @@ H = "VARCHAR"          # carry as text, whatever the source holds
 ```
 
 A table without columns, a column without a name, and columns or tables that differ by case only are refused
-by name: the lake cannot hold them.
+by name: the warehouse cannot hold them.
 """
 
 NOTES = {
@@ -44,7 +44,7 @@ when they are named.""",
 `datetime` has no zone. `time` reaches 838 hours and is text. `tinyint(1)` is a number; the contract may make
 it `BOOLEAN`, checked. Any column but a binary one may be `VARCHAR`.""",
     "DuckDB and Parquet files": """\
-What Parquet or the lake would change is carried as text. Any column but a `BLOB` may be `VARCHAR`.""",
+What Parquet or the warehouse would change is carried as text. Any column but a `BLOB` may be `VARCHAR`.""",
 }
 
 FILES = """
@@ -70,7 +70,7 @@ def render() -> str:
 
 
 def render_table(columns: list[Column]) -> str:
-    lines = ["| in the source | in the lake | remark |", "|---|---|---|"]
+    lines = ["| in the source | in the warehouse | remark |", "|---|---|---|"]
     for column in columns:
         source = f"`{column.source_type}`" if column.source_type and " an" not in f" {column.source_type}" else ""
         lines.append(f"| {source or column.name} | `{column.type}` | {column.note or ''} |")

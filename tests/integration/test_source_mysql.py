@@ -28,7 +28,7 @@ from phasewise.lake.session import open_session, preload_extensions
 from phasewise.project.config import Project, load_project
 from phasewise.publishing.publish import publish_batch
 from phasewise.settings import Settings
-from phasewise.sources import check_project, list_project_tables, mysql_moment, open_source, protocol
+from phasewise.sources import check_project, list_project_tables, mysql_snapshot, open_source, protocol
 from phasewise.staging.batch import begin_batch, new_batch_id
 from phasewise.staging.extract import extract_table
 from phasewise.staging.manifest import Manifest, list_manifests, staged_files
@@ -322,7 +322,7 @@ def test_without_a_lock_one_connection_holds_the_moment_and_says_why(make: Make,
 def test_a_lock_that_is_not_to_be_had_holds_nobody_up(make: Make, database: str, monkeypatch: pytest.MonkeyPatch):
     project = make("CREATE TABLE t (id int)")
     mariadb(f"GRANT RELOAD ON *.* TO {database}@'%'")
-    monkeypatch.setattr(mysql_moment, "_LOCK_SECONDS", 1)
+    monkeypatch.setattr(mysql_snapshot, "_LOCK_SECONDS", 1)
 
     with closing(connect(database)) as other:
         other.query("LOCK TABLES t WRITE")

@@ -1,4 +1,4 @@
-"""Files on S3-compatible storage, read and written by DuckDB's httpfs. Where it is and who we are say ``AWS_*``."""
+"""Files on S3-compatible storage, read and written by DuckDB's httpfs; ``AWS_*`` says where, and who we are."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def _read_endpoint() -> dict[str, str]:
     if parts.scheme not in {"http", "https"} or not parts.netloc or "@" in parts.netloc:
         raise ProjectError(
             "The endpoint of the S3 storage is not a URL such as https://s3.example.com.",
-            hint="Mend AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL where the command and the workers run.",
+            hint="Fix AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL where the command and the workers run.",
         )
     # Buckets as host names need DNS entries that storage of one's own mostly lacks.
     is_safe = "true" if parts.scheme == "https" else "false"

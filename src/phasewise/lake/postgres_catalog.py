@@ -174,7 +174,7 @@ def lock_catalog(connection: duckdb.DuckDBPyConnection, url: str, *, timeout: fl
     connection.execute("BEGIN")
     try:
         # A publish may take longer than what the server allows those who hold a transaction and do nothing. And it
-        # must find out soon that a machine is gone that could not say good-bye.
+        # must find out soon that a machine is gone that could not say so.
         tell_server(
             connection,
             "SET LOCAL idle_in_transaction_session_timeout = 0; SET LOCAL tcp_keepalives_idle = 10; "
@@ -186,7 +186,7 @@ def lock_catalog(connection: duckdb.DuckDBPyConnection, url: str, *, timeout: fl
             if time.monotonic() >= deadline:
                 raise WarehouseBusy(
                     f"{_find_holder(connection, key)} is writing to the warehouse {redact_url(url)}.",
-                    hint=f"Waited {timeout:g} s. Try again when it is done.",
+                    hint=f"Waited {timeout:g} s. Retry once it is done.",
                 )
             time.sleep(0.1)
         # Of a writer that was killed the connection with the lock may end before the one that is just committing.
@@ -195,7 +195,7 @@ def lock_catalog(connection: duckdb.DuckDBPyConnection, url: str, *, timeout: fl
         if left:
             raise WarehouseBusy(
                 f"A writer of the warehouse {redact_url(url)} has ended, and the server is still busy with its work.",
-                hint=f"Waited {timeout:g} s. Try again when it is done.",
+                hint=f"Waited {timeout:g} s. Retry once it is done.",
             )
     except duckdb.Error as exc:
         raise explain_unreachable(url, exc) from exc

@@ -1,4 +1,4 @@
-"""What was published: the batches that snapshots of the lake carry, one read as it was, two compared."""
+"""What was published: the batches that lake snapshots carry. Read one as it was, compare two."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from phasewise.lake.queries import fetch_int
 from phasewise.lake.quoting import quote_identifier
 from phasewise.lake.session import open_session
 from phasewise.lake.warehouse import attach_lake, list_extensions, list_snapshots
-from phasewise.project.config import Mode, Project
+from phasewise.project.config import Mode, Project, rename_mode
 from phasewise.settings import Settings
 
-#: How a snapshot came to carry its batch: published, published again by a rollback, its marts built anew, or rows that
+#: How a snapshot came to carry its batch: published, published again by a rollback, its marts built again, or rows that
 #: had been set aside put back.
 Kind = Literal["publish", "rollback", "marts", "replay"]
 
@@ -43,7 +43,7 @@ class PublishedTable:
 
 @dataclass(frozen=True, kw_only=True)
 class TableState:
-    """What the lake remembers of a table's last load, for the next one to go on from."""
+    """What the lake remembers of a table's last load, for the next one to continue from."""
 
     table: str
     mode: Mode
@@ -58,7 +58,7 @@ class TableState:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> TableState:
-        return cls(**{**data, "key": tuple(data["key"])})
+        return cls(**{**data, "mode": rename_mode(data["mode"]), "key": tuple(data["key"])})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,10 +19,14 @@ POSTGRES_ADVICE: Mapping[str, str] = MappingProxyType(
 
 def explain_refusal(exc: Exception, setting: str, advice: Mapping[str, str]) -> tuple[str, str]:
     """Return the reason for which a server could not be attached, and a hint that names the *setting* of its URL."""
-    # DuckDB puts the whole DSN before the reason.
-    lines = str(exc).rpartition('": ')[2].strip().splitlines()
-    reason = lines[0].rstrip(".") if lines else type(exc).__name__
+    reason = find_reason(exc)
     found = next((text for words, text in advice.items() if words in reason), None)
     if found is not None:
         return reason, f"{found} See {setting} in phasewise.toml."
     return reason, f"Check {setting} in phasewise.toml, the password and that the server runs."
+
+
+def find_reason(exc: Exception) -> str:
+    """Return what the client library said: DuckDB puts the whole DSN before it."""
+    lines = str(exc).rpartition('": ')[2].strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(exc).__name__

@@ -36,7 +36,7 @@ def open_session(
 ) -> Iterator[duckdb.DuckDBPyConnection]:
     """Open an in-memory DuckDB with bounded memory, threads and temporary files, and *extensions* loaded.
 
-    Nothing is downloaded: extensions are the wheels beside the engine. Times are UTC. The temporary folder is
+    Nothing is downloaded: extensions are the wheels next to the engine. Times are UTC. The temporary folder is
     removed when the session ends.
 
     Raises:

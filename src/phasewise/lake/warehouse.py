@@ -123,7 +123,7 @@ def attach_lake(
         catalog = f"ducklake:sqlite:{project.warehouse / _CATALOG}"
         options += ["META_JOURNAL_MODE 'WAL'"]
         # Else the scanner reads the catalog through several connections, each of which sees what was committed last:
-        # a reader beside a writer finds tables without rows. Of the session alone it would not reach DuckLake's own
+        # a reader next to a writer finds tables without rows. Of the session alone it would not reach DuckLake's own
         # connection. Only here, since it would slow down sources in SQLite. See decision 71.
         connection.execute("SET GLOBAL sqlite_disable_multithreaded_scans = true")
     else:
@@ -197,7 +197,7 @@ def _lock_folder(project: Project, timeout: float) -> Iterator[None]:
         except LockHeld as exc:
             raise WarehouseBusy(
                 f"{exc.holder or 'Another process'} is writing to the warehouse {project.warehouse}.",
-                hint=f"Waited {timeout:g} s. Try again when it is done.",
+                hint=f"Waited {timeout:g} s. Retry once it is done.",
             ) from exc
         except OSError as exc:
             raise LakeError(f"The warehouse {project.warehouse} cannot be locked: {exc.strerror}.") from exc
@@ -241,7 +241,7 @@ def _explain_folder(folder: Path, exc: OSError) -> LakeError:
 
 
 def _try_storage(project: Project, settings: Settings) -> None:
-    """Write a small object beside the files of the warehouse, always the same."""
+    """Write a small object next to the files of the warehouse, always the same."""
     with open_session(settings, extensions=("httpfs",)) as connection:
         create_storage_secret(connection)
         try:

@@ -65,7 +65,14 @@ class Reference(_Record):
 
 
 #: How a table is loaded: whole, by new rows, by new and changed rows, or with its history.
-Mode = Literal["full", "append", "merge", "snapshot"]
+Mode = Literal["full", "append", "merge", "history"]
+
+
+def rename_mode(mode: Any) -> Any:
+    """Return *mode* by its name of today: ``history`` was called ``snapshot``, also in warehouses of that time."""
+    return "history" if mode == "snapshot" else mode
+
+
 #: What happens when columns of the source change.
 DriftRule = Literal["evolve", "freeze", "discard"]
 
@@ -88,7 +95,7 @@ class Table(_Record):
     cursor: str | None = None
     #: How far before the last cursor rows are read again: a number, or a time such as "2 days".
     lookback: int | Decimal | str | None = None
-    #: Whether rows that the source no longer has are removed (merge) or closed (snapshot).
+    #: Whether rows that the source no longer has are removed (merge) or closed (history).
     deletes: bool = False
     drift: DriftRule = "evolve"
     #: Raise it to load the whole table once more.
@@ -101,16 +108,21 @@ class Table(_Record):
     #: Rows that a batch may set aside: a number, or a share of those that it read, such as "1%". More of them stop it.
     quarantine_limit: int | str = "1%"
 
+    @field_validator("mode", mode="before")
+    @classmethod
+    def _mode_has_its_name_of_today(cls, mode: object) -> object:
+        return rename_mode(mode)
+
     @model_validator(mode="after")
     def _mode_makes_sense(self) -> Table:
         if self.mode == "append" and self.cursor is None:
             raise ValueError("mode append needs a cursor")
         if self.mode == "full" and self.cursor is not None:
-            raise ValueError("a cursor needs a mode: append, merge or snapshot")
+            raise ValueError("a cursor needs a mode: append, merge or history")
         if self.lookback is not None and self.cursor is None:
             raise ValueError("lookback needs a cursor")
         if self.deletes and self.mode in ("full", "append"):
-            raise ValueError("deletes goes with the modes merge and snapshot")
+            raise ValueError("deletes goes with the modes merge and history")
         return self
 
     @field_validator("quarantine_limit")
@@ -264,8 +276,8 @@ class Project(_Record):
         return self.data_path.startswith("s3://")
 
     @property
-    def is_exchanged(self) -> bool:
-        """Whether machines that share no folder exchange what they stage: manifests by the catalog, rows on S3."""
+    def is_replicated(self) -> bool:
+        """Whether staging is replicated to machines that share no folder: manifests by the catalog, rows on S3."""
         return self.catalog is not None and self.is_stored
 
 

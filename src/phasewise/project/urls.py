@@ -36,7 +36,8 @@ class DatabaseUrl:
         """Return the URL with these *options* and without the password."""
         user = f"{quote(self.user, safe='')}@" if self.user else ""
         servers = ",".join(_write_server(host, port) for host, port in self.servers)
-        return f"{scheme}://{user}{servers}/{quote(self.database, safe='')}?{urlencode(options, quote_via=quote)}"
+        query = f"?{urlencode(options, quote_via=quote)}" if options else ""
+        return f"{scheme}://{user}{servers}/{quote(self.database, safe='')}{query}"
 
 
 def read_database_url(url: str, example: str) -> DatabaseUrl:

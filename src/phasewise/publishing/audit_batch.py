@@ -128,7 +128,7 @@ def _count_set_aside(connection: duckdb.DuckDBPyConnection, result: AuditResult)
 def _list_audits(project: Project, part: Manifest) -> list[Audit]:
     """Return the audits that set rows of the table of *part* aside."""
     own = [audit for audit in project.audits if audit.table == part.table]
-    built_in = list_row_audits(project, part.table, part.key, is_history=part.load.mode == "snapshot")
+    built_in = list_row_audits(project, part.table, part.key, is_history=part.load.mode == "history")
     return [audit for audit in [*built_in, *own] if audit.severity == "quarantine"]
 
 

@@ -254,7 +254,7 @@ def _audit_table(
         )
         results.append(_guard("contract", table, compare))
     is_history = (
-        declared.mode == "snapshot" and HISTORY.keys() <= list_columns(connection, quote_identifier(table)).keys()
+        declared.mode == "history" and HISTORY.keys() <= list_columns(connection, quote_identifier(table)).keys()
     )
     audits = list_row_audits(project, table, key, is_history=is_history)
     return results + _run_all(connection, audits, present=present, isolated=isolated)

@@ -79,7 +79,7 @@ class Increment:
     @property
     def is_rewritten(self) -> bool:
         """Whether a table that is replaced holds something else than its staged files."""
-        return self.load.mode == "snapshot" or self.keeps_columns
+        return self.load.mode == "history" or self.keeps_columns
 
     @property
     def is_cast(self) -> bool:
@@ -128,7 +128,7 @@ class Increment:
     def select_present(self) -> str:
         """Return the rows of the lake's table, the same way, with those of the history."""
         present = {name: type_ for name, type_ in self.drift.columns.items() if name not in self.drift.added}
-        history = ", valid_from, valid_to, is_current" if self.load.mode == "snapshot" else ""
+        history = ", valid_from, valid_to, is_current" if self.load.mode == "history" else ""
         return f"select {select_columns(self.drift.columns, present)}{history} from {self.lake}"
 
 
@@ -183,7 +183,7 @@ def select_pool(increment: Increment) -> str:
     if increment.is_published:
         return f'select *, \'\' as "{FILE}", 0 as "{ROW}" from {increment.lake} where false'
     columns = select_columns(increment.drift.columns, increment.staged, "s") if increment.is_cast else "s.*"
-    history = f", {_begin_history(increment)}" if increment.load.mode == "snapshot" else ""
+    history = f", {_begin_history(increment)}" if increment.load.mode == "history" else ""
     rows = f'select {columns}{history}, s.filename as "{FILE}", s.file_row_number as "{ROW}" from {increment.kept}'
     if increment.load.is_replaced or not increment.has_key:
         return rows
@@ -204,14 +204,14 @@ def find_last(connection: duckdb.DuckDBPyConnection, parts: Sequence[Manifest]) 
 def select_replacement(increment: Increment) -> str:
     """Return the query of the table that takes the place of the lake's."""
     rows = increment.select_staged() if increment.keeps_columns else f"select s.* from {increment.kept}"
-    return f"select *, {_begin_history(increment)} from ({rows})" if increment.load.mode == "snapshot" else rows
+    return f"select *, {_begin_history(increment)} from ({rows})" if increment.load.mode == "history" else rows
 
 
 def find_touched(connection: duckdb.DuckDBPyConnection, increment: Increment) -> None:
     """Make the temporary table of the keys that the increment touches: of rows that are added, changed or gone."""
     keys = _names(increment.load.key)
     columns = _names(increment.drift.columns)
-    present = f"({increment.select_present()}{_CURRENT if increment.load.mode == 'snapshot' else ''})"
+    present = f"({increment.select_present()}{_CURRENT if increment.load.mode == 'history' else ''})"
     found = (
         f"select {_names(increment.load.key, 'd')}, if(l.{_PRESENT} is null, 'added', 'changed') as {_CHANGE} "
         f"from ({increment.select_staged()}) d left join (select true as {_PRESENT}, {columns} from {present}) l "
@@ -435,7 +435,7 @@ def _can_register(increment: Increment) -> bool:
 
     Rows that are set aside could be deleted from them again, for which DuckLake would look through the whole table.
     """
-    if increment.source or increment.out or increment.load.mode == "snapshot":
+    if increment.source or increment.out or increment.load.mode == "history":
         return False
     wanted = {name.casefold(): type_ for name, type_ in increment.drift.columns.items()}
     return all(wanted.get(name.casefold()) == type_ for name, type_ in increment.staged.items())
@@ -472,7 +472,7 @@ def _retire(connection: duckdb.DuckDBPyConnection, increment: Increment) -> None
 
 def _insert(connection: duckdb.DuckDBPyConnection, increment: Increment) -> None:
     columns = _names(increment.drift.columns)
-    history = f", {_begin_history(increment)}" if increment.load.mode == "snapshot" else ""
+    history = f", {_begin_history(increment)}" if increment.load.mode == "history" else ""
     connection.execute(
         f"insert into {increment.lake} by name select {columns}{history} from ({increment.select_staged()}) d "
         f"where {_is_touched(increment, 'd', _NEW)}"

@@ -1,4 +1,4 @@
-"""Maintain the lake: expire old snapshots, merge small files, delete what no snapshot needs."""
+"""Maintain the warehouse: expire old snapshots, merge small files, delete what no snapshot needs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from phasewise.staging.manifest import list_files
 #: replaced as a whole by the next batch, so that rewriting it would be for nothing.
 MERGE_BELOW_BYTES = 4 * 1024 * 1024
 
-#: A larger file is written anew when this share of its rows was deleted.
+#: A larger file is written again when this share of its rows was deleted.
 REWRITE_SHARE = 0.2
 
 #: A Parquet file that no snapshot knows may belong to a transaction of somebody else's that is still open.
@@ -160,7 +160,7 @@ def _merge_small_files(connection: duckdb.DuckDBPyConnection) -> int:
 
 
 def _rewrite_files(connection: duckdb.DuckDBPyConnection, table: str) -> None:
-    """Write the rows of small files anew of which some were deleted, and of larger ones of which many were.
+    """Write small files again where some of their rows were deleted, and larger ones where many were.
 
     DuckLake does not merge a file with deleted rows, so that those of a table that is merged into each night would grow
     in number without end, and readers read what is deleted too. Its own ``ducklake_rewrite_data_files`` knows no

@@ -140,7 +140,7 @@ def _describe(
 ) -> Increment | None:
     """Return how one table changes; None for one that its staged files replace as they are."""
     load = parts[0].load
-    is_plain = load.is_replaced and load.mode != "snapshot" and project.find_table(parts[0].table).drift != "discard"
+    is_plain = load.is_replaced and load.mode != "history" and project.find_table(parts[0].table).drift != "discard"
     # A plain table needs no look at the columns: a full refresh of many tables is the usual case, and must stay fast.
     if is_plain and aside is None:
         return None
@@ -233,7 +233,7 @@ def _subtract(planned: Publication, set_aside: Mapping[str, SetAside]) -> Public
 
 def _find_key(project: Project, part: Manifest) -> tuple[str, ...]:
     key = project.find_table(part.table).key or part.key
-    return (*key, "valid_from") if part.load.mode == "snapshot" else key
+    return (*key, "valid_from") if part.load.mode == "history" else key
 
 
 def _refuse_to_go_back(connection: duckdb.DuckDBPyConnection, planned: Publication) -> None:

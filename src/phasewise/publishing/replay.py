@@ -118,7 +118,7 @@ def _describe_return(
     staged = {name: type_ for name, type_ in quarantined.items() if name not in (REASON, BATCH, SET_ASIDE_AT)}
     present = drop_history(list_columns(connection, f"lake.main.{quote_identifier(table)}"), state)
     load = Load(mode="append", is_replaced=False)
-    if state is not None and state.mode in ("merge", "snapshot"):
+    if state is not None and state.mode in ("merge", "history"):
         load = Load(mode=state.mode, key=state.key, cursor=state.cursor, is_replaced=False, base=state)
     return Increment(
         table=table,
@@ -138,7 +138,7 @@ def _keep_older_in(connection: duckdb.DuckDBPyConnection, pool: Pool) -> None:
         return
     cursor = quote_identifier(load.cursor) if load.cursor else None
     is_newer = f"coalesce(s.{cursor} > l.{cursor}, false)" if cursor else "false"
-    current = " and l.is_current" if load.mode == "snapshot" else ""
+    current = " and l.is_current" if load.mode == "history" else ""
     keep_in(
         connection, pool, f"exists (from {table} as l where {is_same(load.key, 'l', 's')}{current} and not {is_newer})"
     )
@@ -159,7 +159,7 @@ def _audit(connection: duckdb.DuckDBPyConnection, project: Project, pools: Mappi
 def _list_audits(project: Project, pool: Pool) -> Iterable[Audit]:
     """Return what a row must pass to come back: the audits of its key and its references, and those that set aside."""
     own = [audit for audit in project.audits if audit.table == pool.table and audit.severity == "quarantine"]
-    is_history = pool.increment.load.mode == "snapshot"
+    is_history = pool.increment.load.mode == "history"
     return [
         audit.model_copy(update={"severity": "quarantine"})
         for audit in [*list_row_audits(project, pool.table, pool.key, is_history=is_history), *own]

@@ -137,7 +137,7 @@ def _find_drift(source: Source, table: SourceTable, name: str, wanted: str) -> s
         return f'the column "{name}" is missing'
     if wanted == column.type or source.can_carry(column, wanted):
         return None
-    declared = f"{column.source_type or 'no type'} in the source, {column.type} in the lake"
+    declared = f"{column.source_type or 'no type'} in the source, {column.type} in the warehouse"
     return f'the column "{name}" is {declared}, not {wanted}'
 
 

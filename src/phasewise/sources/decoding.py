@@ -45,5 +45,5 @@ def explain_unfaithful(
     return UnfaithfulValue(
         f'Table "{table}", column "{column.name}" ({column.source_type or "no declared type"}): {rows} that '
         f"{column.type} cannot hold unchanged; {first} is {value}.",
-        hint=f'Mend the source, or carry the column as {other}: [table."{table}"] columns = {{ {name} = "{other}" }}.',
+        hint=f'Fix the source, or carry the column as {other}: [table."{table}"] columns = {{ {name} = "{other}" }}.',
     )

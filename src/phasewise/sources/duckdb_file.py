@@ -36,7 +36,7 @@ def find_lake_type(declared: str) -> tuple[str, str | None]:
         return declared, None
     if declared == "JSON":
         return "VARCHAR", None
-    return "VARCHAR", f"carried as text: Parquet and the lake do not hold every {declared} exactly"
+    return "VARCHAR", f"carried as text: Parquet and the warehouse do not hold every {declared} exactly"
 
 
 def compare_typed(value: str, type_name: str, operator: str, mark: str) -> str:
@@ -164,7 +164,7 @@ class DuckdbSource:
         return SourceError(f'Table "{table.name}" of {self.url} cannot be read: {error}')
 
     def _fingerprint(self) -> str:
-        # What was committed and not yet moved into the file lies beside it.
+        # What was committed and not yet moved into the file lies next to it.
         wal = self._path.with_name(f"{self._path.name}.wal")
         stats = [path.stat() for path in (self._path, wal) if path.exists()]
         return "-".join(f"{stat.st_ino:x}-{stat.st_size:x}-{stat.st_mtime_ns:x}" for stat in stats)

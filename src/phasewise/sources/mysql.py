@@ -4,7 +4,7 @@ Everything is read by queries that the server answers, never through the scanner
 a backtick in a name, hides a table behind another that differs by case, makes every ``TINYINT(1)`` a boolean, shows
 the date 0000-00-00 as NULL and a wide decimal as a double. Moments travel as text and are decoded with a check.
 
-One moment for all tables is held by connections that are lent (``mysql_moment``). Where that cannot be, DuckDB's pool
+One moment for all tables is held by connections that are lent (``mysql_snapshot``). Where that cannot be, DuckDB's pool
 of connections ends a transaction between two queries, so one query is one moment: the rows of a table are consistent,
 several tables are not.
 """
@@ -25,12 +25,13 @@ import duckdb
 from phasewise.errors import ProjectError, SourceUnavailable, TableMissing, UnfaithfulValue
 from phasewise.lake.credentials import lend_password
 from phasewise.lake.quoting import quote_identifier, quote_literal
+from phasewise.lake.refusals import find_reason
 from phasewise.lake.session import use_one_thread
 from phasewise.project.urls import read_database_url, redact_url
 from phasewise.settings import Settings
 from phasewise.sources.databases import ServerSource
 from phasewise.sources.decoding import MOMENTS, decode_text, explain_unfaithful, fail_where_null
-from phasewise.sources.mysql_moment import LentMoment, Login, NoMoment, lend_moment
+from phasewise.sources.mysql_snapshot import LentSnapshot, Login, NoSnapshot, lend_snapshot
 from phasewise.sources.protocol import Column, SnapshotToken, SourceTable, StagedRows
 from phasewise.sources.ranges import Dialect, divide_by_values
 
@@ -125,8 +126,8 @@ class MysqlSource(ServerSource):
         """Hold the moment with as many connections as tables are read at the same time."""
         with ExitStack() as stack:
             try:
-                token = _describe_moment(stack.enter_context(self._lend_moment()))
-            except NoMoment as exc:
+                token = _describe_snapshot(stack.enter_context(self._lend_snapshot()))
+            except NoSnapshot as exc:
                 token = {"id": None, "remark": f"no moment of the source could be held for all tables: {exc}"}
             yield token
 
@@ -144,7 +145,7 @@ class MysqlSource(ServerSource):
         except duckdb.Error as exc:
             if snapshot:
                 raise SourceUnavailable(
-                    f"The snapshot of {self.url} that the batch holds cannot be entered: {exc}",
+                    f"The snapshot of {self.url} that the batch holds cannot be entered: {find_reason(exc)}.",
                     hint="The process that held it has ended, or the server ended its connections. Start a new batch.",
                 ) from exc
             raise self._explain_refusal(exc) from exc
@@ -221,8 +222,8 @@ class MysqlSource(ServerSource):
         printed = ", ".join(f"{_print(column)} AS c{index}" for index, column in enumerate(table.columns))
         return self._query(f"SELECT {printed} FROM {_quote_name(table.name)}{table.where()}")
 
-    def _lend_moment(self) -> AbstractContextManager[LentMoment]:
-        return lend_moment(
+    def _lend_snapshot(self) -> AbstractContextManager[LentSnapshot]:
+        return lend_snapshot(
             self._login,
             connections=self._settings.table_concurrency,
             idle_seconds=self._settings.source_snapshot_hours * 3600,
@@ -262,7 +263,7 @@ def _read_url(url: str, timeout: float) -> tuple[str, Login]:
     )
 
 
-def _describe_moment(moment: LentMoment) -> SnapshotToken:
+def _describe_snapshot(moment: LentSnapshot) -> SnapshotToken:
     return {
         "id": f"lent-{uuid.uuid4().hex}",
         "socket": str(moment.socket),
@@ -300,12 +301,12 @@ def _find_type(declared: str, type_name: str) -> tuple[str, str | None]:
     if match := re.match(r"decimal\((\d+),(\d+)\)", declared):
         if int(match[1]) <= 38:
             return f"DECIMAL({match[1]},{match[2]})", None
-        return "VARCHAR", f"carried as text: no decimal type of the lake holds every {declared}"
+        return "VARCHAR", f"carried as text: no decimal type of the warehouse holds every {declared}"
     if type_name == "bit":
         return ("BOOLEAN", None) if declared == "bit(1)" else ("BLOB", f"the bytes of {declared}")
     if type_name in _SPATIAL:
         return "BLOB", "MySQL's own bytes: SRID and WKB"
-    return "VARCHAR", f"carried as text: the lake has no type {declared}"
+    return "VARCHAR", f"carried as text: the warehouse has no type {declared}"
 
 
 def _print(column: Column) -> str:

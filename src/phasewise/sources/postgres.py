@@ -242,7 +242,7 @@ class PostgresSource(ServerSource):
         query = self._query(_ROWS_OF_PAGES.format(rows=rows, pages=pages, step=step))
         blocks = [(start, count * step) for start, count in connection.execute(query).fetchall()]
         bounds = [[f"'({page},0)'::tid"] for page in find_bounds(sorted(blocks), limit)]
-        # A table that is written anew (VACUUM FULL) while its partitions are read has its rows in other pages: a
+        # A table that is written again (VACUUM FULL) while its partitions are read has its rows in other pages: a
         # partition then finds none at all, and the sum of all is not what the table had.
         same = f"pg_relation_filenode({name}::regclass) = {filenode}"
         return [f"{same} AND {condition}" for condition in divide(["ctid"], bounds)]
@@ -375,10 +375,10 @@ def _find_type(type_name: str, base: str, declared: str, *, is_enum: bool = Fals
             precision, scale = int(match[1]), int(match[2])
             if precision <= 38 and 0 <= scale <= precision:
                 return f"DECIMAL({precision},{scale})", None
-        return "VARCHAR", f"carried as text: no decimal type of the lake holds every {declared}"
+        return "VARCHAR", f"carried as text: no decimal type of the warehouse holds every {declared}"
     if is_enum:
-        return "VARCHAR", f"carried as text: the lake has no enum ({declared})"
-    return "VARCHAR", f"carried as text: the lake has no type {declared}"
+        return "VARCHAR", f"carried as text: the warehouse has no enum ({declared})"
+    return "VARCHAR", f"carried as text: the warehouse has no type {declared}"
 
 
 def _print_column(column: Column) -> str:

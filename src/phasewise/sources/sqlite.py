@@ -214,7 +214,7 @@ class SqliteSource:
 
     def explain(self, connection: duckdb.DuckDBPyConnection, table: SourceTable, error: Exception) -> PhasewiseError:
         if "database is locked" in str(error):
-            return self._unavailable("is locked by another program", "Close it or try again later.")
+            return self._unavailable("is locked by another program", "Close it, or retry later.")
         try:
             found = self._find_unfaithful(connection, table)
         except duckdb.Error:
@@ -301,7 +301,7 @@ class SqliteSource:
                 closing(sqlite3.connect(draft)) as copy,
             ):
                 connection.backup(copy)
-                # Readers of a database in WAL mode write beside it; the copy needs no writer.
+                # Readers of a database in WAL mode write next to it; the copy needs no writer.
                 copy.execute("PRAGMA journal_mode = DELETE")
         except OSError as exc:
             raise StagingError(
@@ -330,7 +330,7 @@ class SqliteSource:
     def _translate(self, exc: sqlite3.DatabaseError) -> SourceUnavailable:
         text = str(exc)
         if "locked" in text or "busy" in text:
-            return self._unavailable("is locked by another program", "Close it or try again later.")
+            return self._unavailable("is locked by another program", "Close it, or retry later.")
         if "not a database" in text or "malformed" in text:
             return self._unavailable(f"is not a SQLite database ({text})", "Check [source] url in phasewise.toml.")
         return self._unavailable(f"cannot be read: {text}", "Check the permissions of the file and its folder.")

@@ -68,7 +68,7 @@ def find_note(declared: str) -> str | None:
         return None
     if not upper:
         return "carried as text: the column has no declared type"
-    return f"carried as text: neither SQLite nor the lake has a type {declared}"
+    return f"carried as text: neither SQLite nor the warehouse has a type {declared}"
 
 
 def scan_column(column: Column) -> str | None:

@@ -1,4 +1,4 @@
-"""Read the rows of a table into Parquet files, at one moment, beside the source's own count of them."""
+"""Read the rows of a table into Parquet files, at one moment, and have the source count them too."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from phasewise.errors import PhasewiseError, StagingError
 from phasewise.lake.object_store import File, StoredFile, explain_storage
 from phasewise.sources import SnapshotToken, Source, SourceTable, StagedRows
 from phasewise.staging.load_plan import Load
-from phasewise.staging.parquet import mend_parquet, write_parquet
+from phasewise.staging.parquet import fix_parquet, write_parquet
 from phasewise.system.files import explain_os_error, explain_write, sync_path
 
 
@@ -46,7 +46,7 @@ def read_rows(
             write_parquet(connection, source.select(keys), keys_path, keys)
         files = [path, *([keys_path] if keys is not None else [])]
         for file in files:
-            mend_parquet(connection, file)
+            fix_parquet(connection, file)
         with _syncing(files):
             source_rows = source.count_rows(connection, table, StagedRows(rows=rows, file=path))
         connection.execute("COMMIT")
@@ -62,7 +62,7 @@ def read_rows(
 
 @contextmanager
 def _syncing(files: Sequence[File]) -> Iterator[None]:
-    """Let *files* reach the disk, beside the block: the manifest says that they are there, and comes after them.
+    """Let *files* reach the disk, next to the block: the manifest says that they are there, and comes after them.
 
     Raises:
         StagingError: one could not be written.

@@ -22,12 +22,12 @@ from phasewise.lake.publications import TableState, latest_publication, list_col
 from phasewise.lake.quoting import quote_identifier, quote_literal
 from phasewise.lake.session import open_session
 from phasewise.lake.warehouse import attach_lake, has_lake, list_extensions
-from phasewise.project.config import Mode, Project, Table
+from phasewise.project.config import Mode, Project, Table, rename_mode
 from phasewise.settings import Settings
 from phasewise.sources import Source, SourceTable
 from phasewise.staging.schema_drift import Drift, compare_columns, find_lowest, is_integer, refuse_drift
 
-#: The columns that a table of mode ``snapshot`` has beyond the source's: when a row was first seen, when it was no
+#: The columns that a table of mode ``history`` has beyond the source's: when a row was first seen, when it was no
 #: longer so (NULL while it is), and whether it is so now.
 HISTORY = {"valid_from": "TIMESTAMP WITH TIME ZONE", "valid_to": "TIMESTAMP WITH TIME ZONE", "is_current": "BOOLEAN"}
 
@@ -41,7 +41,7 @@ class LakeTable:
 
     #: Column → type.
     columns: dict[str, str]
-    #: None where its last load left nothing to go on from.
+    #: None where its last load left nothing to continue from.
     state: TableState | None = None
 
 
@@ -62,7 +62,7 @@ class Load:
     reason: str = ""
     #: Rows whose cursor is beyond this are read, or equal to it where the table has a key; None: all rows.
     since: str | None = None
-    #: The cursor that the batches before had reached, where this one goes on from it.
+    #: The cursor that the batches before had reached, where this one continues from it.
     mark: str | None = None
     #: The highest cursor read so far, this batch included; None: there was none.
     until: str | None = None
@@ -96,10 +96,11 @@ class Load:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Load:
         base = TableState.from_json(data["base"]) if data.get("base") else None
-        return cls(**{**data, "key": tuple(data["key"]), "drift": tuple(data["drift"]), "base": base})
+        renamed = {"mode": rename_mode(data["mode"]), "key": tuple(data["key"]), "drift": tuple(data["drift"])}
+        return cls(**{**data, **renamed, "base": base})
 
 
-#: How a table of which nothing is said is loaded.
+#: How a table is loaded that the project says nothing about.
 FULL_LOAD = Load()
 
 
@@ -185,7 +186,7 @@ def drop_history(columns: Mapping[str, str], state: TableState | None) -> dict[s
 
     A source may have columns of the same names and types.
     """
-    is_history = state is not None and state.mode == "snapshot"
+    is_history = state is not None and state.mode == "history"
     return {name: type_ for name, type_ in columns.items() if not (is_history and name in HISTORY)}
 
 
@@ -227,7 +228,7 @@ def find_mark(connection: duckdb.DuckDBPyConnection, load: Load, table: SourceTa
 
 
 def _check_mode(contract: Table, table: SourceTable) -> None:
-    if contract.mode in ("merge", "snapshot") and not table.key:
+    if contract.mode in ("merge", "history") and not table.key:
         raise ProjectError(
             f'Table "{table.name}" has the mode "{contract.mode}" and no key: its rows cannot be told apart.',
             hint=f'State one: [table."{table.name}"] key = ["…"].',
@@ -238,7 +239,7 @@ def _check_mode(contract: Table, table: SourceTable) -> None:
             hint=f'State one: [table."{table.name}"] key = ["…"], or leave out lookback.',
         )
     taken = [column.name for column in table.columns if column.name.casefold() in HISTORY]
-    if contract.mode == "snapshot" and taken:
+    if contract.mode == "history" and taken:
         raise SchemaDrift(
             f'Table "{table.name}" has columns with the names of the history: {", ".join(taken)}.',
             hint=f'Leave them out: [table."{table.name}"] exclude.',
@@ -276,7 +277,7 @@ def _start_from(load: Load, contract: Table, table: SourceTable) -> Load:
     if changed:
         # A history is worth keeping: all rows are read, and what differs is added to it.
         reason = f"{' and '.join(changed)} changed"
-        return dataclasses.replace(load, reason=reason, is_replaced=load.mode != "snapshot")
+        return dataclasses.replace(load, reason=reason, is_replaced=load.mode != "history")
     since = _look_back(base.mark, contract, table)
     if since is None and load.mode == "append":
         return dataclasses.replace(load, reason="no cursor was read yet")

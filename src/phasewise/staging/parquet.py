@@ -49,14 +49,14 @@ def write_parquet(connection: duckdb.DuckDBPyConnection, query: str, file: File,
     # DuckDB bounds row groups by size only where it need not keep the order of rows, which a table does not have.
     connection.execute("SET preserve_insertion_order = false")
     is_large = (table.row_estimate or 0) >= _GROUP_ROWS and len(table.columns) <= _COMPACT_COLUMNS
-    # What is on S3 could not be mended in place.
+    # What is on S3 cannot be fixed in place.
     options = _COMPACT if is_large and isinstance(file, Path) else _PLAIN
     copied = connection.execute(f"COPY ({query}) TO {quote_literal(str(file))} ({options})").fetchone()
     assert copied is not None  # COPY returns the number of rows
     return int(copied[0])
 
 
-def mend_parquet(connection: duckdb.DuckDBPyConnection, file: File) -> None:
+def fix_parquet(connection: duckdb.DuckDBPyConnection, file: File) -> None:
     """Write *file*, of ``write_parquet``, again where it holds numbers that only DuckDB could read."""
     if not isinstance(file, Path):
         return

@@ -36,7 +36,7 @@ def plan_partitions(
 
     Of a table with a cursor the new rows alone are read, and they are staged whole.
     What was decided at the same moment of the source, or is staged completely, stays. A table that was staged in
-    part at another moment is divided anew, and its parts from then are removed.
+    part at another moment is divided again, and its parts from then are removed.
 
     Raises:
         SourceUnavailable: the source does not answer.

@@ -1,8 +1,8 @@
-"""What is staged, for machines that share no folder: its small files are exchanged by the catalog's database.
+"""Replicate the small files of staging, through the catalog's database, to machines that share no folder.
 
 Rows are on S3 from the start. Plan, manifests and the like are files in the staging folder of each machine: what one
-writes is stored in a table beside those of DuckLake, and who reads fetches first. Where staging is in the folder of one
-machine, or in one that all machines reach, nothing is exchanged, and the files are just written.
+writes is stored in a table next to DuckLake's, and readers fetch it first. Where staging is in the folder of one
+machine, or in one that all machines reach, nothing is replicated, and the files are just written.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from phasewise.lake.warehouse import WAREHOUSE_FORMAT
 from phasewise.project.config import Project
 from phasewise.system.files import write_atomically, write_once
 
-#: Files of these names are exchanged; locks and what a source keeps belong to one machine.
+#: Files of these names are replicated; locks and what a source keeps belong to one machine.
 _PATTERN = "[!.]*.json"
 
 _KEYS = ("batch", "folder", "name")
@@ -40,7 +40,7 @@ def write_shared(project: Project, path: Path, text: str) -> None:
         LakeError: the catalog does not answer.
         OSError: the folder cannot be written.
     """
-    if project.is_exchanged:
+    if project.is_replicated:
         # Stored first: who fetches in between on this machine would remove a file that is not stored.
         _tell(
             project,
@@ -57,7 +57,7 @@ def write_shared_once(project: Project, path: Path, text: str) -> None:
         LakeError: the catalog does not answer.
         OSError: the folder cannot be written.
     """
-    if not project.is_exchanged:
+    if not project.is_replicated:
         write_once(path, text)
         return
     values = _list_values(project, path, text)
@@ -71,7 +71,7 @@ def remove_shared(project: Project, path: Path) -> None:
     Raises:
         LakeError: the catalog does not answer.
     """
-    if project.is_exchanged:
+    if project.is_replicated:
         names = path.relative_to(project.staging).parts
         if len(names) == 2 and path.suffix == ".json":  # a file of the batch, not of one of its folders
             names = (names[0], "", names[1])
@@ -84,12 +84,12 @@ def remove_shared(project: Project, path: Path) -> None:
 
 
 def forget_batch(project: Project, batch: str) -> None:
-    """Take *batch* from what is exchanged; other machines remove their files of it when they next look at all batches.
+    """Take *batch* from what is replicated; other machines remove their files of it when they next look at all batches.
 
     Raises:
         LakeError: the catalog does not answer.
     """
-    if project.is_exchanged:
+    if project.is_replicated:
         _tell(project, f"DELETE FROM {_table(project)} WHERE batch = {quote_literal(batch)}")
 
 
@@ -99,7 +99,7 @@ def fetch_staging(project: Project, batch: str | None = None, *, folder: str | N
     Raises:
         LakeError: the catalog does not answer.
     """
-    if not project.is_exchanged:
+    if not project.is_replicated:
         return
     places = [project.staging / batch] if batch else list(project.staging.glob("[!.]*"))
     # Listed before what is stored: what another process of this machine writes meanwhile is not what is gone elsewhere.

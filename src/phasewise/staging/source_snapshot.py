@@ -1,4 +1,4 @@
-"""Hold one moment of the source for all processes of a batch, and find it again."""
+"""Hold one source snapshot for all processes of a batch, and find it again."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def check_age(token: SnapshotToken, settings: Settings, source: Source) -> None:
 
 
 def forget_snapshot(project: Project, batch: str) -> None:
-    """Drop the moment that ``open_snapshot`` kept for a resume: the source must be mended, so it is read anew."""
+    """Drop the snapshot that ``open_snapshot`` kept for a resume: the source must be fixed, and is then read again."""
     shutil.rmtree(batch_folder(project, batch) / ".source", ignore_errors=True)
 
 

@@ -26,6 +26,20 @@ def test_a_minimal_project_has_defaults_for_the_rest(tmp_path: Path) -> None:
     assert project.find_table("anything").key == ()
 
 
+@pytest.mark.parametrize("name", ["history", "snapshot"])
+def test_the_mode_history_may_have_its_old_name(tmp_path: Path, name: str) -> None:
+    project = load_project(write(tmp_path, MINIMAL + f'\n[table.orders]\nmode = "{name}"\n'))
+
+    assert project.find_table("orders").mode == "history"
+
+
+def test_another_mode_is_refused_with_those_that_there_are(tmp_path: Path) -> None:
+    write(tmp_path, MINIMAL + '\n[table.orders]\nmode = "histroy"\n')
+
+    with pytest.raises(ProjectError, match="'full', 'append', 'merge' or 'history'"):
+        load_project(tmp_path)
+
+
 def test_a_folder_without_phasewise_toml_says_what_to_create(tmp_path: Path) -> None:
     with pytest.raises(ProjectNotFound, match=r"There is no phasewise\.toml in .*Create one"):
         load_project(tmp_path)

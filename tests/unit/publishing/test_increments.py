@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ insert into t values (1, 'a', 10), (2, 'b', 20);
 """
 APPEND = '[table.t]\nmode = "append"\ncursor = "at"\nkey = ["id"]\n'
 MERGE = '[table.t]\nmode = "merge"\ncursor = "at"\n'
-SNAPSHOT = '[table.t]\nmode = "snapshot"\ncursor = "at"\n'
+HISTORY = '[table.t]\nmode = "history"\ncursor = "at"\n'
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -201,7 +203,7 @@ def test_rows_without_a_cursor_are_merged_each_time(tmp_path: Path):
     assert rows(project, "select id, v from t order by id") == [(1, "a"), (2, "b"), (3, "C")]
 
 
-@pytest.mark.parametrize("mode", ["merge", "append", "snapshot"])
+@pytest.mark.parametrize("mode", ["merge", "append", "history"])
 def test_two_rows_of_a_batch_with_one_key_fail_the_audit_that_names_the_key(tmp_path: Path, mode: str):
     toml = f'[table.t]\nmode = "{mode}"\ncursor = "at"\nkey = ["id"]\n'
     project = begin(tmp_path, toml, SOURCE.replace(" primary key", ""))
@@ -217,8 +219,8 @@ def test_two_rows_of_a_batch_with_one_key_fail_the_audit_that_names_the_key(tmp_
     assert rows(project) == before
 
 
-def test_a_snapshot_table_keeps_what_a_row_was(tmp_path: Path):
-    project = begin(tmp_path, SNAPSHOT + "deletes = true\n")
+def test_a_history_table_keeps_what_a_row_was(tmp_path: Path):
+    project = begin(tmp_path, HISTORY + "deletes = true\n")
 
     load(project, "b1", "update t set v = 'A', at = 30 where id = 1; delete from t where id = 2")
 
@@ -230,8 +232,45 @@ def test_a_snapshot_table_keeps_what_a_row_was(tmp_path: Path):
     assert sorted(_EXPECTED["b1"], key=str) == sorted(rows(project), key=str)
 
 
+def test_a_history_under_its_old_name_continues(tmp_path: Path):
+    project = begin(tmp_path, HISTORY.replace('"history"', '"snapshot"'))
+    write_down_old_mode(project)
+
+    load(project, "b1", "update t set v = 'A', at = 30 where id = 1")
+
+    assert rows(project, "select v, is_current from t where id = 1 order by valid_from") == [("a", False), ("A", True)]
+    found = read_manifest(project, "b1", "t").load
+    assert (found.mode, found.since, found.is_replaced, found.describe()) == ("history", "20", False, ())
+
+
+def write_down_old_mode(project: Project) -> None:
+    """Make the warehouse what a version wrote that called the mode ``snapshot``."""
+    with closing(sqlite3.connect(project.warehouse / "catalog.sqlite")) as catalog, catalog:
+        new, old = '"mode": "history"', '"mode": "snapshot"'
+        changed = catalog.execute(
+            "update ducklake_snapshot_changes set commit_extra_info = replace(commit_extra_info, ?, ?) "
+            "where instr(commit_extra_info, ?)",
+            (new, old, new),
+        )
+        assert changed.rowcount == 1
+
+
+def test_a_batch_that_was_staged_under_the_old_name_is_published(tmp_path: Path):
+    project = begin(tmp_path, HISTORY)
+    change_source(project.root, "update t set v = 'A', at = 30 where id = 1")
+    stage_batch(project, batch="b1")
+    write_down_old_mode(project)
+    for path in (project.staging / "b1").rglob("*.json"):
+        path.write_text(path.read_text().replace('"mode": "history"', '"mode": "snapshot"'))
+
+    audit(project, "b1")
+    publish_batch(project, SETTINGS, "b1")
+
+    assert rows(project, "select v, is_current from t where id = 1 order by valid_from") == [("a", False), ("A", True)]
+
+
 def test_a_row_that_comes_back_is_current_again(tmp_path: Path):
-    project = begin(tmp_path, SNAPSHOT + "deletes = true\n")
+    project = begin(tmp_path, HISTORY + "deletes = true\n")
 
     load(project, "b1", "delete from t where id = 2")
     load(project, "b2", "insert into t values (2, 'b', 20)")
@@ -240,7 +279,7 @@ def test_a_row_that_comes_back_is_current_again(tmp_path: Path):
 
 
 def test_a_batch_without_changes_is_published_and_changes_no_row(tmp_path: Path):
-    project = begin(tmp_path, SNAPSHOT)
+    project = begin(tmp_path, HISTORY)
     before = rows(project)
 
     published = load(project, "b1")
@@ -256,7 +295,7 @@ def publications(project: Project) -> list[Publication]:
         return list_publications(connection)
 
 
-@pytest.mark.parametrize("toml", [APPEND, MERGE, SNAPSHOT])
+@pytest.mark.parametrize("toml", [APPEND, MERGE, HISTORY])
 def test_the_same_batch_twice_gives_the_same_lake(tmp_path: Path, toml: str):
     project = begin(tmp_path, toml)
     load(project, "b1", "insert into t values (3, 'c', 30); update t set v = 'B', at = 31 where id = 2")
@@ -331,7 +370,7 @@ def test_a_lookback_ends_at_the_lowest_value_of_the_type(type_: str, mark: str, 
     assert (load.since, load.is_replaced) == (since, False)
 
 
-@pytest.mark.parametrize("toml", [APPEND, MERGE, SNAPSHOT])
+@pytest.mark.parametrize("toml", [APPEND, MERGE, HISTORY])
 def test_a_rollback_takes_the_cursor_back_with_the_rows(tmp_path: Path, toml: str):
     project = begin(tmp_path, toml)
     load(project, "b1", "insert into t values (3, 'c', 30)")
@@ -438,7 +477,7 @@ def count_files(project: Project) -> tuple[int, int]:
         ).fetchone()
 
 
-@pytest.mark.parametrize("toml", [MERGE, SNAPSHOT])
+@pytest.mark.parametrize("toml", [MERGE, HISTORY])
 def test_maintenance_between_batches_changes_no_row_of_any_snapshot(tmp_path: Path, toml: str):
     project = begin(tmp_path, toml + "deletes = true\n")
     for number in range(1, 5):
@@ -456,7 +495,7 @@ def test_maintenance_between_batches_changes_no_row_of_any_snapshot(tmp_path: Pa
 
 
 def test_published_incremental_tables_pass_the_audits_again(tmp_path: Path):
-    project = begin(tmp_path, SNAPSHOT + 'key = ["id"]\n')
+    project = begin(tmp_path, HISTORY + 'key = ["id"]\n')
     load(project, "b1", "update t set v = 'A', at = 30 where id = 1")
 
     with open_session(SETTINGS) as connection:
@@ -496,7 +535,7 @@ def test_marts_see_the_whole_table(tmp_path: Path):
         ('cursor = "at"', 'cursor = "at"\nwhere = "id < 3"', "where changed"),
         ('cursor = "at"', 'cursor = "at"\nversion = 2', "version changed"),
         ('mode = "merge"', 'mode = "append"', "the mode or the key has changed"),
-        ('mode = "merge"', 'mode = "snapshot"', "the mode or the key has changed"),
+        ('mode = "merge"', 'mode = "history"', "the mode or the key has changed"),
     ],
 )
 def test_a_table_is_loaded_whole_where_what_the_project_says_of_it_has_changed(
@@ -513,7 +552,7 @@ def test_a_table_is_loaded_whole_where_what_the_project_says_of_it_has_changed(
 
 
 def test_a_history_survives_a_change_of_its_cursor(tmp_path: Path):
-    project = begin(tmp_path, SNAPSHOT)
+    project = begin(tmp_path, HISTORY)
     load(project, "b1", "update t set v = 'A', at = 30 where id = 1")
 
     load(change_project(project, '"at"', '"id"'), "b2", "update t set v = 'AA' where id = 1")
@@ -547,20 +586,20 @@ def test_a_new_column_is_added_and_a_lost_one_stays(tmp_path: Path):
     )
 
 
-@pytest.mark.parametrize("mode", ["append", "merge", "snapshot"])
+@pytest.mark.parametrize("mode", ["append", "merge", "history"])
 def test_a_widened_type_is_widened_and_a_narrowed_one_stays_wide(tmp_path: Path, mode: str):
     project = begin(tmp_path, f'[table.t]\nmode = "{mode}"\ncursor = "at"\n', declare("decimal(10,2)", "1, 1.25, 10"))
-    history = ", valid_from" if mode == "snapshot" else ""
+    history = ", valid_from" if mode == "history" else ""
 
     load(project, "b1", declare("decimal(18,4)", "1, 1.25, 10), (2, 1.1234, 20"))
     load(project, "b2", declare("decimal(12,3)", "2, 1.5, 29), (3, 3.001, 30"))
 
     assert rows(project, "select distinct typeof(n) from t") == [("DECIMAL(18,4)",)]
-    expected = {"append": [1.25, 1.1234, 3.001], "merge": [1.25, 1.5, 3.001], "snapshot": [1.25, 1.1234, 1.5, 3.001]}
+    expected = {"append": [1.25, 1.1234, 3.001], "merge": [1.25, 1.5, 3.001], "history": [1.25, 1.1234, 1.5, 3.001]}
     assert [float(n) for (n,) in rows(project, f"select n from t order by id{history}")] == expected[mode]
 
 
-@pytest.mark.parametrize("mode", ["append", "merge", "snapshot"])
+@pytest.mark.parametrize("mode", ["append", "merge", "history"])
 def test_a_column_that_becomes_text_keeps_its_old_values_as_text(tmp_path: Path, mode: str):
     project = begin(tmp_path, f'[table.t]\nmode = "{mode}"\ncursor = "at"\n', declare("integer", "1, 7, 10"))
 
@@ -728,7 +767,7 @@ def test_a_column_without_a_reliable_order_is_no_cursor(tmp_path: Path, declared
 
 
 def test_a_history_needs_a_key_and_free_names(tmp_path: Path):
-    project = write_project(tmp_path, source="create table t (a integer, at integer);", toml=SNAPSHOT)
+    project = write_project(tmp_path, source="create table t (a integer, at integer);", toml=HISTORY)
     with pytest.raises(ProjectError, match="no key"):
         stage_batch(project)
 
@@ -738,7 +777,7 @@ def test_a_history_needs_a_key_and_free_names(tmp_path: Path):
 
 
 def test_a_forecast_says_what_would_be_read_and_what_changed_and_loads_nothing(tmp_path: Path):
-    toml = MERGE + '[table.u]\nmode = "snapshot"\n[table.w]\ndrift = "freeze"\n'
+    toml = MERGE + '[table.u]\nmode = "history"\n[table.w]\ndrift = "freeze"\n'
     more = "create table u (id integer primary key); create table w (id integer primary key);"
     project = begin(tmp_path, toml, SOURCE + more)
     change_source(
@@ -747,12 +786,10 @@ def test_a_forecast_says_what_would_be_read_and_what_changed_and_loads_nothing(t
         "create table y (id integer primary key); insert into y values (7);",
     )
 
-    t, u, w, y = forecast_tables(
-        change_project(project, 'mode = "snapshot"', 'mode = "snapshot"\nversion = 2'), SETTINGS
-    )
+    t, u, w, y = forecast_tables(change_project(project, 'mode = "history"', 'mode = "history"\nversion = 2'), SETTINGS)
 
     assert (t.mode, t.since, t.rows, t.notes) == ("merge", "20", 2, ('The column "x" (VARCHAR) is new.',))
-    assert (u.mode, u.since, u.notes) == ("snapshot", None, ("read whole: version changed",))
+    assert (u.mode, u.since, u.notes) == ("history", None, ("read whole: version changed",))
     assert w.problem is not None
     assert '"w" is frozen' in w.problem
     assert (y.mode, y.rows, y.problem) == ("full", 7, None)  # an estimate: the highest row id

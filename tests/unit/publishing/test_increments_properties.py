@@ -60,11 +60,11 @@ class Model:
         self.mark = max([*cursors, *([self.mark] if self.mark is not None else [])], default=None)
 
     def _close(self, key: Key, batch: int) -> None:
-        if self.mode == "snapshot" and key in self.rows:
+        if self.mode == "history" and key in self.rows:
             self.closed.append((key, self.rows[key], self.since[key], batch))
 
     def expected(self) -> list[tuple[object, ...]]:
-        is_history = self.mode == "snapshot"
+        is_history = self.mode == "history"
         current = [(key, *row, self.since[key] if is_history else None, None) for key, row in self.rows.items()]
         closed = [(key, *row, first, last) for key, row, first, last in self.closed]
         return sorted([*current, *closed], key=repr)
@@ -82,7 +82,7 @@ batches = st.lists(st.lists(st.one_of(put, put, remove), max_size=4), min_size=2
 @pytest.mark.timeout(400)
 @settings(max_examples=4, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(changes=batches, deletes=st.booleans(), maintains=st.booleans(), goes_back=st.booleans())
-@pytest.mark.parametrize("mode", ["append", "merge", "snapshot"])
+@pytest.mark.parametrize("mode", ["append", "merge", "history"])
 def test_the_lake_holds_what_the_model_says(mode, changes, deletes, maintains, goes_back):
     deletes = deletes and mode != "append"
     with tempfile.TemporaryDirectory() as folder:
@@ -139,10 +139,10 @@ def publish(project, batch: str) -> None:
 
 def read(project, mode: str, last: int) -> list[tuple[object, ...]]:
     """Return the rows of the lake, the times of a history as the number of the batch."""
-    columns = "id, v, c, valid_from, valid_to" if mode == "snapshot" else "id, v, c, null, null"
+    columns = "id, v, c, valid_from, valid_to" if mode == "history" else "id, v, c, null, null"
     with open_reader(project, SETTINGS) as connection:
         rows = connection.execute(f"select {columns} from t").fetchall()
-        if mode == "snapshot":
+        if mode == "history":
             wrong = connection.execute("select count(*) from t where is_current <> (valid_to is null)").fetchone()
             assert wrong == (0,)
     began = {read_plan(project, f"b{number}").created_at: number for number in range(last + 1)}

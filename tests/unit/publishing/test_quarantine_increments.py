@@ -37,9 +37,9 @@ sql = "from t where n < 0"
 MODES = {
     "append": 'mode = "append"\ncursor = "at"\n',
     "merge": 'mode = "merge"\ncursor = "at"\n',
-    "snapshot": 'mode = "snapshot"\ncursor = "at"\n',
+    "history": 'mode = "history"\ncursor = "at"\n',
 }
-CURRENT = {"snapshot": 'select id, n, "at" from t where is_current order by all'}
+CURRENT = {"history": 'select id, n, "at" from t where is_current order by all'}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -105,7 +105,7 @@ def test_bad_rows_of_an_increment_are_set_aside_and_the_rest_is_published(tmp_pa
     assert published.states[0].mark == "43"  # the rows are not read again; they are in quarantine
 
 
-@pytest.mark.parametrize("mode", ["merge", "snapshot"])
+@pytest.mark.parametrize("mode", ["merge", "history"])
 def test_readers_keep_the_version_before_a_bad_one(tmp_path: Path, mode: str):
     project = begin(tmp_path, mode, more="deletes = true\n")
 
@@ -187,7 +187,7 @@ def test_mended_rows_come_back_and_the_next_batches_go_on(tmp_path: Path, mode: 
 
 
 def test_a_history_closes_the_version_that_a_mended_row_replaces(tmp_path: Path):
-    project = begin(tmp_path, "snapshot")
+    project = begin(tmp_path, "history")
     load(project, "b1", "update t set n = -6, at = 35 where id = 2")
     mend(project, "update lake._quarantine.t set n = 60")
 
@@ -199,7 +199,7 @@ def test_a_history_closes_the_version_that_a_mended_row_replaces(tmp_path: Path)
     assert query_warehouse(project, SETTINGS, "select valid_from from t where n = 60")[1] == [(old[3],)]
 
 
-@pytest.mark.parametrize("mode", ["merge", "snapshot"])
+@pytest.mark.parametrize("mode", ["merge", "history"])
 def test_a_mended_row_never_takes_the_place_of_a_newer_one(tmp_path: Path, mode: str):
     project = begin(tmp_path, mode, more="lookback = 9\n")
     load(project, "b1", "insert into t values (null, 3, 15), (null, 4, 20), (null, 5, 25)")

@@ -213,7 +213,7 @@ def test_columns_without_a_type_that_sqlite_knows_are_carried_as_text(tmp_path: 
 
     assert [column.note for column in table.columns] == [
         "carried as text: the column has no declared type",
-        "carried as text: neither SQLite nor the lake has a type JSON",
+        "carried as text: neither SQLite nor the warehouse has a type JSON",
     ]
     assert (types, rows) == (["VARCHAR", "VARCHAR"], [("1", "{}"), ("1", "2"), ("0.1", None)])
 
@@ -704,7 +704,7 @@ def test_paths_follow_the_rule_of_sqlalchemy(tmp_path: Path):
 
 @pytest.mark.parametrize("url", ["sqlite:", "sqlite://", "sqlite:///", "sqlite://host/path.db"])
 def test_a_url_without_a_file_is_refused(tmp_path: Path, url: str):
-    with pytest.raises(ProjectError, match="names no SQLite file"):
+    with pytest.raises(ProjectError, match=r"names no file or folder\..*Write sqlite:///relative"):
         open_source(make_project(tmp_path, url=url), SETTINGS)
 
 
@@ -724,7 +724,8 @@ def test_every_problem_of_the_contract_is_reported_at_once(tmp_path: Path):
 
     assert [type(problem) for problem in problems] == [SchemaDrift, TableMissing]
     assert str(problems[0]) == (
-        'Table "a" does not fit its contract: the column "x" is TEXT in the source, VARCHAR in the lake, not BIGINT; '
+        'Table "a" does not fit its contract: the column "x" is TEXT in the source, VARCHAR in the warehouse, '
+        "not BIGINT; "
         'the column "y" is missing; the key column "id" is missing. '
         'Change the source, or the section [table."a"] of phasewise.toml.'
     )

@@ -16,7 +16,7 @@ from phasewise.settings import Settings
 from phasewise.sources import Column, SourceTable
 from phasewise.staging.extract import extract_table
 from phasewise.staging.manifest import staged_files
-from phasewise.staging.parquet import mend_parquet, write_parquet
+from phasewise.staging.parquet import fix_parquet, write_parquet
 
 SETTINGS = Settings(threads=2, memory_limit="256MB", min_free_bytes=0)
 
@@ -80,7 +80,7 @@ def test_values_at_the_borders_of_a_type_come_back(
     )
 
     assert write_parquet(connection, "FROM t", file, table) == rows
-    mend_parquet(connection, file)
+    fix_parquet(connection, file)
 
     read = f"SELECT id, value, typeof(value), value::VARCHAR FROM read_parquet({quote_literal(str(file))})"
     written = "SELECT id, value, typeof(value), value::VARCHAR FROM t"
@@ -92,7 +92,7 @@ def test_numbers_are_stored_by_their_differences(connection: duckdb.DuckDBPyConn
     file = tmp_path / "rows.parquet"
 
     write_parquet(connection, "SELECT range::INTEGER AS value FROM range(100_000)", file, LARGE)
-    mend_parquet(connection, file)
+    fix_parquet(connection, file)
 
     assert list_encodings(connection, file) == {"DELTA_BINARY_PACKED"}
     assert file.stat().st_size < 10_000
@@ -107,7 +107,7 @@ def test_numbers_that_are_too_far_apart_for_other_readers_are_stored_plainly(
 
     write_parquet(connection, query, file, LARGE)
     before = list_encodings(connection, file)
-    mend_parquet(connection, file)
+    fix_parquet(connection, file)
 
     assert "DELTA_BINARY_PACKED" in before  # DuckDB alone could read these
     assert "DELTA_BINARY_PACKED" not in list_encodings(connection, file)

@@ -3,7 +3,7 @@
 InnoDB cannot hand the snapshot of a transaction to another connection. So a few connections begin theirs while nobody
 can commit (``FLUSH TABLES WITH READ LOCK``, held for milliseconds), and each process that reads a table is lent one of
 them, through a socket in a folder that only this user can enter. One that comes back is lent to the next: any number
-of tables is read at one moment with a few connections. Where the lock is not to be had, one connection holds the moment
+of tables is read at one moment with a few connections. Without the lock, one connection holds the moment
 for all, and tables wait for one another.
 
 Of MySQL's protocol only what the lending needs is spoken here: the greeting, which commands would end the transaction
@@ -80,7 +80,7 @@ class Login:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LentMoment:
+class LentSnapshot:
     #: What a client of MySQL connects to; any login is taken.
     socket: Path
     #: Tables of an engine without transactions: a connection that is lent reads them as they are now.
@@ -89,18 +89,18 @@ class LentMoment:
     slowed_by: str | None
 
 
-class NoMoment(Exception):
+class NoSnapshot(Exception):
     """The moment cannot be held; the text says why."""
 
 
 @contextmanager
-def lend_moment(login: Login, *, connections: int, idle_seconds: float) -> Iterator[LentMoment]:
+def lend_snapshot(login: Login, *, connections: int, idle_seconds: float) -> Iterator[LentSnapshot]:
     """Hold one moment of the database with up to *connections* connections and lend them while the block runs.
 
     The server ends a connection that is idle for *idle_seconds*, so that a moment cannot be held for ever.
 
     Raises:
-        NoMoment: the login failed.
+        NoSnapshot: the login failed.
     """
     with ExitStack() as stack:
         with _explaining():
@@ -117,7 +117,7 @@ def lend_moment(login: Login, *, connections: int, idle_seconds: float) -> Itera
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         lender = _Lender(control, held[:1] if problem else held, folder / "mysql.sock")
         stack.callback(lender.close)
-        yield LentMoment(socket=folder / "mysql.sock", without=without, slowed_by=problem)
+        yield LentSnapshot(socket=folder / "mysql.sock", without=without, slowed_by=problem)
 
 
 @contextmanager
@@ -125,7 +125,7 @@ def _explaining() -> Iterator[None]:
     try:
         yield
     except (pymysql.err.MySQLError, OSError, ValueError) as exc:
-        raise NoMoment(f"its connections could not be opened together ({exc.args[-1] if exc.args else exc})") from exc
+        raise NoSnapshot(f"its connections could not be opened together ({exc.args[-1] if exc.args else exc})") from exc
 
 
 def _remove_leftovers() -> None:
@@ -207,7 +207,7 @@ def _begin_together(control: pymysql.connections.Connection, held: Sequence[_Hel
 
 
 def _lock(control: pymysql.connections.Connection) -> str | None:
-    """Keep everybody from committing; return why that was not to be had.
+    """Keep everybody from committing; return why that was refused.
 
     ``LOCK TABLES``, for which less is to be granted, is no way: it waits for one table with another locked, and
     transactions of the source's own users died of the deadlock (error 1213).
@@ -230,7 +230,7 @@ class _Held:
     def close(self) -> None:
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread that reads from it
-        self.connection._force_close()  # close() would say good-bye, which takes a connection that still answers
+        self.connection._force_close()  # close() would send a farewell, which takes a connection that still answers
 
     def serve(self, client: socket.socket, first: bytes, answer: Callable[[bytes], bytes | None]) -> None:
         """Be the server of *client*, whose *first* command is this, until it leaves; but for what *answer* answers."""
