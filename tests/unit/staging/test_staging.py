@@ -121,11 +121,11 @@ def test_a_killed_extraction_leaves_nothing_that_looks_complete(project: Project
     code = textwrap.dedent("""
         import os, signal, sys
         from pathlib import Path
-        from phasewise.staging.extract import extract_table
-        from phasewise.project import load_project
+        from phasewise.staging import extract
+        from phasewise.project.config import load_project
         from phasewise.settings import Settings
-        staging.write_shared = lambda project, path, text: os.kill(os.getpid(), signal.SIGKILL)
-        extract_table(load_project(Path(sys.argv[1])), Settings(), batch="b1", table="player")
+        extract.write_shared = lambda project, path, text: os.kill(os.getpid(), signal.SIGKILL)
+        extract.extract_table(load_project(Path(sys.argv[1])), Settings(), batch="b1", table="player")
     """)
     done = subprocess.run([sys.executable, "-c", code, str(project.root)], timeout=50, check=False)
 
