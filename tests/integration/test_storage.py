@@ -12,20 +12,21 @@ from pathlib import Path
 import pytest
 
 from phasewise.cli.warehouse import diff, rollback, snapshots
-from phasewise.errors import LakeError, StagingError
+from phasewise.errors import LakeError, PublishConflict, StagingError
 from phasewise.lake.object_store import create_storage_secret, list_stored
 from phasewise.lake.publications import open_reader, query_warehouse
 from phasewise.lake.session import open_session, preload_extensions
 from phasewise.lake.warehouse import prepare_lake
 from phasewise.project.config import Project
 from phasewise.publishing.maintenance import maintain_lake
+from phasewise.publishing.publish import publish_batch
 from phasewise.publishing.rollback import rollback_batch
 from phasewise.publishing.staging_cleanup import remove_finished_staging
 from phasewise.staging.batch import begin_batch, find_batch_folder
 from phasewise.staging.extract import extract_table
-from phasewise.staging.manifest import list_manifests, staged_files
+from phasewise.staging.manifest import list_manifests, staged_files, staged_key_files
 from phasewise.staging.partition_plan import plan_partitions
-from phasewise.staging.replication import remove_shared, write_shared
+from phasewise.staging.replication import remove_shared
 from phasewise.staging.source_snapshot import open_snapshot
 from phasewise.testing.projects import (
     SAMPLE_SETTINGS,
@@ -35,7 +36,7 @@ from phasewise.testing.projects import (
     stage_batch,
     write_project,
 )
-from tests.integration.warehouses import fork, postgres_catalog, s3_bucket
+from tests.integration.warehouses import fork, postgres_catalog, put_object, s3_bucket
 from tests.servers import find_postgres
 
 SETTINGS = SAMPLE_SETTINGS
@@ -226,17 +227,39 @@ def test_a_publisher_killed_before_its_commit_leaves_the_batch_to_the_next(
 
 def test_a_staged_file_that_is_gone_is_not_published(project: Project):
     publish_sample(project, SETTINGS, stage_batch(project))
-    batch = stage_batch(project)
-    folder = find_batch_folder(project, batch)
-    texts = {path: path.read_text() for path in folder.glob("**/*.json")}
-    remove_shared(project, folder)
+    audited = audit_sample(project, stage_batch(project))
+    remove_shared(project, find_batch_folder(project, audited.batch.id))
     maintain_lake(project, SETTINGS, orphan_grace=timedelta(0))
-    for path, text in texts.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_shared(project, path, text)
 
-    with pytest.raises(StagingError, match='"t" are not those of its manifest .* Start a new batch'):
-        publish_sample(project, SETTINGS, batch)
+    with pytest.raises(PublishConflict, match='"t" are not those that were audited: .* is missing.* Start a new batch'):
+        publish_batch(project, SETTINGS, audited)
+
+
+@pytest.mark.parametrize("kind", ["rows", "keys"])
+def test_a_staged_file_with_other_bytes_is_not_published(tmp_path: Path, bucket: str, kind: str):
+    project = write_project(
+        tmp_path,
+        source="create table t (id integer primary key, n integer, at integer); insert into t values (1, 1, 1);",
+        toml=f'[warehouse]\ndata = "{bucket}/{tmp_path.name}"\n'
+        '[table.t]\nmode = "merge"\ncursor = "at"\ndeletes = true\n',
+    )
+    publish_sample(project, SETTINGS, stage_batch(project))
+    change_source(tmp_path, "update t set n = 7, at = 2")
+    audited = audit_sample(project, stage_batch(project))
+    [manifest] = audited.batch.manifests
+    [file] = (staged_files if kind == "rows" else staged_key_files)(project, manifest)
+    with open_session(SETTINGS, extensions=("httpfs",)) as connection:
+        create_storage_secret(connection)
+        content = connection.execute(f"select content from read_blob('{file}')").fetchone()[0]
+    name = str(file).removeprefix("s3://lake/")
+
+    put_object(name, content[:-20] + bytes([content[-20] ^ 1]) + content[-19:])
+    with pytest.raises(PublishConflict, match=f'table "t" .*{file.name} has changed.* Start a new batch'):
+        publish_batch(project, SETTINGS, audited)
+    put_object(name, content)
+    publish_batch(project, SETTINGS, audited)
+
+    assert query_warehouse(project, SETTINGS, "from t")[1] == [(1, 7, 2)]
 
 
 def test_what_is_new_is_merged_and_what_was_deleted_is_found(tmp_path: Path, bucket: str, catalog: str):

@@ -177,7 +177,7 @@ def test_a_file_that_is_put_in_place_while_publishing_is_not_read(project: Proje
     def change_then_apply(self: WarehouseSession, *args: Any) -> Any:
         fresh = file.with_name("other")
         with duckdb.connect() as connection:
-            connection.execute(f"copy (select id, 0 as n, at from '{file}') to '{fresh}' (format parquet)")
+            connection.execute(f"copy (select id, 0 as n, \"at\" from '{file}') to '{fresh}' (format parquet)")
         fresh.replace(file)
         return change(self, *args)
 
@@ -238,7 +238,7 @@ def test_plan_manifests_and_the_list_of_tables_are_read_once_however_many_tables
     tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch
 ):
     statements = []
-    for number in (2, 9):
+    for number in (2, 5):
         root = tmp_path / str(number)
         root.mkdir()
         names = [f"t{index}" for index in range(number)]
@@ -271,16 +271,15 @@ OWN = [
     "found",
     "fresh",
     "touched t",
-    "bad rows",
 ]
 
 
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize("mode", ["full", "merge", "snapshot"])
 def test_no_table_of_a_user_is_taken_for_one_of_the_session(tmp_path: Path, mode: str):
     with open_auditor(write_project(tmp_path, source=""), SETTINGS) as session:
-        purposes = ("bad rows", "found", "fresh", "out", "old", "read", "touched t")
-        prefixed = [session.name(purpose).partition(".")[2].strip('"') for purpose in purposes]
-    names = [*OWN, *prefixed, "memory", "lake", "temp", "_phasewise", "_phasewise_found", "t"]
+        prefixed = session.name("bad rows").partition(".")[2].strip('"')
+    names = [*OWN, prefixed, "lake", "_phasewise_found", "t"]
     source = "".join(
         f'create table "{name}" (id integer primary key, n integer, at integer); '
         f'insert into "{name}" values (1, {number}, 1), (2, {number}, 1);'
