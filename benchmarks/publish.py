@@ -23,11 +23,10 @@ from phasewise.lake.quoting import quote_identifier
 from phasewise.lake.session import preload_extensions
 from phasewise.project.config import Project
 from phasewise.publishing.audits import read_parquet
-from phasewise.publishing.publish import publish_batch
-from phasewise.publishing.writer import open_writer
+from phasewise.publishing.session import open_writer
 from phasewise.settings import Settings
 from phasewise.staging.manifest import list_manifests, staged_files
-from phasewise.testing.projects import stage_batch, write_project
+from phasewise.testing.projects import publish_sample, stage_batch, write_project
 
 SETTINGS = Settings(threads=2, memory_limit="1GB")
 
@@ -91,11 +90,12 @@ def measure(publish: Callable[[Project, str], None], project: Project) -> float:
 
 
 def publish_registered(project: Project, batch: str) -> None:
-    publish_batch(project, SETTINGS, batch)
+    publish_sample(project, SETTINGS, batch)
 
 
 def publish_rewritten(project: Project, batch: str) -> None:
-    with open_writer(project, SETTINGS) as connection:
+    with open_writer(project, SETTINGS) as session:
+        connection = session.connection
         connection.execute("begin")
         for manifest in list_manifests(project, batch):
             files = read_parquet(staged_files(project, manifest))

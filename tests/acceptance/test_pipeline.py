@@ -15,11 +15,10 @@ import pytest
 from phasewise.lake.session import find_extension, open_session
 from phasewise.lake.warehouse import attach_lake, list_snapshots
 from phasewise.project.config import Project, load_project
-from phasewise.publishing.publish import publish_batch
 from phasewise.report import read_report
 from phasewise.report.timeline import lay_out_timeline
 from phasewise.stack.control import StackInfo
-from phasewise.testing.projects import SAMPLE_SETTINGS, change_source, stage_batch, write_project
+from phasewise.testing.projects import SAMPLE_SETTINGS, change_source, publish_sample, stage_batch, write_project
 from tests.acceptance.conftest import SHOP, Shell, wait_for
 
 
@@ -103,7 +102,7 @@ def test_27_tables_are_loaded_and_published_as_one_snapshot(
     baseball(stack_shell.project)
 
     project = load_project(stack_shell.project)
-    publish_batch(project, SAMPLE_SETTINGS, stage_batch(project))  # a night before this one
+    publish_sample(project, SAMPLE_SETTINGS, stage_batch(project))  # a night before this one
     before = snapshots(project)
 
     ran = stack_shell.phasewise("run-distributed")

@@ -16,9 +16,8 @@ import pytest
 
 from phasewise.project.config import load_project
 from phasewise.project.pipeline import Phase, load_phases, validate_phases
-from phasewise.publishing.publish import publish_batch
 from phasewise.stack.control import StackInfo
-from phasewise.testing.projects import SAMPLE_SETTINGS, stage_batch, write_project
+from phasewise.testing.projects import SAMPLE_SETTINGS, publish_sample, stage_batch, write_project
 from tests.acceptance.conftest import CHECKOUT, SHOP, Shell, wait_for
 
 README = (CHECKOUT / "README.md").read_text(encoding="utf-8")
@@ -50,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, lahman: Path) -> Path:
     (example / "data").mkdir()
     shutil.copy(lahman, example / "data" / "lahman.sqlite")
     project = load_project(example)
-    publish_batch(project, SAMPLE_SETTINGS, stage_batch(project))
+    publish_sample(project, SAMPLE_SETTINGS, stage_batch(project))
     return folder
 
 

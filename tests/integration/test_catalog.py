@@ -19,18 +19,14 @@ from phasewise.lake.warehouse import (
     WAREHOUSE_FORMAT,
     attach_lake,
     has_lake,
-    list_extensions,
     lock_lake,
     prepare_lake,
-    reach_warehouse,
 )
 from phasewise.project.config import Project, load_project
-from phasewise.publishing.audit_batch import audit_staged
 from phasewise.publishing.maintenance import maintain_lake
-from phasewise.publishing.publish import publish_batch
 from phasewise.publishing.rollback import rollback_batch
-from phasewise.staging.manifest import list_manifests, read_manifest
-from phasewise.testing.projects import SAMPLE_SETTINGS, change_source, stage_batch, write_project
+from phasewise.staging.manifest import read_manifest
+from phasewise.testing.projects import SAMPLE_SETTINGS, change_source, publish_sample, stage_batch, write_project
 from tests.integration.warehouses import postgres_catalog
 from tests.servers import find_postgres, postgres_database, psql
 
@@ -67,7 +63,7 @@ def test_two_lines_put_the_catalog_into_postgresql_and_the_files_elsewhere(proje
     assert not has_lake(project)
     first = stage_batch(project)
 
-    publish_batch(project, SETTINGS, first)
+    publish_sample(project, SETTINGS, first)
 
     assert has_lake(project)
     assert not project.warehouse.exists()
@@ -79,10 +75,10 @@ def test_two_lines_put_the_catalog_into_postgresql_and_the_files_elsewhere(proje
 
 def test_looking_back_and_going_back_work_as_with_a_catalog_in_sqlite(project: Project):
     first = stage_batch(project)
-    publish_batch(project, SETTINGS, first)
+    publish_sample(project, SETTINGS, first)
     change_source(project.root, "update t set n = 21 where id = 2; insert into t values (3, 30);")
     second = stage_batch(project)
-    publish_batch(project, SETTINGS, second)
+    publish_sample(project, SETTINGS, second)
 
     (difference,) = diff_batches(project, SETTINGS, first, second)
     assert (difference.added, difference.removed, difference.changed) == (1, 0, 1)
@@ -131,7 +127,7 @@ def test_the_lock_ends_with_the_process_that_holds_it(project: Project):
 
 
 def test_a_warehouse_of_a_newer_phasewise_is_refused(project: Project, catalog: str):
-    publish_batch(project, SETTINGS, stage_batch(project))
+    publish_sample(project, SETTINGS, stage_batch(project))
     psql(f"update {catalog.rpartition('=')[2]}.phasewise_format set format = {WAREHOUSE_FORMAT + 1}")
 
     with open_session(SETTINGS) as connection, pytest.raises(WarehouseTooNew, match="Nothing was changed"):
@@ -163,7 +159,7 @@ def test_a_schema_that_may_not_be_created_is_an_error_of_the_warehouse(project: 
 
 def test_options_of_the_url_reach_the_server(project: Project, catalog: str):
     named = project.model_copy(update={"catalog": f"{catalog}&application_name=it%27s%20me"})
-    publish_batch(project, SETTINGS, stage_batch(project))
+    publish_sample(project, SETTINGS, stage_batch(project))
 
     with open_session(SETTINGS) as connection:
         attach_lake(connection, named, read_only=True)
@@ -183,7 +179,7 @@ def test_names_and_values_are_the_same_whatever_the_encodings_of_writer_and_cata
             marts={"übersicht": 'select "öl" from "größe"'},
         )
         monkeypatch.setenv("PGCLIENTENCODING", "LATIN1")
-        publish_batch(project, SETTINGS, stage_batch(project))
+        publish_sample(project, SETTINGS, stage_batch(project))
         monkeypatch.delenv("PGCLIENTENCODING")
 
         assert query_warehouse(project, SETTINGS, 'from "größe"') == (["id", "öl"], [(1, "é")])
@@ -201,12 +197,7 @@ def test_the_password_comes_from_the_environment(project: Project, catalog: str,
 def publish(project: Project, batch: str, sql: str = "") -> None:
     change_source(project.root, sql)
     stage_batch(project, batch=batch)
-    with open_session(SETTINGS, extensions=list_extensions(project)) as connection:
-        reach_warehouse(connection, project)
-        if has_lake(project):
-            attach_lake(connection, project, read_only=True)
-        found = audit_staged(connection, project, list_manifests(project, batch))
-    publish_batch(project, SETTINGS, batch, set_aside=found.set_aside)
+    publish_sample(project, SETTINGS, batch)
 
 
 def test_increments_go_on_and_back_and_their_quarantine_with_them(tmp_path: Path, catalog: str):

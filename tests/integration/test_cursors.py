@@ -13,10 +13,9 @@ import pytest
 from phasewise.lake.publications import open_reader
 from phasewise.lake.session import preload_extensions
 from phasewise.project.config import Project, load_project
-from phasewise.publishing.publish import publish_batch
 from phasewise.staging.manifest import read_manifest
 from phasewise.testing.projects import SAMPLE_SETTINGS as SETTINGS
-from phasewise.testing.projects import stage_batch
+from phasewise.testing.projects import publish_sample, stage_batch
 from tests.servers import find_mariadb, find_postgres, mariadb, psql
 
 Case = tuple[str, list[str], list[str]]
@@ -156,4 +155,4 @@ def write(root: Path, url: str, mode: str, more: Mapping[str, str]) -> Project:
 
 def load(project: Project, batch: str) -> None:
     stage_batch(project, batch=batch)
-    publish_batch(project, SETTINGS, batch)
+    publish_sample(project, SETTINGS, batch)

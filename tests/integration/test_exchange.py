@@ -14,15 +14,14 @@ from phasewise.lake.publications import query_warehouse
 from phasewise.lake.session import preload_extensions
 from phasewise.project.config import Project, load_project
 from phasewise.publishing.maintenance import maintain_lake
-from phasewise.publishing.publish import publish_batch
 from phasewise.publishing.staging_cleanup import remove_finished_staging
 from phasewise.staging import replication
-from phasewise.staging.batch import begin_batch, give_up_tables, list_batches, read_given_up, read_plan
+from phasewise.staging.batch import begin_batch, give_up_tables, list_batches, read_batch, read_plan
 from phasewise.staging.extract import extract_table
 from phasewise.staging.manifest import list_manifests, read_manifest
 from phasewise.staging.replication import _read, fetch_staging
 from phasewise.staging.source_snapshot import open_snapshot
-from phasewise.testing.projects import SAMPLE_SETTINGS, write_project
+from phasewise.testing.projects import SAMPLE_SETTINGS, publish_sample, write_project
 from tests.integration.warehouses import postgres_catalog, s3_bucket
 from tests.servers import find_postgres
 
@@ -66,7 +65,7 @@ def test_two_machines_stage_one_batch_and_either_publishes_it(machines: tuple[Pr
 
     (batch,) = list_batches(one)
     assert (batch.tables, batch.missing) == (("a", "b"), ())
-    publish_batch(two, SETTINGS, "b1")
+    publish_sample(two, SETTINGS, "b1")
 
     assert list_batches(one)[0].is_published
     assert query_warehouse(one, SETTINGS, "from total")[1] == [(6,)]
@@ -108,13 +107,13 @@ def test_tables_that_were_given_up_are_given_up_on_all_machines(machines: tuple[
     give_up_tables(one, "b1", {"b": "it's gone"})
 
     assert list_batches(two)[0].is_complete
-    assert read_given_up(two, "b1") == {"b": "it's gone"}
+    assert read_batch(two, "b1").given_up == {"b": "it's gone"}
 
 
 def test_a_cleanup_on_one_machine_is_one_on_all(machines: tuple[Project, Project]):
     one, two = machines
     stage(one, "b1")
-    publish_batch(two, SETTINGS, "b1")
+    publish_sample(two, SETTINGS, "b1")
 
     assert remove_finished_staging(two, SETTINGS, keep=()).removed == ("b1",)
 
@@ -146,10 +145,10 @@ def test_what_another_process_writes_meanwhile_stays(
 def test_files_that_another_machine_staged_are_no_orphans(machines: tuple[Project, Project]):
     one, two = machines
     stage(one, "b1")
-    publish_batch(one, SETTINGS, "b1")
+    publish_sample(one, SETTINGS, "b1")
     stage(one, "b2")
 
     assert maintain_lake(two, SETTINGS, orphan_grace=timedelta(0)).deleted_files == 0
 
-    publish_batch(two, SETTINGS, "b2")
+    publish_sample(two, SETTINGS, "b2")
     assert query_warehouse(two, SETTINGS, "from total")[1] == [(6,)]

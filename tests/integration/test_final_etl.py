@@ -9,9 +9,12 @@ import pytest
 
 from phasewise.errors import PublishConflict, SchemaDrift
 from phasewise.flows import final_etl
+from phasewise.lake.publications import list_tables, open_reader
 from phasewise.project.config import Project
+from phasewise.publishing.publish import publish_batch
 from phasewise.publishing.rollback import rollback_batch
-from phasewise.staging.batch import find_batch_folder
+from phasewise.staging.batch import begin_batch, find_batch_folder, give_up_tables
+from phasewise.staging.extract import extract_table
 from phasewise.testing.projects import SAMPLE_SETTINGS, change_source, stage_batch, write_project
 
 SOURCE = "create table t (id integer primary key, n decimal(10,2)); insert into t values (1, 1.25);"
@@ -80,3 +83,48 @@ def test_an_unpublished_batch_older_than_the_published_one_is_not_taken(project:
     find_batch_folder(project, "b1").rename(project.root / "cleaned up")
 
     assert final_etl()["batch_id"] == "b1"
+
+
+def test_a_table_that_ends_between_audit_and_publishing_is_not_published_unaudited(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+):
+    change_source(project.root, "create table u (id integer primary key); insert into u values (1);")
+    begin_batch(project, "b1", ["t", "u"])
+    extract_table(project, SAMPLE_SETTINGS, batch="b1", table="t")
+    give_up_tables(project, "b1", {"u": "it failed"})
+
+    def end_then_publish(project: Project, *args: object) -> object:
+        extract_table(project, SAMPLE_SETTINGS, batch="b1", table="u")
+        return publish_batch(project, *args)
+
+    monkeypatch.setattr("phasewise.report.finish.publish_batch", end_then_publish)
+
+    assert final_etl("b1")["tables"] == 1
+
+    report = read_report(project, "b1")
+    assert {table["name"]: table["status"] for table in report["tables"]} == {"u": "kept", "t": "published"}
+    assert {audit["table"] for audit in report["audits"]} <= {None, "t"}
+    with open_reader(project, SAMPLE_SETTINGS) as connection:
+        assert list_tables(connection, "lake.main") == ["t"]
+
+
+def test_a_file_that_changed_after_its_audit_leaves_a_report_and_what_to_do(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+):
+    change_source(project.root, "update t set n = 7.5")
+    stage_batch(project, batch="b1")
+    [file] = find_batch_folder(project, "b1").glob("t/*.parquet")
+
+    def flip_then_publish(*args: object) -> object:
+        content = bytearray(file.read_bytes())
+        content[len(content) // 3] ^= 1
+        file.write_bytes(content)
+        return publish_batch(*args)
+
+    monkeypatch.setattr("phasewise.report.finish.publish_batch", flip_then_publish)
+
+    with pytest.raises(PublishConflict, match=f"{file.name} has changed. Nothing was published. Remove {file.parent}"):
+        final_etl("b1")
+
+    assert read_report(project, "b1")["status"] == "failed"
+    assert "has changed" in read_report(project, "b1")["message"]

@@ -9,16 +9,14 @@ import pytest
 from phasewise.cli.example import DEMO_FILE, build_demo_source
 from phasewise.lake.marts import read_mart
 from phasewise.lake.publications import diff_batches, open_reader
-from phasewise.lake.session import open_session, preload_extensions
+from phasewise.lake.session import preload_extensions
 from phasewise.project.config import Project, load_project
-from phasewise.publishing.audits import audit_batch, open_staged, raise_for
+from phasewise.publishing.audits import raise_for
 from phasewise.publishing.maintenance import maintain_lake
-from phasewise.publishing.publish import publish_batch
 from phasewise.publishing.staging_cleanup import remove_finished_staging
 from phasewise.settings import Settings, find_checkout
-from phasewise.staging.batch import read_plan
 from phasewise.staging.manifest import list_manifests
-from phasewise.testing.projects import stage_batch
+from phasewise.testing.projects import audit_sample, publish_sample, stage_batch
 
 # Two nights of 27 tables: seconds on an idle machine, a minute on a busy one.
 pytestmark = pytest.mark.timeout(240)
@@ -41,15 +39,12 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
 @pytest.fixture(scope="module")
 def batch(project: Project) -> str:
     batch = stage_batch(project, SETTINGS)
-    publish_batch(project, SETTINGS, batch)
+    publish_sample(project, SETTINGS, batch)
     return batch
 
 
 def test_the_audits_find_what_is_known_about_the_data(project: Project, batch: str):
-    manifests = list_manifests(project, batch)
-    with open_session(SETTINGS) as connection:
-        open_staged(connection, project, manifests)
-        results = audit_batch(connection, project, manifests, read_plan(project, batch))
+    results = audit_sample(project, batch, SETTINGS).results
 
     raise_for(results)
     assert {(result.name, result.bad_rows) for result in results if not result.passed} == {
@@ -57,7 +52,7 @@ def test_the_audits_find_what_is_known_about_the_data(project: Project, batch: s
         ("schools_are_known", 4),
     }
     keys = {result.table for result in results if result.name.startswith("unique(")}
-    assert keys == {manifest.table for manifest in manifests} - {"awards_players"}
+    assert keys == {manifest.table for manifest in list_manifests(project, batch)} - {"awards_players"}
 
 
 def test_every_table_equals_its_source(project: Project, batch: str):
@@ -85,7 +80,7 @@ def test_the_marts_say_what_the_record_books_say(project: Project, batch: str):
 
 def test_the_next_night_changes_nothing_that_did_not_change(project: Project, batch: str):
     tonight = stage_batch(project, SETTINGS)
-    publish_batch(project, SETTINGS, tonight)
+    publish_sample(project, SETTINGS, tonight)
 
     assert remove_finished_staging(project, SETTINGS, keep=set()).removed == (batch, tonight)
     assert maintain_lake(project, SETTINGS).deleted_files == 0

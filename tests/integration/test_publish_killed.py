@@ -17,12 +17,8 @@ from phasewise.lake.publications import list_publications, open_reader
 from phasewise.lake.session import open_session, preload_extensions
 from phasewise.lake.warehouse import attach_lake
 from phasewise.project.config import Project
-from phasewise.publishing.audit_batch import audit_staged
 from phasewise.publishing.maintenance import maintain_lake
-from phasewise.publishing.publish import publish_batch
-from phasewise.staging.batch import read_plan
-from phasewise.staging.manifest import list_manifests
-from phasewise.testing.projects import SAMPLE_SETTINGS, change_source, stage_batch, write_project
+from phasewise.testing.projects import SAMPLE_SETTINGS, change_source, publish_sample, stage_batch, write_project
 from tests.integration.warehouses import drop_catalog, fork, postgres_catalog
 from tests.servers import find_postgres
 
@@ -81,15 +77,15 @@ def look(project: Project) -> tuple[set[int], set[int], int, list[str]]:
 
 @pytest.mark.timeout(240)
 def test_a_publisher_killed_at_any_instant_leaves_all_old_or_all_new(project: Project):
-    publish_batch(project, SETTINGS, stage_generation(project, 0))
+    publish_sample(project, SETTINGS, stage_generation(project, 0))
     started = time.monotonic()
-    publish_batch(project, SETTINGS, stage_generation(project, 1))
+    publish_sample(project, SETTINGS, stage_generation(project, 1))
     seconds = time.monotonic() - started
     generation, random_source, seen = 2, random.Random(20261123), []
     batch = stage_generation(project, generation)
 
     for attempt in range(KILLS):
-        pid = fork(lambda batch=batch: publish_batch(project, SETTINGS, batch))
+        pid = fork(lambda batch=batch: publish_sample(project, SETTINGS, batch))
         # The sleep is the test's input: the instant of the kill.
         time.sleep(random_source.uniform(0, seconds))
         os.kill(pid, signal.SIGKILL)
@@ -107,19 +103,19 @@ def test_a_publisher_killed_at_any_instant_leaves_all_old_or_all_new(project: Pr
             generation += 1
             batch = stage_generation(project, generation)
 
-    publish_batch(project, SETTINGS, batch)
+    publish_sample(project, SETTINGS, batch)
     assert look(project)[:2] == ({generation}, {generation})
     assert {True, False} == set(seen), f"the instants hit one side of the commit only: {seen}"
 
 
 def test_orphans_of_a_killed_publisher_go_within_one_cleanup(project: Project, monkeypatch: pytest.MonkeyPatch):
-    publish_batch(project, SETTINGS, stage_generation(project, 0))
+    publish_sample(project, SETTINGS, stage_generation(project, 0))
     batch = stage_generation(project, 1)
     known = set((project.warehouse / "data").rglob("*.parquet"))
     monkeypatch.setattr(
         "phasewise.publishing.publish.build_marts", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
     )
-    pid = fork(lambda: publish_batch(project, SETTINGS, batch))
+    pid = fork(lambda: publish_sample(project, SETTINGS, batch))
     assert os.waitpid(pid, 0)[1] == signal.SIGKILL
     monkeypatch.undo()
     orphans = set((project.warehouse / "data").rglob("*.parquet")) - known
@@ -130,18 +126,18 @@ def test_orphans_of_a_killed_publisher_go_within_one_cleanup(project: Project, m
     assert done.deleted_files == len(TABLES)
     assert set((project.warehouse / "data").rglob("*.parquet")) == known
     assert look(project)[0] == {0}
-    publish_batch(project, SETTINGS, batch)
+    publish_sample(project, SETTINGS, batch)
     assert look(project)[0] == {1}
 
 
 @pytest.mark.timeout(120)
 def test_readers_never_see_a_mix_nor_fail_while_others_publish_and_clean(project: Project):
-    publish_batch(project, SETTINGS, stage_generation(project, 0))
+    publish_sample(project, SETTINGS, stage_generation(project, 0))
     batches = [stage_generation(project, generation) for generation in range(1, 7)]
 
     def write() -> None:
         for batch in batches:
-            publish_batch(project, SETTINGS, batch)
+            publish_sample(project, SETTINGS, batch)
             maintain_lake(project, SETTINGS, orphan_grace=timedelta(0))
 
     pid = fork(write)
@@ -167,11 +163,11 @@ def test_readers_never_see_a_mix_nor_fail_while_others_publish_and_clean(project
 
 
 def test_a_reader_within_retention_is_never_broken_by_cleanup(project: Project):
-    publish_batch(project, SETTINGS, stage_generation(project, 0))
+    publish_sample(project, SETTINGS, stage_generation(project, 0))
 
     with open_reader(project, SETTINGS) as connection:
         for generation in range(1, 4):
-            publish_batch(project, SETTINGS, stage_generation(project, generation))
+            publish_sample(project, SETTINGS, stage_generation(project, generation))
             maintain_lake(project, SETTINGS, orphan_grace=timedelta(0))
 
         for table in TABLES:
@@ -182,30 +178,30 @@ def test_a_reader_within_retention_is_never_broken_by_cleanup(project: Project):
 def test_a_first_publisher_killed_at_any_instant_leaves_a_warehouse_that_the_next_one_can_use(project: Project):
     batch = stage_generation(project, 0)
     started = time.monotonic()
-    publish_batch(project, SETTINGS, batch)
+    publish_sample(project, SETTINGS, batch)
     seconds = time.monotonic() - started
     random_source = random.Random(20261124)
 
     for attempt in range(12):
         shutil.rmtree(project.warehouse)
         drop_catalog(project.catalog)
-        pid = fork(lambda: publish_batch(project, SETTINGS, batch))
+        pid = fork(lambda: publish_sample(project, SETTINGS, batch))
         # The sleep is the test's input: the instant of the kill.
         time.sleep(random_source.uniform(0, seconds))
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
 
-        publish_batch(project, SETTINGS, batch)
+        publish_sample(project, SETTINGS, batch)
 
         tables, mart, rows, batches = look(project)
         assert (tables, mart, rows, batches) == ({0}, {0}, 500 * len(TABLES), [batch]), f"after kill {attempt}"
 
 
 def test_of_two_publishers_at_the_same_time_the_newer_batch_wins(project: Project):
-    publish_batch(project, SETTINGS, stage_generation(project, 0))
+    publish_sample(project, SETTINGS, stage_generation(project, 0))
     older, newer = stage_generation(project, 1), stage_generation(project, 2)
 
-    pids = [fork(lambda batch=batch: publish_batch(project, SETTINGS, batch)) for batch in (newer, older)]
+    pids = [fork(lambda batch=batch: publish_sample(project, SETTINGS, batch)) for batch in (newer, older)]
     codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
 
     tables, mart, _, batches = look(project)
@@ -241,14 +237,6 @@ def stage_increment(project: Project, generation: int) -> str:
     return stage_batch(project, batch=f"b{generation}")
 
 
-def publish_increment(project: Project, batch: str) -> None:
-    with open_session(SETTINGS) as connection:
-        attach_lake(connection, project)
-        manifests = list_manifests(project, batch)
-        found = audit_staged(connection, project, manifests, read_plan(project, batch))
-    publish_batch(project, SETTINGS, batch, set_aside=found.set_aside)
-
-
 def look_at_increment(project: Project) -> tuple[int, int, int, str | None, list[str]]:
     """Return how many rows are good, the highest generation, how many rows are set aside, the cursor, the batches."""
     with open_reader(project, SETTINGS) as connection:
@@ -268,7 +256,7 @@ def test_rows_quarantine_and_cursor_of_a_publisher_that_is_killed_are_all_old_or
         n(i) as (select 1 union all select i + 1 from n where i < 300) select i, 0, 0 from n;"""
     project = write_project(tmp_path, source=source, toml=INCREMENT.format(mode=MODES[mode]))
     started = time.monotonic()
-    publish_increment(project, stage_increment(project, 1))
+    publish_sample(project, SETTINGS, stage_increment(project, 1))
     seconds = time.monotonic() - started
     random_source = random.Random(f"20261125 {mode}")
 
@@ -279,7 +267,7 @@ def test_rows_quarantine_and_cursor_of_a_publisher_that_is_killed_are_all_old_or
                 patch.setattr(
                     f"phasewise.publishing.publish.{name}", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
                 )
-            pid = fork(lambda: publish_increment(project, batch))
+            pid = fork(lambda: publish_sample(project, SETTINGS, batch))
             if name is None:
                 # The sleep is the test's input: the instant of the kill.
                 time.sleep(random_source.uniform(0, seconds))
@@ -298,6 +286,6 @@ def test_rows_quarantine_and_cursor_of_a_publisher_that_is_killed_are_all_old_or
         assert mark == (None if mode == "full" else str(shown))
         assert name is None or (batch in batches) == (name == "mark_published")
 
-        publish_increment(project, batch)
+        publish_sample(project, SETTINGS, batch)
         assert look_at_increment(project)[:3] == (generation, generation, generation)
         assert look_at_increment(project)[4].count(batch) == 1

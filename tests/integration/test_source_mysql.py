@@ -26,7 +26,6 @@ from phasewise.errors import ProjectError, SchemaDrift, SourceUnavailable, Stagi
 from phasewise.lake.publications import open_reader
 from phasewise.lake.session import open_session, preload_extensions
 from phasewise.project.config import Project, load_project
-from phasewise.publishing.publish import publish_batch
 from phasewise.settings import Settings
 from phasewise.sources import check_project, list_project_tables, mysql_snapshot, open_source, protocol
 from phasewise.staging.batch import begin_batch, new_batch_id
@@ -34,6 +33,7 @@ from phasewise.staging.extract import extract_table
 from phasewise.staging.manifest import Manifest, list_manifests, staged_files
 from phasewise.staging.partition_plan import plan_partitions
 from phasewise.staging.source_snapshot import open_snapshot
+from phasewise.testing.projects import publish_sample
 from phasewise.testing.source_contract import PASSWORD, ROWS, SourceContract
 from tests.servers import find_mariadb, mariadb
 
@@ -292,7 +292,7 @@ def test_a_sum_that_a_writer_keeps_is_intact_in_the_lake(make: Make, database: s
                 ]
                 assert [process.wait(timeout=50) for process in processes] == [0] * len(tables)
                 wait_for_more(done)
-    publish_batch(project, settings, "b1")
+    publish_sample(project, settings, "b1")
 
     total = " + ".join(f"(SELECT sum(n) FROM {one})" for one in ACCOUNTS)
     with open_reader(project, settings) as connection:

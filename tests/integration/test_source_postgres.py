@@ -23,13 +23,13 @@ from phasewise.lake.publications import open_reader
 from phasewise.lake.quoting import quote_identifier, quote_literal
 from phasewise.lake.session import open_session, preload_extensions
 from phasewise.project.config import Project, load_project
-from phasewise.publishing.publish import publish_batch
 from phasewise.settings import Settings
 from phasewise.sources import check_project, list_project_tables, open_source
 from phasewise.staging.batch import begin_batch, new_batch_id
 from phasewise.staging.extract import extract_table
 from phasewise.staging.manifest import list_manifests, read_manifest, staged_files
 from phasewise.staging.source_snapshot import open_snapshot
+from phasewise.testing.projects import publish_sample
 from phasewise.testing.source_contract import PASSWORD, ROWS, SourceContract
 from tests.servers import find_postgres, postgres_database, psql, psql_command
 
@@ -314,7 +314,7 @@ def test_odd_values_are_found_again_in_the_published_lake(make: Make):
     begin_batch(project, "b1", ["t"])
     extract_table(project, SETTINGS, batch="b1", table="t")
 
-    publish_batch(project, SETTINGS, "b1")
+    publish_sample(project, SETTINGS, "b1")
 
     found = {
         "d = 'infinity'": [1],
@@ -431,7 +431,7 @@ def test_a_sum_that_a_writer_keeps_is_intact_in_the_lake(make: Make, schema: str
             for table in ("a", "b", "c"):
                 extract_table(project, SETTINGS, batch="b1", table=table)
                 wait_for_more(count_done)
-    publish_batch(project, SETTINGS, "b1")
+    publish_sample(project, SETTINGS, "b1")
 
     with open_reader(project, SETTINGS) as connection:
         sums = connection.execute(

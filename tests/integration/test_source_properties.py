@@ -22,8 +22,7 @@ from phasewise.lake.publications import open_reader
 from phasewise.lake.quoting import quote_identifier
 from phasewise.lake.session import preload_extensions
 from phasewise.project.config import load_project
-from phasewise.publishing.publish import publish_batch
-from phasewise.testing.projects import SAMPLE_SETTINGS, stage_batch
+from phasewise.testing.projects import SAMPLE_SETTINGS, publish_sample, stage_batch
 from tests.servers import find_mariadb, find_postgres, psql
 
 POSTGRES_SERVER, MARIADB_SERVER = find_postgres(), find_mariadb()
@@ -205,7 +204,7 @@ def check_round_trip(root: Path, url: str, generated: Sequence[Generated]) -> No
     (root / "phasewise.toml").write_text(f'[project]\nname = "t"\n[source]\nurl = "{url}"\n')
     project = load_project(root)
 
-    publish_batch(project, SAMPLE_SETTINGS, stage_batch(project))
+    publish_sample(project, SAMPLE_SETTINGS, stage_batch(project))
 
     with open_reader(project, SAMPLE_SETTINGS) as connection:
         for table in generated:

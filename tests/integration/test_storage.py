@@ -12,26 +12,31 @@ from pathlib import Path
 import pytest
 
 from phasewise.cli.warehouse import diff, rollback, snapshots
-from phasewise.errors import LakeError, StagingError
+from phasewise.errors import LakeError, PublishConflict, StagingError
 from phasewise.lake.object_store import create_storage_secret, list_stored
 from phasewise.lake.publications import open_reader, query_warehouse
 from phasewise.lake.session import open_session, preload_extensions
-from phasewise.lake.warehouse import attach_lake, list_extensions, prepare_lake, reach_warehouse
+from phasewise.lake.warehouse import prepare_lake
 from phasewise.project.config import Project
-from phasewise.publishing.audit_batch import audit_staged
-from phasewise.publishing.audits import audit_batch, open_staged
 from phasewise.publishing.maintenance import maintain_lake
 from phasewise.publishing.publish import publish_batch
 from phasewise.publishing.rollback import rollback_batch
 from phasewise.publishing.staging_cleanup import remove_finished_staging
-from phasewise.staging.batch import begin_batch, find_batch_folder, read_plan
+from phasewise.staging.batch import begin_batch, find_batch_folder
 from phasewise.staging.extract import extract_table
-from phasewise.staging.manifest import list_manifests, staged_files
+from phasewise.staging.manifest import list_manifests, staged_files, staged_key_files
 from phasewise.staging.partition_plan import plan_partitions
-from phasewise.staging.replication import remove_shared, write_shared
+from phasewise.staging.replication import remove_shared
 from phasewise.staging.source_snapshot import open_snapshot
-from phasewise.testing.projects import SAMPLE_SETTINGS, change_source, stage_batch, write_project
-from tests.integration.warehouses import fork, postgres_catalog, s3_bucket
+from phasewise.testing.projects import (
+    SAMPLE_SETTINGS,
+    audit_sample,
+    change_source,
+    publish_sample,
+    stage_batch,
+    write_project,
+)
+from tests.integration.warehouses import fork, postgres_catalog, put_object, s3_bucket
 from tests.servers import find_postgres
 
 SETTINGS = SAMPLE_SETTINGS
@@ -93,7 +98,7 @@ def test_staged_files_are_published_where_they_were_written(project: Project):
     assert staged == list_bucket(project)
     assert not list(project.staging.rglob("*.parquet"))
 
-    publish_batch(project, SETTINGS, batch)
+    publish_sample(project, SETTINGS, batch)
 
     with open_reader(project, SETTINGS) as connection:
         registered = connection.execute("select data_file from ducklake_list_files('lake', 't')").fetchall()
@@ -103,12 +108,8 @@ def test_staged_files_are_published_where_they_were_written(project: Project):
 
 def test_staged_files_are_audited_before_anything_was_published(project: Project):
     batch = stage_batch(project)
-    manifests = list_manifests(project, batch)
 
-    with open_session(SETTINGS, extensions=list_extensions(project)) as connection:
-        reach_warehouse(connection, project)
-        open_staged(connection, project, manifests)
-        results = audit_batch(connection, project, manifests, read_plan(project, batch))
+    results = audit_sample(project, batch).results
 
     assert results
     assert all(result.passed for result in results)
@@ -116,9 +117,9 @@ def test_staged_files_are_audited_before_anything_was_published(project: Project
 
 def test_rolling_back_brings_the_rows_back_into_files_of_their_own(project: Project):
     first = stage_batch(project)
-    publish_batch(project, SETTINGS, first)
+    publish_sample(project, SETTINGS, first)
     change_source(project.root, "update t set n = 0;")
-    publish_batch(project, SETTINGS, stage_batch(project))
+    publish_sample(project, SETTINGS, stage_batch(project))
 
     rollback_batch(project, SETTINGS, first)
     # The files of the first batch go with its snapshot; those of the rollback must not be the same.
@@ -128,7 +129,7 @@ def test_rolling_back_brings_the_rows_back_into_files_of_their_own(project: Proj
 
 
 def test_cleanup_keeps_what_is_staged_and_deletes_what_nothing_names(project: Project):
-    publish_batch(project, SETTINGS, stage_batch(project))
+    publish_sample(project, SETTINGS, stage_batch(project))
     given_up, open_batch = stage_batch(project), stage_batch(project)
     orphans = list_staged(project, given_up)
     remove_shared(project, find_batch_folder(project, given_up))
@@ -138,7 +139,7 @@ def test_cleanup_keeps_what_is_staged_and_deletes_what_nothing_names(project: Pr
     assert done.deleted_files == len(orphans) == 1
     assert not orphans & list_bucket(project)
     assert list_staged(project, open_batch) <= list_bucket(project)
-    publish_batch(project, SETTINGS, open_batch)
+    publish_sample(project, SETTINGS, open_batch)
     assert read_total(project) == 30
 
 
@@ -148,7 +149,7 @@ def test_cleanup_keeps_the_parts_of_a_table_that_lacks_one(tmp_path: Path, bucke
         source="create table t (id integer primary key, n integer); insert into t values (1, 10), (2, 20);",
         toml=f'[warehouse]\ndata = "{bucket}/{tmp_path.name}"\n[table.t]\npartition_rows = 1\n',
     )
-    publish_batch(project, SETTINGS, stage_batch(project))
+    publish_sample(project, SETTINGS, stage_batch(project))
     begin_batch(project, "b1", ["t"])
     with open_snapshot(project, SETTINGS, "b1") as snapshot:
         parts = plan_partitions(project, SETTINGS, "b1", snapshot)["t"].list_names()
@@ -156,13 +157,13 @@ def test_cleanup_keeps_the_parts_of_a_table_that_lacks_one(tmp_path: Path, bucke
         maintain_lake(project, SETTINGS, orphan_grace=timedelta(0))
         extract_table(project, SETTINGS, batch="b1", table="t", partition=parts[1])
 
-    publish_batch(project, SETTINGS, "b1")
+    publish_sample(project, SETTINGS, "b1")
 
     assert query_warehouse(project, SETTINGS, "select sum(n) from t")[1] == [(30,)]
 
 
 def test_a_file_that_was_just_uploaded_may_still_get_its_manifest(project: Project):
-    publish_batch(project, SETTINGS, stage_batch(project))
+    publish_sample(project, SETTINGS, stage_batch(project))
     batch = stage_batch(project)
     shutil.rmtree(find_batch_folder(project, batch) / "t")
 
@@ -171,7 +172,7 @@ def test_a_file_that_was_just_uploaded_may_still_get_its_manifest(project: Proje
 
 def test_cleanup_of_staging_leaves_what_is_published(project: Project):
     batch = stage_batch(project)
-    publish_batch(project, SETTINGS, batch)
+    publish_sample(project, SETTINGS, batch)
 
     assert remove_finished_staging(project, SETTINGS, keep=()).removed == (batch,)
     maintain_lake(project, AT_ONCE, orphan_grace=timedelta(0))
@@ -181,8 +182,8 @@ def test_cleanup_of_staging_leaves_what_is_published(project: Project):
 
 def test_files_of_expired_snapshots_are_deleted(project: Project):
     first = stage_batch(project)
-    publish_batch(project, SETTINGS, first)
-    publish_batch(project, SETTINGS, stage_batch(project))
+    publish_sample(project, SETTINGS, first)
+    publish_sample(project, SETTINGS, stage_batch(project))
 
     maintain_lake(project, AT_ONCE)
 
@@ -191,12 +192,12 @@ def test_files_of_expired_snapshots_are_deleted(project: Project):
 
 
 def test_a_reader_within_retention_is_never_broken_by_cleanup(project: Project):
-    publish_batch(project, SETTINGS, stage_batch(project))
+    publish_sample(project, SETTINGS, stage_batch(project))
 
     with open_reader(project, SETTINGS) as connection:
         for number in range(2):
             change_source(project.root, f"update t set n = {number};")
-            publish_batch(project, SETTINGS, stage_batch(project))
+            publish_sample(project, SETTINGS, stage_batch(project))
             maintain_lake(project, SETTINGS, orphan_grace=timedelta(0))
 
         assert connection.execute("select n from t order by id").fetchall() == [(10,), (20,)]
@@ -205,14 +206,14 @@ def test_a_reader_within_retention_is_never_broken_by_cleanup(project: Project):
 def test_a_publisher_killed_before_its_commit_leaves_the_batch_to_the_next(
     project: Project, monkeypatch: pytest.MonkeyPatch
 ):
-    publish_batch(project, SETTINGS, stage_batch(project))
+    publish_sample(project, SETTINGS, stage_batch(project))
     change_source(project.root, "update t set n = 1;")
     batch = stage_batch(project)
     before = list_bucket(project)
     monkeypatch.setattr(
         "phasewise.publishing.publish.build_marts", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
     )
-    pid = fork(lambda: publish_batch(project, SETTINGS, batch))
+    pid = fork(lambda: publish_sample(project, SETTINGS, batch))
     assert os.waitpid(pid, 0)[1] == signal.SIGKILL
     monkeypatch.undo()
 
@@ -220,23 +221,45 @@ def test_a_publisher_killed_before_its_commit_leaves_the_batch_to_the_next(
 
     assert list_bucket(project) == before
     assert read_total(project) == 30
-    publish_batch(project, SETTINGS, batch)
+    publish_sample(project, SETTINGS, batch)
     assert read_total(project) == 2
 
 
 def test_a_staged_file_that_is_gone_is_not_published(project: Project):
-    publish_batch(project, SETTINGS, stage_batch(project))
-    batch = stage_batch(project)
-    folder = find_batch_folder(project, batch)
-    texts = {path: path.read_text() for path in folder.glob("**/*.json")}
-    remove_shared(project, folder)
+    publish_sample(project, SETTINGS, stage_batch(project))
+    audited = audit_sample(project, stage_batch(project))
+    remove_shared(project, find_batch_folder(project, audited.batch.id))
     maintain_lake(project, SETTINGS, orphan_grace=timedelta(0))
-    for path, text in texts.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_shared(project, path, text)
 
-    with pytest.raises(StagingError, match='"t" are not those of its manifest .* Start a new batch'):
-        publish_batch(project, SETTINGS, batch)
+    with pytest.raises(PublishConflict, match='"t" are not those that were audited: .* is missing.* Start a new batch'):
+        publish_batch(project, SETTINGS, audited)
+
+
+@pytest.mark.parametrize("kind", ["rows", "keys"])
+def test_a_staged_file_with_other_bytes_is_not_published(tmp_path: Path, bucket: str, kind: str):
+    project = write_project(
+        tmp_path,
+        source="create table t (id integer primary key, n integer, at integer); insert into t values (1, 1, 1);",
+        toml=f'[warehouse]\ndata = "{bucket}/{tmp_path.name}"\n'
+        '[table.t]\nmode = "merge"\ncursor = "at"\ndeletes = true\n',
+    )
+    publish_sample(project, SETTINGS, stage_batch(project))
+    change_source(tmp_path, "update t set n = 7, at = 2")
+    audited = audit_sample(project, stage_batch(project))
+    [manifest] = audited.batch.manifests
+    [file] = (staged_files if kind == "rows" else staged_key_files)(project, manifest)
+    with open_session(SETTINGS, extensions=("httpfs",)) as connection:
+        create_storage_secret(connection)
+        content = connection.execute(f"select content from read_blob('{file}')").fetchone()[0]
+    name = str(file).removeprefix("s3://lake/")
+
+    put_object(name, content[:-20] + bytes([content[-20] ^ 1]) + content[-19:])
+    with pytest.raises(PublishConflict, match=f'table "t" .*{file.name} has changed.* Start a new batch'):
+        publish_batch(project, SETTINGS, audited)
+    put_object(name, content)
+    publish_batch(project, SETTINGS, audited)
+
+    assert query_warehouse(project, SETTINGS, "from t")[1] == [(1, 7, 2)]
 
 
 def test_what_is_new_is_merged_and_what_was_deleted_is_found(tmp_path: Path, bucket: str, catalog: str):
@@ -247,14 +270,14 @@ def test_what_is_new_is_merged_and_what_was_deleted_is_found(tmp_path: Path, buc
         toml=f'[warehouse]\n{catalog}\ndata = "{bucket}/{tmp_path.name}"\n'
         '[table.t]\nmode = "merge"\ncursor = "at"\ndeletes = true\n',
     )
-    publish_batch(project, SETTINGS, stage_batch(project))
+    publish_sample(project, SETTINGS, stage_batch(project))
     change_source(project.root, "update t set n = 20, at = 2 where id = 2; delete from t where id = 1;")
     batch = stage_batch(project)
     assert list_manifests(project, batch)[0].key_files
 
     # The keys of the source are no file of the lake, and yet they are needed until the batch is published.
     maintain_lake(project, SETTINGS, orphan_grace=timedelta(0))
-    publish_batch(project, SETTINGS, batch)
+    publish_sample(project, SETTINGS, batch)
     remove_finished_staging(project, SETTINGS, keep=())
     maintain_lake(project, AT_ONCE, orphan_grace=timedelta(0))
 
@@ -269,12 +292,8 @@ def test_rows_are_set_aside(tmp_path: Path, bucket: str, catalog: str):
         '[table.t]\nkey = ["id"]\nquarantine = ["key"]\nquarantine_limit = "100%"\n',
     )
     batch = stage_batch(project)
-    manifests = list_manifests(project, batch)
-    with open_session(SETTINGS, extensions=list_extensions(project)) as connection:
-        reach_warehouse(connection, project)
-        found = audit_staged(connection, project, manifests, read_plan(project, batch))
 
-    publish_batch(project, SETTINGS, batch, set_aside=found.set_aside)
+    publish_sample(project, SETTINGS, batch)
 
     assert query_warehouse(project, SETTINGS, "select n from t order by n")[1] == [(1,)]
     assert query_warehouse(project, SETTINGS, "select n from _quarantine.t order by n")[1] == [(2,), (3,)]
@@ -295,12 +314,7 @@ def test_batches_are_listed_read_compared_and_gone_back_to(
     ids = "select list(n order by n) from {}"
     for number in range(3):
         batch = stage_batch(project, batch=f"b{number}")
-        with open_session(SETTINGS, extensions=list_extensions(project)) as connection:
-            reach_warehouse(connection, project)
-            if number:
-                attach_lake(connection, project, read_only=True)
-            found = audit_staged(connection, project, list_manifests(project, batch))
-        publish_batch(project, SETTINGS, batch, set_aside=found.set_aside)
+        publish_sample(project, SETTINGS, batch)
         change_source(
             tmp_path, f"update t set n = {number + 2}; insert into grown values ({number + 2}, {number + 2});"
         )

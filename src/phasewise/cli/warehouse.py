@@ -131,38 +131,30 @@ def _replay(project: Project, settings: Settings, table: str | None) -> None:
         print(f'Table "{replay.table}": {replay.returned} rows put back, {replay.left} still in quarantine.')
 
 
-def _audit(project: Project, settings: Settings, batch: str | None) -> list[AuditResult]:
-    from phasewise.lake.publications import latest_publication
-    from phasewise.lake.session import open_session
-    from phasewise.lake.warehouse import attach_lake, has_lake, list_extensions, reach_warehouse
-    from phasewise.publishing.audit_batch import audit_staged
+def _audit(project: Project, settings: Settings, batch: str | None) -> Sequence[AuditResult]:
+    from phasewise.publishing.audit_batch import audit_batch
     from phasewise.publishing.audits import audit_published
-    from phasewise.staging.batch import list_batches, read_given_up, read_plan
-    from phasewise.staging.manifest import list_manifests
+    from phasewise.publishing.session import open_auditor
+    from phasewise.staging.batch import list_batches, read_batch
 
-    with open_session(settings, extensions=list_extensions(project)) as connection:
-        reach_warehouse(connection, project)
-        if has_lake(project):
-            attach_lake(connection, project, read_only=True)
+    with open_auditor(project, settings) as session:
         batches = list_batches(project)
         staged = [entry.id for entry in batches if not entry.is_published]
         if batch is None and staged:
             # What is older than what readers see is not of interest; the staging of that may be gone already.
-            latest = latest_publication(connection) if has_lake(project) else None
+            latest = session.latest
             is_newest = not batches[-1].is_published and not (latest and batches[-1].created_at < latest.staged_at)
             batch = staged[-1] if is_newest else None
-        if batch is None and not has_lake(project):
+        if batch is None and not session.has_lake:
             raise NothingStaged("Nothing is staged and nothing was published.", hint="Run: make run-distributed")
         if batch is None:
             print("Auditing what is published.")
-            return audit_published(connection, project)
+            return audit_published(session)
         print(f"Auditing batch {batch}.")
-        manifests = list_manifests(project, batch)
-        if not manifests:
+        found = next((entry for entry in batches if entry.id == batch), None) or read_batch(project, batch)
+        if not found.manifests:
             raise NothingStaged(f'Nothing is staged for the batch "{batch}".', hint=f"Staged: {', '.join(staged)}.")
-        given_up = read_given_up(project, batch)
-        found = audit_staged(connection, project, manifests, read_plan(project, batch), without=given_up)
-        return list(found.results)
+        return audit_batch(session, found).results
 
 
 def _describe_columns(entry: TableDiff) -> str:

@@ -86,6 +86,29 @@ def list_stored(connection: duckdb.DuckDBPyConnection, pattern: str) -> dict[Sto
     return {StoredFile(row[0]): Listed(size_bytes=int(row[1]), modified_at=row[2]) for row in rows}
 
 
+def read_etag(connection: duckdb.DuckDBPyConnection, file: StoredFile) -> str | None:
+    """Return size and ETag of *file*, such as ``1024-etag-"9a0364"``; None when it is not there.
+
+    The storage makes an ETag of the bytes that it was given. DuckDB 1.5 shows it in the log of its requests alone.
+    """
+    connection.execute("CALL enable_logging('HTTP')")
+    try:
+        rows = connection.execute(f"SELECT size FROM read_blob({quote_literal(file.url)})").fetchall()
+        answers = connection.execute(
+            "SELECT response.headers FROM duckdb_logs_parsed('HTTP') WHERE request.type = 'HEAD'"
+        ).fetchall()
+    except (duckdb.HTTPException, duckdb.IOException) as exc:
+        if "404" in str(exc) or "No files found" in str(exc):
+            return None
+        raise
+    finally:
+        # What was logged has the signatures of requests in it.
+        connection.execute("CALL disable_logging()")
+        connection.execute("CALL truncate_duckdb_logs()")
+    etags = [value for (headers,) in answers for name, value in headers.items() if name.lower() == "etag"]
+    return f"{rows[0][0]}-etag-{''.join(etags[-1:])}"
+
+
 def explain_storage(file: StoredFile, exc: Exception) -> StagingError | None:
     """Return what *exc* means when it comes of writing *file*; None when it is of something else."""
     if isinstance(exc, duckdb.OutOfMemoryException) or split_url(file.url).path.rpartition("/")[0] not in str(exc):

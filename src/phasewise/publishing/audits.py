@@ -6,21 +6,20 @@ import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import groupby
 from time import perf_counter
 
 import duckdb
 
 from phasewise.errors import AuditFailed, PhasewiseError, ProjectError, StagingError
-from phasewise.lake.publications import list_columns, list_keys, list_tables
-from phasewise.lake.queries import JsonValue, check_select, fetch_int, fetch_rows, find_missing_tables, first_line
+from phasewise.lake.publications import list_keys
+from phasewise.lake.queries import JsonValue, check_select, fetch_rows, find_missing_tables, first_line
 from phasewise.lake.quoting import quote_identifier
-from phasewise.lake.session import normalize_type
-from phasewise.lake.session import read_parquet as read_parquet
+from phasewise.lake.session import normalize_type, read_parquet
 from phasewise.project.config import Audit, Project, Reference, Severity, Table
 from phasewise.publishing.increments import Increment, describe_increment, select_result
 from phasewise.publishing.quarantine import BAD_ROWS
-from phasewise.staging.batch import BatchPlan, advise_again
+from phasewise.publishing.session import Stage, WarehouseSession
+from phasewise.staging.batch import Batch, advise_again
 from phasewise.staging.load_plan import HISTORY
 from phasewise.staging.manifest import Manifest, staged_files
 from phasewise.staging.schema_drift import holds_all
@@ -66,10 +65,8 @@ class AuditResult:
 _VERBS = {"blocking": "failed its audit", "warning": "has a warning", "quarantine": "has rows set aside"}
 
 
-def open_staged(
-    connection: duckdb.DuckDBPyConnection, project: Project, manifests: Iterable[Manifest]
-) -> dict[str, Increment]:
-    """Give *connection* the warehouse as it will be once *manifests* are published: one view per table.
+def show_staged(session: WarehouseSession, batch: Batch) -> dict[str, Increment]:
+    """Show the warehouse as it will be once *batch* is published.
 
     A staged table is read from its Parquet files, together with the rows of the lake that stay; any other from the
     lake, when that is attached. Returns how each staged table changes.
@@ -79,85 +76,55 @@ def open_staged(
         SchemaDrift: the lake's table cannot take the columns that were staged.
         PublishConflict: what was staged goes on from another batch than the lake's.
     """
-    open_published(connection)
-    # A bare name is the view from here on, also where the session looked into the lake first.
-    connection.execute("use memory")
+    session.show_published()
     increments: dict[str, Increment] = {}
-    for table, parts in group_by_table(manifests).items():
-        files = [file for part in parts for file in staged_files(project, part)]
-        view = f"memory.main.{quote_identifier(table)}"
+    for table, parts in batch.by_table.items():
         try:
-            increments[table] = describe_increment(connection, project, parts)
-            result = select_result(connection, increments[table])
-            connection.execute(f"create or replace view {view} as {result}")
+            increments[table] = describe_increment(session, parts, at=batch.created_at)
+            session.show(table, select_result(session, increments[table]))
         except duckdb.Error as exc:
             raise StagingError(
                 f'The staged files of table "{table}" cannot be read: {first_line(exc)}',
-                hint=advise_again(files[0]),
+                hint=advise_again(staged_files(session.project, parts[0])[0]),
             ) from exc
     return increments
 
 
-def open_published(connection: duckdb.DuckDBPyConnection) -> None:
-    """Give *connection* one view per published table of the attached lake; none when no lake is attached."""
-    for table in list_tables(connection, "lake.main"):
-        name = quote_identifier(table)
-        connection.execute(f"create or replace view memory.main.{name} as from lake.main.{name}")
-
-
-def list_views(connection: duckdb.DuckDBPyConnection) -> set[str]:
-    """Return the names under which audits find tables, after ``open_staged`` or ``open_published``."""
-    rows = connection.execute(
-        "select view_name from duckdb_views() where database_name = 'memory' and schema_name = 'main' and not internal"
-    ).fetchall()
-    return {str(name) for (name,) in rows}
-
-
-def audit_batch(
-    connection: duckdb.DuckDBPyConnection,
-    project: Project,
-    manifests: Iterable[Manifest],
-    plan: BatchPlan | None = None,
-    *,
-    without: Collection[str] = (),
-    is_partial: bool = False,
-    isolated: Collection[str] = (),
+def audit_tables(
+    session: WarehouseSession, batch: Batch, *, is_partial: bool = False, isolated: Collection[str] = ()
 ) -> list[AuditResult]:
-    """Audit what is staged, after ``open_staged``: the built-in audits of each table, then those of the project.
+    """Audit what is staged, after ``show_staged``: the built-in audits of each table, then those of the project.
 
-    Complete means that every table of *plan* is staged but for those *without*; there is no such audit without a plan.
+    Complete means that every table of the plan is staged or given up; there is no such audit without a plan.
     With *is_partial* an audit that needs a table which is neither staged nor published is a warning that says so:
     single tables can be published before the rest is there.
     Audits that set rows aside are left out for the tables *isolated*: ``phasewise.publishing.audit_batch`` has run
     them. For any other table they block.
     """
-    present = list_views(connection) if is_partial else None
-    staged = group_by_table(manifests)
-    planned = [table for table in (plan.tables if plan else ()) if table not in without]
-    results = [_audit_completeness(list(staged), planned)]
-    for table, parts in staged.items():
-        files = read_parquet(file for part in parts for file in staged_files(project, part))
-        results.append(_guard("row count", table, partial(_audit_row_count, connection, table, parts, files)))
-        results.append(_guard("columns", table, partial(_audit_staged_types, connection, table, parts, files)))
-        results += [run_audit(connection, audit) for audit in _audit_cursor(table, parts[0], files)]
-        results += _audit_table(connection, project, table, key=parts[0].key, present=present, isolated=isolated)
-    return results + _audit_project(connection, project, present=present, isolated=isolated)
+    present = session.shown if is_partial else None
+    results = [_audit_completeness(batch)]
+    for table, parts in batch.by_table.items():
+        files = read_parquet(file for part in parts for file in staged_files(session.project, part))
+        results.append(_guard("row count", table, partial(_audit_row_count, session, table, parts, files)))
+        results.append(_guard("columns", table, partial(_audit_staged_types, session, table, parts, files)))
+        results += [run_audit(session, audit) for audit in _audit_cursor(table, parts[0], files)]
+        results += _audit_table(session, table, key=parts[0].key, present=present, isolated=isolated)
+    return results + _run_all(session, session.project.audits, present=present, isolated=isolated)
 
 
-def audit_published(connection: duckdb.DuckDBPyConnection, project: Project) -> list[AuditResult]:
-    """Audit the tables of the attached lake again, with the keys that they were published with."""
-    open_published(connection)
-    return audit_tables(connection, project)
+def audit_published(session: WarehouseSession) -> list[AuditResult]:
+    """Audit the published tables again, with the keys that they were published with."""
+    session.show_published()
+    return audit_shown(session)
 
 
-def audit_tables(connection: duckdb.DuckDBPyConnection, project: Project) -> list[AuditResult]:
-    """Audit the published tables as the views of *connection* show them."""
-    keys = list_keys(connection)
-    published = list_tables(connection, "lake.main")
+def audit_shown(session: WarehouseSession) -> list[AuditResult]:
+    """Audit the published tables as *session* shows them."""
+    keys = list_keys(session.connection)
     results: list[AuditResult] = []
-    for table in published:
-        results += _audit_table(connection, project, table, key=keys.get(table, ()), present=published)
-    return results + _audit_project(connection, project, present=published)
+    for table in sorted(session.tables):
+        results += _audit_table(session, table, key=keys.get(table, ()), present=session.tables)
+    return results + _run_all(session, session.project.audits, present=session.tables)
 
 
 def raise_for(results: Iterable[AuditResult]) -> None:
@@ -175,18 +142,11 @@ def raise_for(results: Iterable[AuditResult]) -> None:
     raise AuditFailed("\n".join([*lines, "Nothing was published."]), hint=f"See them: {command}")
 
 
-def group_by_table(manifests: Iterable[Manifest]) -> dict[str, list[Manifest]]:
-    """Return the manifests of each table, tables in name order, its partitions in theirs."""
-    ordered = sorted(manifests, key=lambda manifest: (manifest.table, manifest.partition or ""))
-    return {table: list(parts) for table, parts in groupby(ordered, key=lambda manifest: manifest.table)}
-
-
-def _audit_completeness(staged: Sequence[str], planned: Sequence[str]) -> AuditResult:
+def _audit_completeness(batch: Batch) -> AuditResult:
     """Every planned table is staged, and no two have names that the lake takes for one."""
-    missing = [table for table in planned if table not in staged]
     spelled: dict[str, str] = {}
-    clashes = [table for table in staged if spelled.setdefault(table.casefold(), table) != table]
-    details = [f'table "{table}" is not staged' for table in missing]
+    clashes = [table for table in batch.tables if spelled.setdefault(table.casefold(), table) != table]
+    details = [f'table "{table}" is not staged' for table in batch.missing]
     details += [
         f'table "{table}" and table "{spelled[table.casefold()]}" differ by case only, which the warehouse does not'
         for table in clashes
@@ -195,16 +155,14 @@ def _audit_completeness(staged: Sequence[str], planned: Sequence[str]) -> AuditR
         name="complete",
         bad_rows=len(details),
         columns=("table",),
-        sample=tuple({"table": table} for table in (missing + clashes)[:SAMPLE_ROWS]),
+        sample=tuple({"table": table} for table in [*batch.missing, *clashes][:SAMPLE_ROWS]),
         detail="; ".join(details),
     )
 
 
-def _audit_row_count(
-    connection: duckdb.DuckDBPyConnection, table: str, parts: Sequence[Manifest], files: str
-) -> AuditResult:
+def _audit_row_count(session: WarehouseSession, table: str, parts: Sequence[Manifest], files: str) -> AuditResult:
     """The files hold as many rows as their manifests say, and as the source had: of each part, and of the whole."""
-    staged = fetch_int(connection, f"select count(*) from {files}")
+    staged = session.count(files)
     written = sum(part.rows for part in parts)
     in_source = sum(part.source_rows for part in parts)
     whole = in_source if parts[0].table_rows is None else parts[0].table_rows
@@ -215,13 +173,11 @@ def _audit_row_count(
     return AuditResult(name="row count", table=table, bad_rows=bad, detail=detail)
 
 
-def _audit_staged_types(
-    connection: duckdb.DuckDBPyConnection, table: str, parts: Sequence[Manifest], files: str
-) -> AuditResult:
+def _audit_staged_types(session: WarehouseSession, table: str, parts: Sequence[Manifest], files: str) -> AuditResult:
     """The files have the columns and types of the manifest."""
     expected = {column.name: column.type for column in parts[0].columns}
     return _compare_types(
-        connection, table, expected, name="columns", promised_by="manifest", is_complete=True, relation=files
+        session, table, expected, name="columns", promised_by="manifest", is_complete=True, relation=files
     )
 
 
@@ -237,8 +193,7 @@ def _audit_cursor(table: str, part: Manifest, files: str) -> list[Audit]:
 
 
 def _audit_table(
-    connection: duckdb.DuckDBPyConnection,
-    project: Project,
+    session: WarehouseSession,
     table: str,
     *,
     key: Sequence[str],
@@ -246,18 +201,16 @@ def _audit_table(
     isolated: Collection[str] = (),
 ) -> list[AuditResult]:
     """The audits that follow from what project and source say about *table*."""
-    declared = project.find_table(table)
+    declared = session.project.find_table(table)
     results: list[AuditResult] = []
     if declared.columns:
         compare = partial(
-            _compare_types, connection, table, declared.columns, name="contract", promised_by="contract", of=declared
+            _compare_types, session, table, declared.columns, name="contract", promised_by="contract", of=declared
         )
         results.append(_guard("contract", table, compare))
-    is_history = (
-        declared.mode == "history" and HISTORY.keys() <= list_columns(connection, quote_identifier(table)).keys()
-    )
-    audits = list_row_audits(project, table, key, is_history=is_history)
-    return results + _run_all(connection, audits, present=present, isolated=isolated)
+    is_history = declared.mode == "history" and session.list_columns(quote_identifier(table)).keys() >= HISTORY.keys()
+    audits = list_row_audits(session.project, table, key, is_history=is_history)
+    return results + _run_all(session, audits, present=present, isolated=isolated)
 
 
 def list_row_audits(project: Project, table: str, key: Sequence[str], *, is_history: bool = False) -> list[Audit]:
@@ -277,25 +230,15 @@ def list_row_audits(project: Project, table: str, key: Sequence[str], *, is_hist
     ]
 
 
-def _audit_project(
-    connection: duckdb.DuckDBPyConnection,
-    project: Project,
+def _run_all(
+    session: WarehouseSession,
+    audits: Iterable[Audit],
     *,
     present: Collection[str] | None,
     isolated: Collection[str] = (),
 ) -> list[AuditResult]:
-    return _run_all(connection, project.audits, present=present, isolated=isolated)
-
-
-def _run_all(
-    connection: duckdb.DuckDBPyConnection,
-    audits: Iterable[Audit],
-    *,
-    present: Collection[str] | None,
-    isolated: Collection[str],
-) -> list[AuditResult]:
     wanted = [audit for audit in audits if audit.severity != "quarantine" or audit.table not in isolated]
-    return [skip_audit(connection, audit, present) or run_audit(connection, _block(audit)) for audit in wanted]
+    return [skip_audit(session, audit, present) or run_audit(session, _block(audit)) for audit in wanted]
 
 
 def _block(audit: Audit) -> Audit:
@@ -303,11 +246,9 @@ def _block(audit: Audit) -> Audit:
     return audit.model_copy(update={"severity": "blocking"}) if audit.severity == "quarantine" else audit
 
 
-def skip_audit(
-    connection: duckdb.DuckDBPyConnection, audit: Audit, present: Collection[str] | None
-) -> AuditResult | None:
+def skip_audit(session: WarehouseSession, audit: Audit, present: Collection[str] | None) -> AuditResult | None:
     """Return a warning when *audit* reads a table that is not *present*; None when it can run."""
-    missing = find_missing_tables(connection, audit.sql, present) if present is not None else []
+    missing = find_missing_tables(session.connection, audit.sql, present) if present is not None else []
     if not missing:
         return None
     names = ", ".join(f'"{name}"' for name in missing)
@@ -349,16 +290,17 @@ def _references(table: str, reference: Reference, rows: str) -> Audit:
     )
 
 
-def run_audit(connection: duckdb.DuckDBPyConnection, audit: Audit) -> AuditResult:
-    """Run one query and leave its rows in ``BAD_ROWS``; a query that fails is a failed blocking audit and says why."""
+def run_audit(session: WarehouseSession, audit: Audit) -> AuditResult:
+    """Run one query and keep its rows as ``BAD_ROWS``; a query that fails is a failed blocking audit and says why."""
+    session.expect(Stage.SHOWING)
     started = perf_counter()
     result = AuditResult(name=audit.name, table=audit.table, severity=audit.severity)
     try:
         check_select(audit.sql, where=f'The audit "{audit.name}"')
         # One pass: the bad rows are few, and a second run of the query would cost as much as the first.
-        connection.execute(f"create or replace temp table {BAD_ROWS} as {audit.sql}")
-        count = fetch_int(connection, f"select count(*) from {BAD_ROWS}")
-        rows = fetch_rows(connection, f"from {BAD_ROWS}", limit=SAMPLE_ROWS)
+        bad_rows = session.keep(BAD_ROWS, audit.sql)
+        count = session.count(bad_rows)
+        rows = fetch_rows(session.connection, f"from {bad_rows}", limit=SAMPLE_ROWS)
     except duckdb.Error as exc:
         # An audit that cannot run has not passed, and a warning that nobody can see is none.
         return replace(result, severity="blocking", error=first_line(exc), seconds=perf_counter() - started)
@@ -384,7 +326,7 @@ def _guard(name: str, table: str, run: Callable[[], AuditResult]) -> AuditResult
 
 
 def _compare_types(
-    connection: duckdb.DuckDBPyConnection,
+    session: WarehouseSession,
     table: str,
     expected: Mapping[str, str],
     *,
@@ -398,7 +340,7 @@ def _compare_types(
 
     With *of*, what the project says of the table, it is said where the warehouse keeps a type that it has.
     """
-    actual = list_columns(connection, relation or quote_identifier(table))
+    actual = session.list_columns(relation or quote_identifier(table))
     problems = [
         f'column "{column}" is {actual.get(column, "missing")}, its {promised_by} says {type_}'
         + (_explain_kept_type(table, of, actual.get(column), type_) if of else "")

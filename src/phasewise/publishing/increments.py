@@ -19,12 +19,12 @@ import duckdb
 
 from phasewise.errors import PublishConflict, SchemaDrift
 from phasewise.lake.object_store import File
-from phasewise.lake.publications import TableState, latest_publication, list_columns, list_tables
+from phasewise.lake.publications import TableState, list_columns
 from phasewise.lake.queries import fetch_int
 from phasewise.lake.quoting import quote_identifier, quote_literal
 from phasewise.lake.session import read_parquet
 from phasewise.project.config import DriftRule, Project
-from phasewise.staging.batch import read_plan
+from phasewise.publishing.session import Stage, WarehouseSession
 from phasewise.staging.load_plan import Load, drop_history
 from phasewise.staging.manifest import Manifest, staged_files, staged_key_files
 from phasewise.staging.schema_drift import Drift, compare_columns, holds_all, is_integer, refuse_drift
@@ -37,6 +37,21 @@ class Changes:
     added: int = 0
     changed: int = 0
     removed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableFiles:
+    """The Parquet files of one table: its rows, and the keys of the source where deleted rows are found by them."""
+
+    rows: tuple[File, ...]
+    keys: tuple[File, ...] = ()
+
+    @classmethod
+    def staged(cls, project: Project, parts: Sequence[Manifest]) -> TableFiles:
+        return cls(
+            rows=tuple(file for part in parts for file in staged_files(project, part)),
+            keys=tuple(file for part in parts for file in staged_key_files(project, part)),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,15 +76,12 @@ class Increment:
     rule: DriftRule
     #: Whether the lake's table has it already.
     is_published: bool = False
+    #: The session's table of the keys that it touches, once ``find_touched`` has made it.
+    touched: str
 
     @property
     def lake(self) -> str:
         return f"lake.main.{quote_identifier(self.table)}"
-
-    @property
-    def touched(self) -> str:
-        """The temporary table of keys that ``find_touched`` makes."""
-        return f"temp.{quote_identifier(f'touched {self.table}')}"
 
     @property
     def keeps_columns(self) -> bool:
@@ -132,46 +144,55 @@ class Increment:
         return f"select {select_columns(self.drift.columns, present)}{history} from {self.lake}"
 
 
-def describe_increment(connection: duckdb.DuckDBPyConnection, project: Project, parts: Sequence[Manifest]) -> Increment:
-    """Compare what was staged of one table, in *parts*, with the attached lake.
+def name_touched(session: WarehouseSession, table: str) -> str:
+    return session.name(f"touched {table}")
+
+
+def describe_increment(
+    session: WarehouseSession, parts: Sequence[Manifest], *, at: datetime, linked: TableFiles | None = None
+) -> Increment:
+    """Compare what was staged of one table, in *parts* of the batch that began *at*, with the lake.
+
+    Rows and keys are read from the staged files, or from those *linked*.
 
     Raises:
         SchemaDrift: the lake's table cannot take the columns that were staged, or their values.
         PublishConflict: the lake's table is not the one that the batch began with.
     """
-    table, load, rule = parts[0].table, parts[0].load, project.find_table(parts[0].table).drift
-    is_there = _has(connection, table)
-    now = _find_state(connection, table) if is_there else None
-    is_published = not load.is_replaced and _is_in_lake(connection, parts[0], now)
-    files = tuple(file for part in parts for file in staged_files(project, part))
-    staged = list_columns(connection, read_parquet(files))
-    present = list_columns(connection, f"lake.main.{quote_identifier(table)}") if is_there else staged
+    table, load, rule = parts[0].table, parts[0].load, session.project.find_table(parts[0].table).drift
+    is_there = session.has_table(table)
+    now = session.states.get(table.casefold()) if is_there else None
+    is_published = not load.is_replaced and _is_in_lake(parts[0], now)
+    files = linked or TableFiles.staged(session.project, parts)
+    staged = session.list_columns(read_parquet(files.rows))
+    present = session.list_columns(f"lake.main.{quote_identifier(table)}") if is_there else staged
     drift = compare_columns(drop_history(present, now), staged, rule)
     refuse_drift(table, drift, rule, is_replaced=load.is_replaced)
     increment = Increment(
         table=table,
         load=load,
-        files=files,
-        key_files=tuple(file for part in parts for file in staged_key_files(project, part)),
-        at=_find_moment(project, parts),
+        files=files.rows,
+        key_files=files.keys,
+        at=at,
         drift=drift,
         staged=staged,
         rule=rule,
         is_published=is_published,
+        touched=name_touched(session, table),
     )
     if increment.is_cast and not is_published:
-        _refuse_misfits(connection, increment)
+        _refuse_misfits(session.connection, increment)
     return increment
 
 
-def select_result(connection: duckdb.DuckDBPyConnection, increment: Increment) -> str:
+def select_result(session: WarehouseSession, increment: Increment) -> str:
     """Return the query of the table as it will be; it may read a temporary table of the session."""
     if increment.is_published:
         return f"select * from {increment.lake}"
     if increment.load.is_replaced:
         return select_replacement(increment)
     if increment.has_key:
-        find_touched(connection, increment)
+        find_touched(session.connection, increment)
     return _preview(increment)
 
 
@@ -250,16 +271,18 @@ def _preview(increment: Increment) -> str:
     )
 
 
-def apply_increment(connection: duckdb.DuckDBPyConnection, increment: Increment, files: Sequence[File]) -> Changes:
-    """Change the lake's table, in the caller's transaction; *files* are the staged ones, linked into the lake.
+def apply_increment(session: WarehouseSession, increment: Increment) -> Changes:
+    """Change the lake's table, in the session's transaction; the files of *increment* may become the lake's.
 
     Raises:
         PublishConflict: two of the rows have one key, or a row has none.
     """
+    session.expect(Stage.CHANGING)
+    connection = session.connection
     _refuse_unclear_keys(connection, increment)
     _change_columns(connection, increment)
     if not increment.has_key:
-        return Changes(added=_add_all(connection, increment, files))
+        return Changes(added=_add_all(connection, increment))
     find_touched(connection, increment)
     changes = Changes(
         added=_count(connection, increment, "added"),
@@ -270,19 +293,13 @@ def apply_increment(connection: duckdb.DuckDBPyConnection, increment: Increment,
         _retire(connection, increment)
     new = changes.added + changes.changed
     if new and new == fetch_int(connection, f"select count(*) from {increment.read}") and _can_register(increment):
-        _register(connection, increment, files)
+        _register(connection, increment)
     elif new:
         _insert(connection, increment)
     return changes
 
 
-def _find_state(connection: duckdb.DuckDBPyConnection, table: str) -> TableState | None:
-    latest = latest_publication(connection)
-    states = latest.states if latest else ()
-    return next((state for state in states if state.table.casefold() == table.casefold()), None)
-
-
-def _is_in_lake(connection: duckdb.DuckDBPyConnection, part: Manifest, now: TableState | None) -> bool:
+def _is_in_lake(part: Manifest, now: TableState | None) -> bool:
     """Tell whether the lake's table has what was staged; raise PublishConflict where it cannot take it either."""
     if now is not None and now.batch == part.batch:
         return True
@@ -297,15 +314,6 @@ def _is_in_lake(connection: duckdb.DuckDBPyConnection, part: Manifest, now: Tabl
 
 def _name_batch(state: TableState | None) -> str:
     return f'batch "{state.batch}"' if state else "no batch"
-
-
-def _has(connection: duckdb.DuckDBPyConnection, table: str) -> bool:
-    return table.casefold() in {name.casefold() for name in list_tables(connection, "lake.main")}
-
-
-def _find_moment(project: Project, parts: Sequence[Manifest]) -> datetime:
-    plan = read_plan(project, parts[0].batch)
-    return plan.created_at if plan else min(part.started_at for part in parts)
 
 
 _CURRENT = " where is_current"
@@ -441,17 +449,17 @@ def _can_register(increment: Increment) -> bool:
     return all(wanted.get(name.casefold()) == type_ for name, type_ in increment.staged.items())
 
 
-def _add_all(connection: duckdb.DuckDBPyConnection, increment: Increment, files: Sequence[File]) -> int:
+def _add_all(connection: duckdb.DuckDBPyConnection, increment: Increment) -> int:
     count = fetch_int(connection, f"select count(*) from {increment.kept}")
     if count and _can_register(increment):
-        _register(connection, increment, files)
+        _register(connection, increment)
     elif count:
         connection.execute(f"insert into {increment.lake} by name {increment.select_staged()}")
     return count
 
 
-def _register(connection: duckdb.DuckDBPyConnection, increment: Increment, files: Sequence[File]) -> None:
-    paths = ", ".join(quote_literal(str(file)) for file in files)
+def _register(connection: duckdb.DuckDBPyConnection, increment: Increment) -> None:
+    paths = ", ".join(quote_literal(str(file)) for file in increment.files)
     connection.execute(
         f"call ducklake_add_data_files('lake', {quote_literal(increment.table)}, [{paths}], "
         "schema => 'main', hive_partitioning => false, allow_missing => true)"

@@ -12,15 +12,14 @@ from pathlib import Path
 import duckdb
 
 from phasewise.errors import LakeError
-from phasewise.lake.object_store import FILE_PREFIX, StoredFile, list_stored
+from phasewise.lake.object_store import FILE_PREFIX, File, StoredFile, list_stored
 from phasewise.lake.postgres_catalog import find_schema
 from phasewise.lake.publications import latest_publication, list_columns, list_tables
 from phasewise.lake.queries import first_line
 from phasewise.lake.quoting import quote_identifier, quote_literal
 from phasewise.lake.warehouse import Snapshot, has_lake, list_snapshots
 from phasewise.project.config import Project
-from phasewise.publishing.publish import File
-from phasewise.publishing.writer import open_writer
+from phasewise.publishing.session import open_writer
 from phasewise.settings import Settings
 from phasewise.staging.batch import list_batches
 from phasewise.staging.manifest import list_files
@@ -62,7 +61,8 @@ def maintain_lake(project: Project, settings: Settings, *, orphan_grace: timedel
         return LakeMaintenance()
     retention = timedelta(days=settings.snapshot_retention_days)
     try:
-        with open_writer(project, settings) as connection:
+        with open_writer(project, settings) as session:
+            connection = session.connection
             before = _list_data(connection, project)
             expired = _expire_snapshots(connection, retention)
             _delete_unneeded(connection, retention)

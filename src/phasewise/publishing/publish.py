@@ -1,12 +1,12 @@
 """Publish a staged batch as one snapshot of the lake: tables and marts together, or nothing.
 
 The staged Parquet files are not rewritten: they are linked into the lake's data folder and registered, so that a
-table of any size is published in milliseconds.
+table of any size is registered in milliseconds. They are read once, to see that they are what was audited.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 
@@ -14,68 +14,52 @@ import duckdb
 
 from phasewise.errors import LakeError, NothingStaged, PublishConflict
 from phasewise.lake.marts import MARTS_SCHEMA, build_marts, find_buildable, order_marts
-from phasewise.lake.object_store import File as File
-from phasewise.lake.publications import Publication as Publication
-from phasewise.lake.publications import PublishedTable as PublishedTable
-from phasewise.lake.publications import (
-    TableState,
-    find_publication,
-    latest_publication,
-    list_keys,
-    list_tables,
-    require_publication,
-)
-from phasewise.lake.queries import fetch_int
+from phasewise.lake.object_store import File
+from phasewise.lake.publications import Publication, PublishedTable, TableState, find_publication, list_keys
 from phasewise.lake.quoting import quote_identifier, quote_literal
 from phasewise.lake.session import read_parquet
 from phasewise.project.config import Mart, Project
-from phasewise.publishing.audits import group_by_table
-from phasewise.publishing.file_links import link_files
+from phasewise.publishing.audit_batch import AuditedBatch
+from phasewise.publishing.audits import raise_for
+from phasewise.publishing.file_links import linked_files
 from phasewise.publishing.increments import (
     Increment,
+    TableFiles,
     apply_increment,
     describe_increment,
     find_last,
     select_replacement,
 )
-from phasewise.publishing.quarantine import SetAside, publish_quarantine, remove_registered, take_out
-from phasewise.publishing.writer import open_writer, sign, transaction
+from phasewise.publishing.quarantine import publish_quarantine, remove_registered, take_out
+from phasewise.publishing.session import Stage, WarehouseSession, open_writer
 from phasewise.settings import Settings
-from phasewise.staging.batch import mark_published, read_plan
-from phasewise.staging.manifest import Manifest, list_manifests
+from phasewise.staging.batch import Batch, mark_published
+from phasewise.staging.manifest import Manifest
 
 
-def publish_batch(
-    project: Project,
-    settings: Settings,
-    batch: str,
-    *,
-    without: Collection[str] = (),
-    is_partial: bool = False,
-    set_aside: Sequence[SetAside] = (),
-) -> Publication:
-    """Publish the staged tables of *batch*, and the marts built from them, as one snapshot.
+def publish_batch(project: Project, settings: Settings, audited: AuditedBatch) -> Publication:
+    """Publish what was audited, and the marts built from it, as one snapshot.
 
-    Does not audit: see ``phasewise.publishing.audit_batch``. The tables *without* may be missing; readers keep their
-    last version.
-    With *is_partial* marts that need a table which is neither staged nor published are left out. The rows *set_aside*
-    go to the quarantine of their table, in place of what was there.
+    Of tables that were given up readers keep the last version. Where the batch is partial, marts that need a table
+    which is neither staged nor published are left out. Rows that were set aside go to the quarantine of their table, in
+    place of what was there.
     Publishing a batch that is published already changes nothing. However the process ends, readers see all of the
     batch or nothing of it.
 
     Raises:
+        AuditFailed: a blocking audit found bad rows.
         NothingStaged: no table of the batch is staged.
-        PublishConflict: a table of the batch is not staged, or a newer batch is published.
+        PublishConflict: staged files are not those that were audited, or a newer batch is published.
         WarehouseBusy: another process was writing for longer than ``lock_timeout`` seconds.
         ProjectError: a mart's SQL fails.
         LakeError: the warehouse cannot be written. As with all of these, it is unchanged.
     """
-    with open_writer(project, settings) as connection:
-        publication = _find_published(connection, batch) or _publish(
-            connection, project, batch, without, is_partial, {aside.table: aside for aside in set_aside}
-        )
-    if list_manifests(project, batch):
-        mark_published(project, batch, publication.snapshot)
+    raise_for(audited.results)
+    batch = audited.batch
+    with open_writer(project, settings) as session:
+        publication = _find_published(session, batch.id) or _publish(session, audited)
+    if batch.manifests:
+        mark_published(project, batch.id, publication.snapshot)
     return publication
 
 
@@ -85,99 +69,94 @@ def renew_marts(project: Project, settings: Settings) -> Publication:
     Raises:
         LakeError: nothing was published yet.
     """
-    with open_writer(project, settings) as connection:
-        latest = require_publication(connection, project)
-        only = find_buildable(connection, project, list_tables(connection, "lake.main"))
-        marts = tuple(mart.name for mart in only)
-        with transaction(connection, replace(latest, kind="marts", marts=marts), "Build the marts again"):
-            build_marts(connection, project, schema=f"lake.{MARTS_SCHEMA}", only=only)
-        return require_publication(connection, project)
+    with open_writer(project, settings) as session:
+        only = find_buildable(session.connection, project, session.tables)
+        renewed = replace(session.require_latest(), kind="marts", marts=tuple(mart.name for mart in only))
+        with session.change(renewed, "Build the marts again"):
+            build_marts(session.connection, project, schema=f"lake.{MARTS_SCHEMA}", only=only)
+        return session.require_latest()
 
 
-def _find_published(connection: duckdb.DuckDBPyConnection, batch: str) -> Publication | None:
+def _find_published(session: WarehouseSession, batch: str) -> Publication | None:
     try:
-        return replace(find_publication(connection, batch), was_published=True)
+        return replace(find_publication(session.connection, batch), was_published=True)
     except PublishConflict:
         return None
 
 
-def _publish(
-    connection: duckdb.DuckDBPyConnection,
-    project: Project,
-    batch: str,
-    without: Collection[str],
-    is_partial: bool,
-    set_aside: Mapping[str, SetAside],
-) -> Publication:
-    staged = group_by_table(list_manifests(project, batch))
-    if not staged:
-        raise NothingStaged(f'Nothing is staged for the batch "{batch}".', hint="Load it first: make run-distributed.")
-    _refuse_incomplete(project, batch, {*staged, *without})
-    present = {*staged, *list_tables(connection, "lake.main")}
-    only = find_buildable(connection, project, present) if is_partial else order_marts(project.marts)
-    planned = _subtract(_plan(project, batch, staged, only), set_aside)
-    _refuse_to_go_back(connection, planned)
-    files = link_files(connection, project, staged)
-    message = f"Publish batch {batch}"
-    with transaction(connection, planned, message):
-        tables = []
-        for table in planned.tables:
-            increment = _describe(connection, project, staged[table.name], set_aside.get(table.name))
-            tables.append(_load_table(connection, table, increment, files[table.name]))
-            publish_quarantine(connection, table.name, increment, planned)
-        build_marts(connection, project, schema=f"lake.{MARTS_SCHEMA}", only=only)
-        states = _find_states(connection, batch, staged)
-        keys = list_keys(connection) | {table.name: table.key for table in tables}
-        known = {table: key for table, key in keys.items() if key}
-        sign(connection, replace(planned, tables=tuple(tables), states=states, keys=known), message)
-        if not (only or any(table.added or table.changed or table.removed for table in tables)):
-            _change_something(connection, planned)
-    return require_publication(connection, project)
-
-
-def _describe(
-    connection: duckdb.DuckDBPyConnection, project: Project, parts: Sequence[Manifest], aside: SetAside | None
-) -> Increment | None:
-    """Return how one table changes; None for one that its staged files replace as they are."""
-    load = parts[0].load
-    is_plain = load.is_replaced and load.mode != "history" and project.find_table(parts[0].table).drift != "discard"
-    # A plain table needs no look at the columns: a full refresh of many tables is the usual case, and must stay fast.
-    if is_plain and aside is None:
-        return None
-    increment = describe_increment(connection, project, parts)
-    return increment if aside is None else take_out(connection, increment, aside)
+def _publish(session: WarehouseSession, audited: AuditedBatch) -> Publication:
+    batch, project = audited.batch, session.project
+    if not batch.manifests:
+        raise NothingStaged(
+            f'Nothing is staged for the batch "{batch.id}".', hint="Load it first: make run-distributed."
+        )
+    present = {*batch.tables, *session.tables}
+    is_partial = audited.is_partial
+    only = find_buildable(session.connection, project, present) if is_partial else order_marts(project.marts)
+    planned = _plan(project, audited, only)
+    _refuse_to_go_back(session, planned)
+    message = f"Publish batch {batch.id}"
+    with linked_files(session, audited) as files:
+        states, keys = _find_states(session, batch), list_keys(session.connection)
+        with session.change(planned, message):
+            tables = [_load_table(session, audited, table, files[table.name], planned) for table in planned.tables]
+            build_marts(session.connection, project, schema=f"lake.{MARTS_SCHEMA}", only=only)
+            keys |= {table.name: table.key for table in tables}
+            known = {table: key for table, key in keys.items() if key}
+            session.sign(replace(planned, tables=tuple(tables), states=states, keys=known), message)
+            if not (only or any(table.added or table.changed or table.removed for table in tables)):
+                _change_something(session.connection, planned)
+    return session.require_latest()
 
 
 def _load_table(
-    connection: duckdb.DuckDBPyConnection, table: PublishedTable, increment: Increment | None, files: Sequence[File]
+    session: WarehouseSession, audited: AuditedBatch, table: PublishedTable, files: TableFiles, planned: Publication
 ) -> PublishedTable:
-    """Bring one table up to date; return it with the rows that it has then."""
+    """Bring one table and its quarantine up to date; return it with the rows that it has then."""
+    increment = _describe(session, audited, table.name, files)
+    loaded = _load_rows(session, table, increment, files.rows)
+    publish_quarantine(session, table.name, increment, planned)
+    return loaded
+
+
+def _describe(session: WarehouseSession, audited: AuditedBatch, table: str, files: TableFiles) -> Increment | None:
+    """Return how one table changes; None for one that its staged files replace as they are."""
+    parts = audited.batch.by_table[table]
+    aside = next((aside for aside in audited.set_aside if aside.table == table), None)
+    load = parts[0].load
+    is_plain = load.is_replaced and load.mode != "history" and session.project.find_table(table).drift != "discard"
+    # A plain table needs no look at the columns: a full refresh of many tables is the usual case, and must stay fast.
+    if is_plain and aside is None:
+        return None
+    increment = describe_increment(session, parts, at=audited.batch.created_at, linked=files)
+    return increment if aside is None else take_out(session, increment, aside, parts)
+
+
+def _load_rows(
+    session: WarehouseSession, table: PublishedTable, increment: Increment | None, files: Sequence[File]
+) -> PublishedTable:
     name = f"lake.main.{quote_identifier(table.name)}"
     if increment is None or (increment.load.is_replaced and not increment.is_rewritten):
-        publish_table(connection, table.name, files, rows=table.rows + table.quarantined)
+        publish_table(session, table.name, files, rows=table.rows + table.quarantined)
         if increment is not None and increment.out is not None:
-            remove_registered(connection, increment, files)
+            remove_registered(session, increment)
         return table
-    found = fetch_int(connection, f"select count(*) from {increment.read}")
-    _refuse_other_rows(table.name, found, table.rows + table.quarantined)
+    _refuse_other_rows(table.name, session.count(increment.read), table.rows + table.quarantined)
     if increment.load.is_replaced:
-        connection.execute(f"create or replace table {name} as {select_replacement(increment)}")
+        session.connection.execute(f"create or replace table {name} as {select_replacement(increment)}")
         return table
-    changes = apply_increment(connection, increment, files)
-    rows = fetch_int(connection, f"select count(*) from {name}")
+    changes = apply_increment(session, increment)
+    rows = session.count(name)
     return replace(table, rows=rows, added=changes.added, changed=changes.changed, removed=changes.removed)
 
 
-def _find_states(
-    connection: duckdb.DuckDBPyConnection, batch: str, staged: Mapping[str, Sequence[Manifest]]
-) -> tuple[TableState, ...]:
+def _find_states(session: WarehouseSession, batch: Batch) -> tuple[TableState, ...]:
     """Return what the next batch goes on from: of the tables of this one, and unchanged of all others."""
-    latest = latest_publication(connection)
-    names = {table.casefold() for table in staged}
-    kept = [state for state in (latest.states if latest else ()) if state.table.casefold() not in names]
+    names = {table.casefold() for table in batch.tables}
+    kept = [state for name, state in session.states.items() if name not in names]
     new = [
-        parts[0].load.state_after(table, batch, find_last(connection, parts))
-        for table, parts in staged.items()
+        parts[0].load.state_after(table, batch.id, find_last(session.connection, parts))
+        for table, parts in batch.by_table.items()
         if parts[0].load.mode != "full"
     ]
     return tuple(sorted([*kept, *new], key=lambda state: state.table))
@@ -189,46 +168,26 @@ def _change_something(connection: duckdb.DuckDBPyConnection, publication: Public
     connection.execute(f"comment on table lake.main.{table} is {quote_literal(f'batch {publication.batch}')}")
 
 
-def _refuse_incomplete(project: Project, batch: str, present: Collection[str]) -> None:
-    plan = read_plan(project, batch)
-    missing = [f'table "{table}"' for table in (plan.tables if plan else ()) if table not in present]
-    if missing:
-        verb = "is" if len(missing) == 1 else "are"
-        raise PublishConflict(
-            f"Batch {batch} is not complete: {', '.join(missing)} {verb} not staged. Nothing was published.",
-            hint="Resume it: what is staged is kept.",
-        )
-
-
-def _plan(project: Project, batch: str, staged: Mapping[str, Sequence[Manifest]], marts: Sequence[Mart]) -> Publication:
-    plan = read_plan(project, batch)
-    parts = [part for table in staged.values() for part in table]
+def _plan(project: Project, audited: AuditedBatch, marts: Sequence[Mart]) -> Publication:
+    out = {aside.table: aside.rows for aside in audited.set_aside}
     return Publication(
-        batch=batch,
+        batch=audited.batch.id,
         snapshot=-1,
         at=datetime.now(UTC),
-        staged_at=plan.created_at if plan else min(part.started_at for part in parts),
+        staged_at=audited.batch.created_at,
         tables=tuple(
             PublishedTable(
                 name=table,
-                rows=sum(part.rows for part in parts),
+                rows=sum(part.rows for part in parts) - out.get(table, 0),
+                quarantined=out.get(table, 0),
                 size_bytes=sum(part.size_bytes for part in parts),
                 key=_find_key(project, parts[0]),
                 mode=parts[0].load.mode,
             )
-            for table, parts in staged.items()
+            for table, parts in audited.batch.by_table.items()
         ),
         marts=tuple(mart.name for mart in marts),
     )
-
-
-def _subtract(planned: Publication, set_aside: Mapping[str, SetAside]) -> Publication:
-    counts = {table: aside.rows for table, aside in set_aside.items()}
-    tables = [
-        replace(table, rows=table.rows - counts.get(table.name, 0), quarantined=counts.get(table.name, 0))
-        for table in planned.tables
-    ]
-    return replace(planned, tables=tuple(tables))
 
 
 def _find_key(project: Project, part: Manifest) -> tuple[str, ...]:
@@ -236,9 +195,9 @@ def _find_key(project: Project, part: Manifest) -> tuple[str, ...]:
     return (*key, "valid_from") if part.load.mode == "history" else key
 
 
-def _refuse_to_go_back(connection: duckdb.DuckDBPyConnection, planned: Publication) -> None:
+def _refuse_to_go_back(session: WarehouseSession, planned: Publication) -> None:
     """Refuse a batch that began before the one that readers see: its tables would be older than theirs."""
-    latest = latest_publication(connection)
+    latest = session.latest
     if latest is not None and planned.staged_at < latest.staged_at:
         raise PublishConflict(
             f'The batch "{planned.batch}" began {planned.staged_at:%Y-%m-%d %H:%M:%S} UTC, before the batch '
@@ -247,22 +206,23 @@ def _refuse_to_go_back(connection: duckdb.DuckDBPyConnection, planned: Publicati
         )
 
 
-def publish_table(connection: duckdb.DuckDBPyConnection, table: str, files: Sequence[File], *, rows: int) -> None:
+def publish_table(session: WarehouseSession, table: str, files: Sequence[File], *, rows: int) -> None:
     """Replace *table* by *files*, whatever columns it had before.
 
     Raises:
         LakeError: DuckLake does not take them, such as for a type that it lacks.
         PublishConflict: they do not have *rows* rows.
     """
+    session.expect(Stage.CHANGING)
     name = f"lake.main.{quote_identifier(table)}"
     paths = ", ".join(quote_literal(str(file)) for file in files)
     try:
-        connection.execute(f"create or replace table {name} as from {read_parquet(files)} limit 0")
-        connection.execute(
+        session.connection.execute(f"create or replace table {name} as from {read_parquet(files)} limit 0")
+        session.connection.execute(
             f"call ducklake_add_data_files('lake', {quote_literal(table)}, [{paths}], "
             "schema => 'main', hive_partitioning => false)"
         )
-        found = fetch_int(connection, f"select count(*) from {name}")
+        found = session.count(name)
     except duckdb.Error as exc:
         raise LakeError(
             # All of its lines: the second says which type it did not take.

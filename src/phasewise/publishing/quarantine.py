@@ -14,6 +14,7 @@ a newer version, or which the source no longer has.
 
 from __future__ import annotations
 
+import uuid
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -22,23 +23,31 @@ from pathlib import Path
 import duckdb
 
 from phasewise.errors import ProjectError, PublishConflict, StagingError
-from phasewise.lake.object_store import File
-from phasewise.lake.publications import Publication, list_columns, list_tables
-from phasewise.lake.queries import fetch_int
+from phasewise.lake.publications import Publication, list_columns
 from phasewise.lake.quoting import quote_identifier, quote_literal
 from phasewise.lake.session import read_parquet
-from phasewise.publishing.increments import FILE, ROW, Increment, is_same, select_columns, select_pool, select_result
-from phasewise.system.files import replace_whole
+from phasewise.publishing.increments import (
+    FILE,
+    ROW,
+    Increment,
+    TableFiles,
+    is_same,
+    select_columns,
+    select_pool,
+    select_result,
+)
+from phasewise.publishing.session import QUARANTINE_SCHEMA, Stage, WarehouseSession
+from phasewise.staging.digests import digest_path
+from phasewise.staging.manifest import Manifest
 
-QUARANTINE_SCHEMA = "_quarantine"
 #: Columns of a quarantine's table besides those of the table itself.
 REASON, BATCH, SET_ASIDE_AT = "_reason", "_batch", "_set_aside_at"
 COUNT = "_phasewise_count"
-#: Where the audit that runs leaves its bad rows.
-BAD_ROWS = "audit_bad_rows"
-
-_FOUND = "memory.quarantine.found"
-_FRESH = "memory.quarantine.fresh"
+#: Tables that the session keeps: what the audit that runs found; the rows that are set aside, and those that are new
+#: among them; the rows to set aside while publishing; what stays in a quarantine, and what was read again of it.
+BAD_ROWS = "bad rows"
+_FOUND, _FRESH = "found", "fresh"
+_OUT, _OLD, _READ = "out", "old", "read"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,27 +75,28 @@ class SetAside:
     reasons: tuple[tuple[str, int], ...]
     #: Parquet: name of the staged file, number of the row in it, reason. None: the rows are in the lake's quarantine.
     file: Path | None = None
+    #: Of that file, as the audits left it.
+    digest: str | None = None
 
     def describe(self) -> str:
         noun = "row is" if self.rows == 1 else "rows are"
         return f"{self.rows} {noun} in quarantine: " + ", ".join(f"{name} {count}" for name, count in self.reasons)
 
 
-def make_pool(increment: Increment, key: Sequence[str]) -> Pool:
+def make_pool(session: WarehouseSession, increment: Increment, key: Sequence[str]) -> Pool:
     """Return the pool of the rows of *increment*, which *key* tells apart; see ``open_pools``."""
-    out = f"(select file, row from {_FOUND} where tbl = {quote_literal(increment.table)})"
+    out = f"(select file, row from {session.name(_FOUND)} where tbl = {quote_literal(increment.table)})"
     return Pool(table=increment.table, key=tuple(key), increment=replace(increment, out=out))
 
 
-def open_pools(connection: duckdb.DuckDBPyConnection, pools: Iterable[Pool]) -> None:
-    """Make *connection* ready to take rows out of *pools*; nothing is set aside yet.
+def open_pools(session: WarehouseSession, pools: Iterable[Pool]) -> None:
+    """Make *session* ready to take rows out of *pools*; nothing is set aside yet.
 
     Raises:
         ProjectError: a table has a column whose name the quarantine needs.
     """
-    connection.execute("create schema if not exists memory.quarantine")
     for name in (_FOUND, _FRESH):
-        connection.execute(f"create or replace table {name} (tbl varchar, file varchar, row bigint, audit varchar)")
+        session.keep(name, "select '' as tbl, '' as file, 0::bigint as row, '' as audit where false")
     for pool in pools:
         reserved = {REASON, BATCH, SET_ASIDE_AT, "filename", "file_row_number", "rowid"}
         if clash := sorted(reserved & {column.casefold() for column in pool.increment.staged}):
@@ -97,19 +107,21 @@ def open_pools(connection: duckdb.DuckDBPyConnection, pools: Iterable[Pool]) -> 
             )
 
 
-def keep_in(connection: duckdb.DuckDBPyConnection, pool: Pool, condition: str) -> None:
+def keep_in(session: WarehouseSession, pool: Pool, condition: str) -> None:
     """Set those rows of *pool* aside, whose alias is s, for which *condition* holds."""
-    connection.execute(
-        f"insert into {_FOUND} select ?, s.filename, s.file_row_number, 'kept' from {pool.increment.read} as s "
-        f"where {condition}",
+    session.connection.execute(
+        f"insert into {session.name(_FOUND)} select ?, s.filename, s.file_row_number, 'kept' "
+        f"from {pool.increment.read} as s where {condition}",
         [pool.table],
     )
 
 
-def take_bad_rows(connection: duckdb.DuckDBPyConnection, pool: Pool, audit: str) -> str | None:
+def take_bad_rows(session: WarehouseSession, pool: Pool, audit: str) -> str | None:
     """Mark the rows of *pool* that ``BAD_ROWS`` identifies, for the reason *audit*; return why that is not possible."""
-    columns = _table_columns(connection, pool)
-    returned = list_columns(connection, BAD_ROWS)
+    session.expect(Stage.SHOWING)
+    bad_rows = session.name(BAD_ROWS)
+    columns = _table_columns(session.connection, pool)
+    returned = session.list_columns(bad_rows)
     by = list(columns) if columns.keys() <= returned.keys() else list(pool.key)
     if not by or not set(by) <= returned.keys():
         return (
@@ -120,206 +132,204 @@ def take_bad_rows(connection: duckdb.DuckDBPyConnection, pool: Pool, audit: str)
     if changed := next((name for name in by if returned[name] != columns.get(name)), None):
         return f'it returns the column "{changed}" as {returned[changed]}, and the table has {columns.get(changed)}'
     is_meant = is_same(by, "p", "b")
-    strangers = fetch_int(
-        connection, f"select count(*) from {BAD_ROWS} as b where not exists (from ({pool.rows}) as p where {is_meant})"
-    )
+    strangers = session.count(f"{bad_rows} as b where not exists (from ({pool.rows}) as p where {is_meant})")
     if strangers:
         return (
             f"it returns {strangers} rows that are not among those that can be set aside: rows that this batch brings"
         )
-    connection.execute(
-        f'insert into {_FRESH} select ?, p."{FILE}", p."{ROW}", ? from ({pool.rows}) as p '
-        f"where exists (from {BAD_ROWS} as b where {is_meant})",
+    session.connection.execute(
+        f'insert into {session.name(_FRESH)} select ?, p."{FILE}", p."{ROW}", ? from ({pool.rows}) as p '
+        f"where exists (from {bad_rows} as b where {is_meant})",
         [pool.table, audit],
     )
     return None
 
 
-def set_aside(connection: duckdb.DuckDBPyConnection, pools: Iterable[Pool]) -> int:
+def set_aside(session: WarehouseSession, pools: Iterable[Pool]) -> int:
     """Take the rows that were marked out of the views of their tables; return how many are out for the first time."""
-    unseen = f"{_FRESH} anti join {_FOUND} using (tbl, file, row)"
-    new = fetch_int(connection, f"select count(*) from (select distinct tbl, file, row from {unseen})")
-    connection.execute(f"insert into {_FOUND} select distinct * from {unseen}")
-    connection.execute(f"delete from {_FRESH}")
+    found, fresh = session.name(_FOUND), session.name(_FRESH)
+    unseen = f"{fresh} anti join {found} using (tbl, file, row)"
+    new = session.count(f"(select distinct tbl, file, row from {unseen})")
+    session.connection.execute(f"insert into {found} select distinct * from {unseen}")
+    session.connection.execute(f"delete from {fresh}")
     for pool in pools:
-        if count_rows(connection, pool.table):
-            show_rest(connection, pool)
+        if count_rows(session, pool.table):
+            show_rest(session, pool)
     return new
 
 
-def show_rest(connection: duckdb.DuckDBPyConnection, pool: Pool) -> None:
-    """Make the view of the pool's table show its rows without those that are set aside."""
-    rest = select_result(connection, pool.increment)
-    connection.execute(f"create or replace view memory.main.{quote_identifier(pool.table)} as {rest}")
+def show_rest(session: WarehouseSession, pool: Pool) -> None:
+    """Show the rows of the pool's table without those that are set aside."""
+    session.show(pool.table, select_result(session, pool.increment))
 
 
-def count_rows(connection: duckdb.DuckDBPyConnection, table: str) -> int:
+def count_rows(session: WarehouseSession, table: str) -> int:
     """Return how many rows of *table* are set aside."""
-    return fetch_int(
-        connection,
-        f"select count(*) from (select distinct file, row from {_FOUND} where tbl = {quote_literal(table)})",
-    )
+    return session.count(f"(select distinct file, row from {session.name(_FOUND)} where tbl = {quote_literal(table)})")
 
 
-def count_reasons(connection: duckdb.DuckDBPyConnection, table: str) -> tuple[tuple[str, int], ...]:
+def count_reasons(session: WarehouseSession, table: str) -> tuple[tuple[str, int], ...]:
     """Return each audit that rows of *table* were set aside for, with their number."""
-    rows = connection.execute(
-        f"select audit, count(*) from {_FOUND} where tbl = ? group by 1 order by 1", [table]
+    rows = session.connection.execute(
+        f"select audit, count(*) from {session.name(_FOUND)} where tbl = ? group by 1 order by 1", [table]
     ).fetchall()
     return tuple((str(audit), int(count)) for audit, count in rows)
 
 
-def select_rows_out(table: str) -> str:
+def select_rows_out(session: WarehouseSession, table: str) -> str:
     """Return the query of the rows of *table* that are set aside: file, row and reason."""
     return (
-        f"select file, row, string_agg(audit, '; ' order by audit) as reason from {_FOUND} "
+        f"select file, row, string_agg(audit, '; ' order by audit) as reason from {session.name(_FOUND)} "
         f"where tbl = {quote_literal(table)} group by file, row"
     )
 
 
-def write_set_aside(connection: duckdb.DuckDBPyConnection, table: str, folder: Path) -> SetAside | None:
+def write_set_aside(session: WarehouseSession, table: str, folder: Path) -> SetAside | None:
     """Write down in *folder*, the staging of *table*, which of its rows are set aside; None when none is.
 
     Raises:
         StagingError: the folder cannot be written.
     """
-    rows = count_rows(connection, table)
+    rows = count_rows(session, table)
     if not rows:
         return None
-    path = folder / "quarantine.parquet"
-    select = f"select parse_filename(file) as file, row, reason from ({select_rows_out(table)})"
+    # Under a name of its own: who audits the same batch at the same time must not change what this one found.
+    path = folder / f"quarantine-{uuid.uuid4().hex}.parquet"
+    select = f"select parse_filename(file) as file, row, reason from ({select_rows_out(session, table)})"
     try:
-        with replace_whole(path) as draft:
-            connection.execute(f"copy ({select}) to {quote_literal(str(draft))} (format parquet)")
+        session.connection.execute(f"copy ({select}) to {quote_literal(str(path))} (format parquet)")
+        digest = digest_path(path)
     except (duckdb.Error, OSError) as exc:
+        path.unlink(missing_ok=True)
         raise StagingError(
             f'Which rows of "{table}" are set aside cannot be written to {folder}: {exc}.',
             hint="Free disk space or make the folder writable, then resume the batch.",
         ) from exc
-    return SetAside(table=table, rows=rows, reasons=count_reasons(connection, table), file=path)
+    return SetAside(table=table, rows=rows, reasons=count_reasons(session, table), file=path, digest=digest)
 
 
-def read_set_aside(connection: duckdb.DuckDBPyConnection, table: str, batch: str) -> SetAside | None:
+def read_set_aside(session: WarehouseSession, table: str, batch: str) -> SetAside | None:
     """Return which rows of *table* are in the lake's quarantine since *batch* was published; None when none is."""
-    if not has_quarantine(connection, table):
+    if table not in session.quarantined:
         return None
     name = f"lake.{QUARANTINE_SCHEMA}.{quote_identifier(table)}"
-    rows = connection.execute(f"select string_split({REASON}, '; ') from {name} where {BATCH} = ?", [batch]).fetchall()
+    rows = session.connection.execute(
+        f"select string_split({REASON}, '; ') from {name} where {BATCH} = ?", [batch]
+    ).fetchall()
     counts = Counter(str(name) for (names,) in rows for name in names)
     return SetAside(table=table, rows=len(rows), reasons=tuple(sorted(counts.items()))) if rows else None
 
 
-def take_out(connection: duckdb.DuckDBPyConnection, increment: Increment, aside: SetAside) -> Increment:
-    """Return *increment* without the rows of *aside*, which become the table ``quarantine_rows`` of the session.
+def take_out(session: WarehouseSession, increment: Increment, aside: SetAside, parts: Sequence[Manifest]) -> Increment:
+    """Return *increment*, which was staged in *parts*, without the rows of *aside*.
 
     Raises:
-        PublishConflict: the staged files are not those that were audited.
+        PublishConflict: the staged files, or what was set aside of them, are not what was audited.
     """
     assert aside.file is not None  # only what is published already has none
-    paths = ", ".join(f"({quote_literal(file.name)}, {quote_literal(str(file))})" for file in increment.files)
-    connection.execute(
-        "create or replace temp table quarantine_rows as select path as file, row, reason "
+    names = (file.name for file in TableFiles.staged(session.project, parts).rows)
+    paths = ", ".join(
+        f"({quote_literal(name)}, {quote_literal(str(file))})"
+        for name, file in zip(names, increment.files, strict=True)
+    )
+    query = (
+        "select path as file, row, reason "
         f"from {read_parquet([aside.file])} join (values {paths}) as v(name, path) on file = name"
     )
-    increment = replace(increment, out="temp.quarantine_rows")
-    found = fetch_int(connection, f"select count(*) from ({increment.select_out()})")
-    if found != aside.rows:
+    increment = replace(increment, out=session.keep(_OUT, query))
+    found = session.count(f"({increment.select_out()})")
+    if found != aside.rows or digest_path(aside.file) != aside.digest:
         raise PublishConflict(
-            f'Of table "{increment.table}" {aside.rows} rows were to be set aside, and {found} were found.',
-            hint="The staging was changed by hand: start a new batch.",
+            f'Of table "{increment.table}" {aside.rows} rows were to be set aside, and {found} were found, or others.',
+            hint="The staging has changed since it was audited: run final-etl-job again.",
         )
     return increment
 
 
-def remove_registered(connection: duckdb.DuckDBPyConnection, increment: Increment, files: Sequence[File]) -> None:
-    """Delete the rows that are set aside from the table, for which *files* were registered in place of the staged."""
-    paths = ", ".join(
-        f"({quote_literal(str(staged))}, {quote_literal(str(file))})"
-        for staged, file in zip(increment.files, files, strict=True)
-    )
-    connection.execute(
-        f"delete from {increment.lake} as s where exists (from {increment.out} as o join (values {paths}) "
-        "as v(staged, path) on o.file = v.staged where v.path = s.filename and o.row = s.file_row_number)"
+def remove_registered(session: WarehouseSession, increment: Increment) -> None:
+    """Delete the rows that are set aside from the table, for which the files of *increment* were registered."""
+    session.expect(Stage.CHANGING)
+    session.connection.execute(
+        f"delete from {increment.lake} as s where exists "
+        f"(from {increment.out} as o where o.file = s.filename and o.row = s.file_row_number)"
     )
 
 
 def publish_quarantine(
-    connection: duckdb.DuckDBPyConnection, table: str, increment: Increment | None, publication: Publication
+    session: WarehouseSession, table: str, increment: Increment | None, publication: Publication
 ) -> None:
     """In the transaction that changed *table*: bring its quarantine up to date.
 
     None for *increment* says that the table was replaced, and no row of it set aside.
     """
+    session.expect(Stage.CHANGING)
     if increment is None or (increment.load.is_replaced and increment.out is None):
-        drop_quarantine(connection, table)
+        drop_quarantine(session, table)
         return
     at = quote_literal(publication.at.isoformat())
     stamp = (f"{quote_literal(publication.batch)} as {BATCH}", f"{at}::timestamptz as {SET_ASIDE_AT}")
     rows = increment.select_out(f"o.reason as {REASON}", *stamp) if increment.out else None
-    if not increment.load.reads_all and has_quarantine(connection, table):
-        is_changed = _copy_what_stays(connection, increment)
+    if not increment.load.reads_all and table in session.quarantined:
+        is_changed = _copy_what_stays(session, increment)
         if not is_changed and rows is None:
             return
-        rows = f"from temp.quarantine_old union all by name {rows}" if rows else "from temp.quarantine_old"
-    if rows is None or not fetch_int(connection, f"select count(*) from ({rows})"):
-        drop_quarantine(connection, table)
+        old = f"from {session.name(_OLD)}"
+        rows = f"{old} union all by name {rows}" if rows else old
+    if rows is None or not session.count(f"({rows})"):
+        drop_quarantine(session, table)
         return
-    connection.execute(f"create schema if not exists lake.{QUARANTINE_SCHEMA}")
-    connection.execute(f"create or replace table lake.{QUARANTINE_SCHEMA}.{quote_identifier(table)} as {rows}")
+    session.connection.execute(f"create schema if not exists lake.{QUARANTINE_SCHEMA}")
+    session.connection.execute(f"create or replace table lake.{QUARANTINE_SCHEMA}.{quote_identifier(table)} as {rows}")
 
 
-def _copy_what_stays(connection: duckdb.DuckDBPyConnection, increment: Increment) -> bool:
-    """Make the table ``quarantine_old`` of what the quarantine keeps; return whether it differs from what is there.
+def _copy_what_stays(session: WarehouseSession, increment: Increment) -> bool:
+    """Keep what stays of the quarantine as ``_OLD``; return whether it differs from what is there.
 
     A row goes when the increment read another version of it. Where several rows of one key are in quarantine, nobody
     knows which of them was read: they go only when as many were. Rows without a key are known by all their values.
     """
     name = f"lake.{QUARANTINE_SCHEMA}.{quote_identifier(increment.table)}"
-    columns = increment.drift.columns
-    before = list_columns(connection, name)
+    columns, key = increment.drift.columns, increment.load.key
+    before = session.list_columns(name)
     present = {column: type_ for column, type_ in before.items() if column not in (REASON, BATCH, SET_ASIDE_AT)}
-    connection.execute(
-        "create or replace temp table quarantine_old as "
-        f"select {select_columns(columns, present)}, {REASON}, {BATCH}, {SET_ASIDE_AT} from {name}"
-    )
-    key = increment.load.key
+    query = f"select {select_columns(columns, present)}, {REASON}, {BATCH}, {SET_ASIDE_AT} from {name}"
+    stays = session.keep(_OLD, query)
     if key:
-        keys = ", ".join(map(quote_identifier, key))
-        has_key = " and ".join(f"q.{quote_identifier(column)} is not null" for column in key)
-        read = (
-            f"(select *, count(*) over (partition by {keys}) as {COUNT} from ({increment.select_staged(is_all=True)}))"
-        )
-        old = f"(select {keys}, count(*) as {COUNT} from temp.quarantine_old group by {keys})"
-        connection.execute(
-            f"create or replace temp table quarantine_read as select n.* from {read} as n join {old} as q "
-            f"on {is_same(key, 'n', 'q')} where n.{COUNT} >= q.{COUNT}"
-        )
-        connection.execute(
-            f"delete from temp.quarantine_old as q where {has_key} "
-            f"and exists (from temp.quarantine_read as n where {is_same(key, 'n', 'q')})"
-        )
-        connection.execute(
-            f"delete from temp.quarantine_old as q where not ({has_key}) "
-            f"and exists (from temp.quarantine_read as n where {is_same(columns, 'n', 'q')})"
-        )
+        _drop_read_again(session, increment, stays)
     if increment.key_files:
-        connection.execute(
-            "delete from temp.quarantine_old as q "
+        session.connection.execute(
+            f"delete from {stays} as q "
             f"where not exists (from ({increment.select_keys()}) as k where {is_same(key, 'k', 'q')})"
         )
-    is_fewer = fetch_int(connection, "select count(*) from temp.quarantine_old") < fetch_int(
-        connection, f"select count(*) from {name}"
+    return session.count(stays) < session.count(name) or session.list_columns(stays) != before
+
+
+def _drop_read_again(session: WarehouseSession, increment: Increment, stays: str) -> None:
+    columns, key = increment.drift.columns, increment.load.key
+    keys = ", ".join(map(quote_identifier, key))
+    has_key = " and ".join(f"q.{quote_identifier(column)} is not null" for column in key)
+    read = f"(select *, count(*) over (partition by {keys}) as {COUNT} from ({increment.select_staged(is_all=True)}))"
+    old = f"(select {keys}, count(*) as {COUNT} from {stays} group by {keys})"
+    again = session.keep(
+        _READ, f"select n.* from {read} as n join {old} as q on {is_same(key, 'n', 'q')} where n.{COUNT} >= q.{COUNT}"
     )
-    return is_fewer or list_columns(connection, "temp.quarantine_old") != before
+    session.connection.execute(
+        f"delete from {stays} as q where {has_key} and exists (from {again} as n where {is_same(key, 'n', 'q')})"
+    )
+    session.connection.execute(
+        f"delete from {stays} as q where not ({has_key}) "
+        f"and exists (from {again} as n where {is_same(columns, 'n', 'q')})"
+    )
 
 
-def drop_put_back(connection: duckdb.DuckDBPyConnection, table: str) -> None:
-    """In a transaction: remove the rows from the quarantine of *table* that are not set aside (again)."""
+def drop_put_back(session: WarehouseSession, table: str) -> None:
+    """In the transaction: remove the rows from the quarantine of *table* that are not set aside (again)."""
+    session.expect(Stage.CHANGING)
     name = f"lake.{QUARANTINE_SCHEMA}.{quote_identifier(table)}"
-    stays = f"exists (from {_FOUND} as q where q.tbl = {quote_literal(table)} and q.row = s.rowid)"
-    connection.execute(f"delete from {name} as s where not {stays}")
-    if not fetch_int(connection, f"select count(*) from {name}"):
-        drop_quarantine(connection, table)
+    stays = f"exists (from {session.name(_FOUND)} as q where q.tbl = {quote_literal(table)} and q.row = s.rowid)"
+    session.connection.execute(f"delete from {name} as s where not {stays}")
+    if not session.count(name):
+        drop_quarantine(session, table)
 
 
 def select_quarantined(table: str) -> str:
@@ -331,14 +341,10 @@ def select_quarantined(table: str) -> str:
     )
 
 
-def has_quarantine(connection: duckdb.DuckDBPyConnection, table: str) -> bool:
-    return table in list_tables(connection, f"lake.{QUARANTINE_SCHEMA}")
-
-
-def drop_quarantine(connection: duckdb.DuckDBPyConnection, table: str) -> None:
+def drop_quarantine(session: WarehouseSession, table: str) -> None:
     """Drop the quarantine of *table*, if it has one."""
-    if has_quarantine(connection, table):
-        connection.execute(f"drop table lake.{QUARANTINE_SCHEMA}.{quote_identifier(table)}")
+    if table in session.quarantined:
+        session.connection.execute(f"drop table lake.{QUARANTINE_SCHEMA}.{quote_identifier(table)}")
 
 
 def _table_columns(connection: duckdb.DuckDBPyConnection, pool: Pool) -> dict[str, str]:

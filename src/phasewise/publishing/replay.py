@@ -6,28 +6,21 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 
-import duckdb
-
 from phasewise.errors import NothingStaged
 from phasewise.lake.marts import MARTS_SCHEMA, build_marts, find_buildable
 from phasewise.lake.publications import (
     Publication,
     PublishedTable,
     TableState,
-    list_columns,
     list_keys,
-    list_tables,
-    require_publication,
 )
-from phasewise.lake.queries import fetch_int
 from phasewise.lake.quoting import quote_identifier
 from phasewise.project.config import Audit, Project
 from phasewise.publishing.audit_batch import isolate
-from phasewise.publishing.audits import audit_tables, list_row_audits, open_published, raise_for
-from phasewise.publishing.increments import Increment, apply_increment, is_same
+from phasewise.publishing.audits import audit_shown, list_row_audits, raise_for
+from phasewise.publishing.increments import Increment, apply_increment, is_same, name_touched
 from phasewise.publishing.quarantine import (
     BATCH,
-    QUARANTINE_SCHEMA,
     REASON,
     SET_ASIDE_AT,
     Pool,
@@ -39,7 +32,7 @@ from phasewise.publishing.quarantine import (
     select_quarantined,
     show_rest,
 )
-from phasewise.publishing.writer import open_writer, transaction
+from phasewise.publishing.session import QUARANTINE_SCHEMA, WarehouseSession, open_writer
 from phasewise.settings import Settings
 from phasewise.staging.load_plan import Load, drop_history
 from phasewise.staging.schema_drift import compare_columns
@@ -69,54 +62,50 @@ def replay_quarantine(project: Project, settings: Settings, tables: Collection[s
         AuditFailed: another audit would fail with these rows. Nothing was changed.
         WarehouseBusy: another process was writing for longer than ``lock_timeout`` seconds.
     """
-    with open_writer(project, settings) as connection:
-        latest = require_publication(connection, project)
-        pools = _open_quarantine(connection, project, tables, latest)
-        _audit(connection, project, pools)
-        replays = [_count(connection, pool) for pool in pools.values()]
+    with open_writer(project, settings) as session:
+        latest = session.require_latest()
+        pools = _open_quarantine(session, tables, latest)
+        _audit(session, pools)
+        replays = [_count(session, pool) for pool in pools.values()]
         if any(replay.returned for replay in replays):
-            only = find_buildable(connection, project, list_tables(connection, "lake.main"))
+            only = find_buildable(session.connection, project, session.tables)
             marts = tuple(mart.name for mart in only)
             planned = replace(latest, kind="replay", marts=marts, tables=_add(latest, replays))
-            with transaction(connection, planned, "Put back rows of the quarantine"):
+            with session.change(planned, "Put back rows of the quarantine"):
                 for replay in replays:
-                    apply_increment(connection, pools[replay.table].increment, ())
-                    drop_put_back(connection, replay.table)
-                build_marts(connection, project, schema=f"lake.{MARTS_SCHEMA}", only=only)
+                    apply_increment(session, pools[replay.table].increment)
+                    drop_put_back(session, replay.table)
+                build_marts(session.connection, project, schema=f"lake.{MARTS_SCHEMA}", only=only)
         return replays
 
 
 def _open_quarantine(
-    connection: duckdb.DuckDBPyConnection, project: Project, tables: Collection[str] | None, latest: Publication
+    session: WarehouseSession, tables: Collection[str] | None, latest: Publication
 ) -> Mapping[str, Pool]:
-    found = [
-        table for table in list_tables(connection, f"lake.{QUARANTINE_SCHEMA}") if tables is None or table in tables
-    ]
+    found = sorted(table for table in session.quarantined if tables is None or table in tables)
     if not found:
         what = ", ".join(sorted(tables)) if tables else "any table"
         raise NothingStaged(f"There are no rows of {what} in quarantine.", hint="See: phasewise snapshots")
-    keys = list_keys(connection)
+    keys = list_keys(session.connection)
     states = {state.table: state for state in latest.states}
     pools = {}
     for table in found:
         state = states.get(table)
-        key = project.find_table(table).key or (state.key if state else keys.get(table, ()))
-        pools[table] = make_pool(_describe_return(connection, table, state, latest.staged_at), key)
+        key = session.project.find_table(table).key or (state.key if state else keys.get(table, ()))
+        pools[table] = make_pool(session, _describe_return(session, table, state, latest.staged_at), key)
     return pools
 
 
-def _describe_return(
-    connection: duckdb.DuckDBPyConnection, table: str, state: TableState | None, at: datetime
-) -> Increment:
+def _describe_return(session: WarehouseSession, table: str, state: TableState | None, at: datetime) -> Increment:
     """Return how the rows in quarantine change *table*: as if they were read now, by its mode.
 
     To a table that is loaded whole, or to which rows are appended, they are added: the audit of its key keeps those in
     quarantine whose key is there. *at* is the moment for a history: no version of it begins later, and none ends
     earlier when a batch is published that runs now.
     """
-    quarantined = list_columns(connection, f"lake.{QUARANTINE_SCHEMA}.{quote_identifier(table)}")
+    quarantined = session.list_columns(f"lake.{QUARANTINE_SCHEMA}.{quote_identifier(table)}")
     staged = {name: type_ for name, type_ in quarantined.items() if name not in (REASON, BATCH, SET_ASIDE_AT)}
-    present = drop_history(list_columns(connection, f"lake.main.{quote_identifier(table)}"), state)
+    present = drop_history(session.list_columns(f"lake.main.{quote_identifier(table)}"), state)
     load = Load(mode="append", is_replaced=False)
     if state is not None and state.mode in ("merge", "history"):
         load = Load(mode=state.mode, key=state.key, cursor=state.cursor, is_replaced=False, base=state)
@@ -128,10 +117,11 @@ def _describe_return(
         drift=compare_columns(present, staged, "discard"),
         staged=staged,
         rule="discard",
+        touched=name_touched(session, table),
     )
 
 
-def _keep_older_in(connection: duckdb.DuckDBPyConnection, pool: Pool) -> None:
+def _keep_older_in(session: WarehouseSession, pool: Pool) -> None:
     """Set those rows aside whose key is in the table, unless their cursor is higher: readers keep the newer version."""
     load, table = pool.increment.load, pool.increment.lake
     if not load.key:
@@ -140,20 +130,20 @@ def _keep_older_in(connection: duckdb.DuckDBPyConnection, pool: Pool) -> None:
     is_newer = f"coalesce(s.{cursor} > l.{cursor}, false)" if cursor else "false"
     current = " and l.is_current" if load.mode == "history" else ""
     keep_in(
-        connection, pool, f"exists (from {table} as l where {is_same(load.key, 'l', 's')}{current} and not {is_newer})"
+        session, pool, f"exists (from {table} as l where {is_same(load.key, 'l', 's')}{current} and not {is_newer})"
     )
 
 
-def _audit(connection: duckdb.DuckDBPyConnection, project: Project, pools: Mapping[str, Pool]) -> None:
+def _audit(session: WarehouseSession, pools: Mapping[str, Pool]) -> None:
     """Keep the rows out that break a row-wise audit, then run the others over what the tables will be."""
-    open_published(connection)
-    open_pools(connection, pools.values())
+    session.show_published()
+    open_pools(session, pools.values())
     for pool in pools.values():
-        _keep_older_in(connection, pool)
-        show_rest(connection, pool)
-    audits = [audit for pool in pools.values() for audit in _list_audits(project, pool)]
-    results = isolate(connection, pools, audits)
-    raise_for([*results, *audit_tables(connection, project)])
+        _keep_older_in(session, pool)
+        show_rest(session, pool)
+    audits = [audit for pool in pools.values() for audit in _list_audits(session.project, pool)]
+    results = isolate(session, pools, audits)
+    raise_for([*results, *audit_shown(session)])
 
 
 def _list_audits(project: Project, pool: Pool) -> Iterable[Audit]:
@@ -166,13 +156,13 @@ def _list_audits(project: Project, pool: Pool) -> Iterable[Audit]:
     ]
 
 
-def _count(connection: duckdb.DuckDBPyConnection, pool: Pool) -> Replay:
-    left = count_rows(connection, pool.table)
+def _count(session: WarehouseSession, pool: Pool) -> Replay:
+    left = count_rows(session, pool.table)
     return Replay(
         table=pool.table,
-        returned=fetch_int(connection, f"select count(*) from {pool.increment.read}") - left,
+        returned=session.count(pool.increment.read) - left,
         left=left,
-        rows=fetch_int(connection, f"select count(*) from memory.main.{quote_identifier(pool.table)}"),
+        rows=session.count(session.name_shown(pool.table)),
     )
 
 

@@ -10,24 +10,14 @@ import duckdb
 
 from phasewise.lake.marts import MARTS_SCHEMA
 from phasewise.lake.object_store import FILE_PREFIX
-from phasewise.lake.object_store import File as File
-from phasewise.lake.publications import Publication as Publication
-from phasewise.lake.publications import PublishedTable as PublishedTable
-from phasewise.lake.publications import (
-    find_publication,
-    list_columns,
-    list_tables,
-    require_publication,
-)
-from phasewise.lake.queries import fetch_int
+from phasewise.lake.publications import Publication, find_publication, list_columns, list_tables
 from phasewise.lake.quoting import quote_identifier, quote_literal
 from phasewise.lake.session import read_parquet
 from phasewise.lake.warehouse import attach_lake
 from phasewise.project.config import Project
 from phasewise.publishing.file_links import explain_link_error, link_file, sync_folders
 from phasewise.publishing.publish import publish_table
-from phasewise.publishing.quarantine import QUARANTINE_SCHEMA
-from phasewise.publishing.writer import open_writer, transaction
+from phasewise.publishing.session import QUARANTINE_SCHEMA, WarehouseSession, open_writer
 from phasewise.settings import Settings
 
 
@@ -40,14 +30,15 @@ def rollback_batch(project: Project, settings: Settings, batch: str) -> Publicat
     Raises:
         PublishConflict: no snapshot carries *batch*.
     """
-    with open_writer(project, settings) as connection:
+    with open_writer(project, settings) as session:
+        connection = session.connection
         target = find_publication(connection, batch)
         attach_lake(connection, project, snapshot=target.snapshot, name="past")
         files = _link_past_files(connection, project, target.snapshot)
-        with transaction(connection, replace(target, kind="rollback"), f"Roll back to batch {batch}"):
+        with session.change(replace(target, kind="rollback"), f"Roll back to batch {batch}"):
             for schema in ("main", MARTS_SCHEMA, QUARANTINE_SCHEMA):
-                _restore_schema(connection, schema, files if schema == "main" else {})
-        return require_publication(connection, project)
+                _restore_schema(session, schema, files if schema == "main" else {})
+        return session.require_latest()
 
 
 def _link_past_files(connection: duckdb.DuckDBPyConnection, project: Project, snapshot: int) -> dict[str, list[Path]]:
@@ -93,8 +84,9 @@ def _count_by_file(connection: duckdb.DuckDBPyConnection, relation: str) -> dict
     return dict(connection.execute(f"select filename, count(*) from {relation} group by 1").fetchall())
 
 
-def _restore_schema(connection: duckdb.DuckDBPyConnection, schema: str, files: Mapping[str, Sequence[Path]]) -> None:
+def _restore_schema(session: WarehouseSession, schema: str, files: Mapping[str, Sequence[Path]]) -> None:
     """Make the tables of *schema* those of the attached ``past``: from *files* where they are given, else rewritten."""
+    connection = session.connection
     then = list_tables(connection, f"past.{schema}")
     if then:
         connection.execute(f"create schema if not exists lake.{schema}")
@@ -104,7 +96,6 @@ def _restore_schema(connection: duckdb.DuckDBPyConnection, schema: str, files: M
     for table in then:
         past = f"past.{schema}.{quote_identifier(table)}"
         if table in files:
-            rows = fetch_int(connection, f"select count(*) from {past}")
-            publish_table(connection, table, files[table], rows=rows)
+            publish_table(session, table, files[table], rows=session.count(past))
         else:
             connection.execute(f"create or replace table lake.{schema}.{quote_identifier(table)} as from {past}")

@@ -6,28 +6,23 @@ Runs in the process of ``final_etl``, which gives it a logger and the flow runs 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, Literal
 
-import duckdb
-
 from phasewise.errors import NothingStaged, PhasewiseError
 from phasewise.lake.marts import read_mart
-from phasewise.lake.publications import latest_publication
-from phasewise.lake.session import open_session
-from phasewise.lake.warehouse import attach_lake, has_lake, list_extensions, reach_warehouse
+from phasewise.lake.warehouse import has_lake
 from phasewise.outcomes import StepOutcome
 from phasewise.project.config import Project
-from phasewise.publishing.audit_batch import audit_staged
+from phasewise.publishing.audit_batch import audit_batch
 from phasewise.publishing.audits import AuditResult, audit_published, raise_for
 from phasewise.publishing.publish import publish_batch, renew_marts
+from phasewise.publishing.session import open_auditor
 from phasewise.report.from_batch import BatchData, describe_moments, write_batch_report
 from phasewise.settings import Settings
-from phasewise.staging.batch import find_publishable_batch, read_given_up, read_plan
-from phasewise.staging.manifest import list_manifests
+from phasewise.staging.batch import find_publishable_batch, read_batch
 
 
 def finish_batch(
@@ -75,39 +70,34 @@ def _publish(work: _Work, batch: str, *, is_partial: bool) -> dict[str, Any]:
     With *is_partial* (single tables, staged by hand) audits and marts that need other tables may wait for them.
     """
     project = work.project
-    plan, manifests = read_plan(project, batch), list_manifests(project, batch)
-    given_up = read_given_up(project, batch)
-    data = BatchData(project=project, batch=batch, manifests=manifests, audits=[], given_up=given_up)
+    staged = read_batch(project, batch)
+    data = BatchData(project=project, batch=batch, manifests=staged.manifests, audits=[], given_up=staged.given_up)
     try:
-        with _open_warehouse(work) as connection:
-            found = audit_staged(connection, project, manifests, plan, without=given_up, is_partial=is_partial)
-        _log_audits(work, found.results)
-        data = replace(data, audits=found.results, set_aside=found.set_aside)
-        raise_for(found.results)
-        publication = publish_batch(
-            project, work.settings, batch, without=given_up, is_partial=is_partial, set_aside=found.set_aside
-        )
+        with open_auditor(project, work.settings) as session:
+            audited = audit_batch(session, staged, is_partial=is_partial)
+        _log_audits(work, audited.results)
+        data = replace(data, audits=audited.results, set_aside=audited.set_aside)
+        publication = publish_batch(project, work.settings, audited)
     except Exception as exc:
-        if plan or manifests:  # else there is no such batch
+        if staged.plan or staged.manifests:  # else there is no such batch
             _report_failure(work, data, exc)
         raise
     work.logger.info("Published %d tables as snapshot %d", len(publication.tables), publication.snapshot)
     return _report(
-        work, replace(data, publication=publication), status="published", message=describe_moments(manifests)
+        work, replace(data, publication=publication), status="published", message=describe_moments(staged.manifests)
     )
 
 
 def _find_start(work: _Work) -> datetime | None:
     """Return when the batch began that readers see; None when nothing was published."""
-    with _open_warehouse(work) as connection:
-        latest = latest_publication(connection) if has_lake(work.project) else None
-    return latest.staged_at if latest else None
+    with open_auditor(work.project, work.settings) as session:
+        return session.latest.staged_at if session.latest else None
 
 
 def _renew(work: _Work) -> dict[str, Any]:
     """Audit the published tables again, build the marts from them again and write a report."""
-    with _open_warehouse(work) as connection:
-        results = audit_published(connection, work.project)
+    with open_auditor(work.project, work.settings) as session:
+        results = audit_published(session)
     _log_audits(work, results)
     raise_for(results)
     publication = renew_marts(work.project, work.settings)
@@ -128,8 +118,10 @@ def _report(
     assert publication is not None  # both callers have published
     html, report_error = None, None
     try:
-        with _open_warehouse(work) as connection:
-            marts = [read_mart(connection, mart) for mart in work.project.marts if mart.name in publication.marts]
+        with open_auditor(work.project, work.settings) as session:
+            marts = [
+                read_mart(session.connection, mart) for mart in work.project.marts if mart.name in publication.marts
+            ]
         html = _write_report(work, replace(data, marts=marts), status=status, message=message)
     except Exception as exc:  # whatever it is, the batch is published
         report_error = (
@@ -172,16 +164,6 @@ def _write_report(
     files = write_batch_report(replace(data, runs=work.read_runs(data.batch)), status=status, message=message)
     work.logger.info("Report: %s", files.html)
     return str(files.html)
-
-
-@contextmanager
-def _open_warehouse(work: _Work) -> Iterator[duckdb.DuckDBPyConnection]:
-    """Yield a session with the lake attached for reading, as ``lake``; without it while nothing was published."""
-    with open_session(work.settings, extensions=list_extensions(work.project)) as connection:
-        reach_warehouse(connection, work.project)
-        if has_lake(work.project):
-            attach_lake(connection, work.project, read_only=True)
-        yield connection
 
 
 def _log_audits(work: _Work, results: Sequence[AuditResult]) -> None:

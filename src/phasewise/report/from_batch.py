@@ -10,11 +10,11 @@ from importlib.metadata import version
 from typing import Literal
 
 from phasewise.lake.marts import MartData
+from phasewise.lake.publications import Publication
 from phasewise.outcomes import StepOutcome
 from phasewise.project.config import Project
 from phasewise.project.urls import redact_url
 from phasewise.publishing.audits import AuditResult
-from phasewise.publishing.publish import Publication
 from phasewise.publishing.quarantine import SetAside
 from phasewise.report import (
     AuditReport,

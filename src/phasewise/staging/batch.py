@@ -7,19 +7,19 @@ import secrets
 import shutil
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 
 from phasewise.errors import StagingError
 from phasewise.lake.object_store import StoredFile
 from phasewise.project.config import Project
 from phasewise.settings import Settings
-from phasewise.staging.load_plan import (
-    LakeView,
-    read_lake,
-)
-from phasewise.staging.manifest import batch_folder, list_staged_manifests
+from phasewise.staging.load_plan import LakeView, read_lake
+from phasewise.staging.manifest import Manifest, batch_folder, list_staged_manifests
 from phasewise.staging.replication import fetch_staging, write_shared, write_shared_once
 from phasewise.system.files import explain_os_error
 
@@ -40,16 +40,40 @@ class BatchPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """The state of one batch in staging."""
+    """One batch as it was read from staging, once: what comes later is no part of it."""
 
     id: str
-    created_at: datetime
-    #: Tables with a complete manifest, in name order.
-    tables: tuple[str, ...]
-    #: Planned tables that are neither staged nor given up.
-    missing: tuple[str, ...]
+    #: None where nobody began it.
+    plan: BatchPlan | None
+    #: Of the tables that are staged completely, with all of their parts, in name order.
+    manifests: tuple[Manifest, ...] = ()
+    #: Table → reason, for those that it is published without.
+    given_up: Mapping[str, str] = field(default_factory=dict)
     #: The snapshot that it became; None while it is unpublished.
-    snapshot: int | None
+    snapshot: int | None = None
+
+    @property
+    def created_at(self) -> datetime:
+        """When it began; now, where nothing is there that could say so."""
+        began = (part.started_at for part in self.manifests)
+        return self.plan.created_at if self.plan else min(began, default=datetime.now(UTC))
+
+    @cached_property
+    def by_table(self) -> dict[str, list[Manifest]]:
+        """The manifests of each table that is staged, in name order, those of its parts in theirs."""
+        ordered = sorted(self.manifests, key=lambda manifest: (manifest.table, manifest.partition or ""))
+        return {table: list(parts) for table, parts in groupby(ordered, key=lambda manifest: manifest.table)}
+
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """The tables that are staged."""
+        return tuple(self.by_table)
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """Planned tables that are neither staged nor given up."""
+        planned = self.plan.tables if self.plan else ()
+        return tuple(table for table in planned if table not in self.by_table and table not in self.given_up)
 
     @property
     def is_complete(self) -> bool:
@@ -155,23 +179,24 @@ def give_up_tables(project: Project, batch: str, reasons: Mapping[str, str]) -> 
         raise explain_os_error(folder, exc) from exc
 
 
-def read_given_up(project: Project, batch: str) -> dict[str, str]:
-    """Return table → reason for the tables that *batch* is published without; not those staged since."""
-    try:
-        reasons: dict[str, str] = json.loads((batch_folder(project, batch) / _GIVEN_UP).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    staged = {manifest.table for manifest in list_staged_manifests(project, batch)}
-    return {table: reason for table, reason in reasons.items() if table not in staged}
+def read_batch(project: Project, batch: str) -> Batch:
+    """Read what is staged of *batch*: its plan, each manifest and what was given up, all of them once.
+
+    Raises:
+        StagingError: its plan is damaged.
+    """
+    fetch_staging(project, batch)
+    return _read_batch(project, batch)
 
 
 def list_batches(project: Project) -> list[Batch]:
     """Return the batches in staging, oldest first; a folder without a readable plan is none."""
     fetch_staging(project)
-    if not project.staging.is_dir():
-        return []
-    found = [batch for entry in project.staging.iterdir() if (batch := _read_batch(project, entry)) is not None]
-    return sorted(found, key=lambda batch: (batch.created_at, batch.id))
+    found: list[Batch] = []
+    for entry in project.staging.iterdir() if project.staging.is_dir() else ():
+        with suppress(StagingError):
+            found.append(_read_batch(project, entry.name))
+    return sorted((batch for batch in found if batch.plan), key=lambda batch: (batch.created_at, batch.id))
 
 
 def find_publishable_batch(project: Project, *, since: datetime | None = None) -> str | None:
@@ -218,22 +243,27 @@ def find_batch_folder(project: Project, batch: str) -> Path:
     return batch_folder(project, batch)
 
 
-def _read_batch(project: Project, folder: Path) -> Batch | None:
-    try:
-        plan = read_plan(project, folder.name)
-        if plan is None:
-            return None
-        staged = sorted({manifest.table for manifest in list_staged_manifests(project, folder.name)})
-    except StagingError:
-        return None
-    settled = {*staged, *read_given_up(project, folder.name)}
+def _read_batch(project: Project, batch: str) -> Batch:
+    plan = read_plan(project, batch)
+    manifests = tuple(list_staged_manifests(project, batch))
+    staged = {manifest.table for manifest in manifests}
+    folder = batch_folder(project, batch)
     return Batch(
-        id=plan.batch,
-        created_at=plan.created_at,
-        tables=tuple(staged),
-        missing=tuple(table for table in plan.tables if table not in settled),
+        id=batch,
+        plan=plan,
+        manifests=manifests,
+        # One that ended after all, before anybody looked, is part of the batch.
+        given_up={table: reason for table, reason in _read_given_up(folder).items() if table not in staged},
         snapshot=_read_snapshot(folder),
     )
+
+
+def _read_given_up(folder: Path) -> dict[str, str]:
+    try:
+        reasons: dict[str, str] = json.loads((folder / _GIVEN_UP).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return reasons
 
 
 def _read_snapshot(folder: Path) -> int | None:

@@ -16,6 +16,7 @@ from phasewise.project.config import Project
 from phasewise.settings import Settings
 from phasewise.sources import SnapshotToken, describe_project_table, find_snapshot, open_source
 from phasewise.staging.batch import begin_batch, read_plan, remember_lake
+from phasewise.staging.digests import digest_file
 from phasewise.staging.extraction import find_key_table, read_rows
 from phasewise.staging.load_plan import (
     LakeView,
@@ -29,7 +30,6 @@ from phasewise.staging.manifest import (
     Manifest,
     batch_folder,
     folder_name,
-    measure_file,
     name_in_manifest,
     read_complete,
 )
@@ -126,14 +126,15 @@ def _extract(
         keys = find_key_table(whole, load)
         rows, source_rows = read_rows(connection, source, table, path, snapshot, keys=keys, keys_path=keys_path)
         load = replace(load, until=find_mark(connection, load, table, read_parquet([path])))
-        size_bytes = measure_file(connection, path) or 0
+        files = [path, keys_path] if keys else [path]
+        digests = tuple(digest_file(connection, file) or "" for file in files)
     manifest = Manifest(
         batch=batch,
         table=name,
         partition=part.name if part else None,
         table_rows=split.rows if part and split else None,
         rows=rows,
-        size_bytes=size_bytes,
+        size_bytes=int(digests[0].partition("-")[0] or 0),
         source_rows=source_rows,
         columns=table.columns,
         key=table.key,
@@ -145,7 +146,8 @@ def _extract(
         snapshot_note=snapshot_note,
         split_note=split.note if split else None,
         load=load,
-        key_files=(name_in_manifest(keys_path),) if keys else (),
+        key_files=tuple(map(name_in_manifest, files[1:])),
+        digests=digests,
     )
     try:
         write_shared(project, folder / MANIFEST, manifest.to_json())

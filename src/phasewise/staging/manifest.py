@@ -14,24 +14,16 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import duckdb
-
 from phasewise.errors import NothingStaged, StagingError
-from phasewise.lake.object_store import StoredFile, is_stored, list_stored
+from phasewise.lake.object_store import StoredFile, is_stored
 from phasewise.project.config import Project
 from phasewise.sources import Column
-from phasewise.staging.load_plan import (
-    FULL_LOAD,
-    Load,
-)
-from phasewise.staging.partitions import (
-    name_item,
-    read_splits,
-)
+from phasewise.staging.load_plan import FULL_LOAD, Load
+from phasewise.staging.partitions import name_item, read_splits
 from phasewise.staging.replication import fetch_staging
 
 #: Layout of manifest.json; a manifest of another version is extracted again.
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
 
 MANIFEST = "manifest.json"
 
@@ -70,6 +62,8 @@ class Manifest:
     load: Load = FULL_LOAD
     #: Files with all keys of the source, where deleted rows are found by them.
     key_files: tuple[str, ...] = ()
+    #: The digest of each of ``files``, then of each of ``key_files``, as they were written.
+    digests: tuple[str, ...] = ()
     version: int = MANIFEST_VERSION
 
     @property
@@ -87,8 +81,10 @@ class Manifest:
             raise ValueError(f"manifest version {data['version']}")
         data["columns"] = tuple(Column(**column) for column in data["columns"])
         data["key"], data["files"] = tuple(data["key"]), tuple(data["files"])
-        data["key_files"] = tuple(data.get("key_files", ()))
-        data["load"] = Load.from_json(data["load"]) if "load" in data else FULL_LOAD
+        data["key_files"], data["digests"] = tuple(data["key_files"]), tuple(data["digests"])
+        if len(data["digests"]) != len(data["files"]) + len(data["key_files"]):
+            raise ValueError("a digest is missing")
+        data["load"] = Load.from_json(data["load"])
         data["started_at"] = datetime.fromisoformat(data["started_at"])
         data["ended_at"] = datetime.fromisoformat(data["ended_at"])
         return cls(**data)
@@ -151,14 +147,6 @@ def staged_files(project: Project, manifest: Manifest) -> list[Path | StoredFile
 
 def name_in_manifest(file: Path | StoredFile) -> str:
     return file.name if isinstance(file, Path) else file.url
-
-
-def measure_file(connection: duckdb.DuckDBPyConnection, file: Path | StoredFile) -> int | None:
-    """Return the bytes of a staged file; None when it is not there."""
-    if isinstance(file, Path):
-        return file.stat().st_size if file.is_file() else None
-    listed = list_stored(connection, f"{file}*").get(file)
-    return listed.size_bytes if listed else None
 
 
 def staged_key_files(project: Project, manifest: Manifest) -> list[Path | StoredFile]:

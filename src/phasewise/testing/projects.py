@@ -7,15 +7,15 @@ from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 
-from phasewise.lake.session import open_session
-from phasewise.lake.warehouse import attach_lake, has_lake
+from phasewise.lake.publications import Publication
 from phasewise.project.config import Project, load_project
-from phasewise.publishing.audit_batch import Findings, audit_staged
+from phasewise.publishing.audit_batch import AuditedBatch, audit_batch
+from phasewise.publishing.publish import publish_batch
+from phasewise.publishing.session import open_auditor
 from phasewise.settings import Settings
 from phasewise.sources import list_project_tables, open_source
-from phasewise.staging.batch import begin_batch, new_batch_id, read_plan
+from phasewise.staging.batch import begin_batch, new_batch_id, read_batch
 from phasewise.staging.extract import extract_table
-from phasewise.staging.manifest import list_manifests
 
 #: One thread and little memory: what small data needs.
 SAMPLE_SETTINGS = Settings(threads=1, memory_limit="256MB", min_free_bytes=0, lock_timeout=20)
@@ -66,9 +66,18 @@ def change_project(project: Project, old: str, new: str) -> Project:
     return load_project(project.root)
 
 
-def audit_sample(project: Project, batch: str) -> Findings:
+def audit_sample(
+    project: Project, batch: str, settings: Settings = SAMPLE_SETTINGS, *, is_partial: bool = False
+) -> AuditedBatch:
     """Audit *batch* as ``final_etl`` does."""
-    with open_session(SAMPLE_SETTINGS) as connection:
-        if has_lake(project):
-            attach_lake(connection, project, read_only=True)
-        return audit_staged(connection, project, list_manifests(project, batch), read_plan(project, batch))
+    with open_auditor(project, settings) as session:
+        return audit_batch(session, read_batch(project, batch), is_partial=is_partial)
+
+
+def publish_sample(project: Project, settings: Settings, batch: str, *, is_partial: bool = False) -> Publication:
+    """Audit and publish *batch* as ``final_etl`` does.
+
+    Raises:
+        AuditFailed: a blocking audit found bad rows.
+    """
+    return publish_batch(project, settings, audit_sample(project, batch, settings, is_partial=is_partial))

@@ -9,15 +9,12 @@ import pytest
 from phasewise.cli.warehouse import audit, diff, plan, rollback, snapshots
 from phasewise.errors import AuditFailed, LakeError, NothingStaged, PublishConflict, SourceError, UnknownTable
 from phasewise.lake.publications import query_warehouse
-from phasewise.lake.session import open_session, preload_extensions
+from phasewise.lake.session import preload_extensions
 from phasewise.project.config import Project
-from phasewise.publishing.audit_batch import audit_staged
-from phasewise.publishing.publish import publish_batch
-from phasewise.publishing.writer import open_writer
+from phasewise.publishing.session import open_writer
 from phasewise.staging.batch import begin_batch, find_batch_folder, give_up_tables
 from phasewise.staging.extract import extract_table
-from phasewise.staging.manifest import list_manifests
-from phasewise.testing.projects import SAMPLE_SETTINGS, change_source, stage_batch, write_project
+from phasewise.testing.projects import SAMPLE_SETTINGS, change_source, publish_sample, stage_batch, write_project
 
 SOURCE = "create table people (id integer, name text); insert into people values (1, 'Babe'), (2, 'Hank')"
 TOML = '[table.people]\nkey = ["id"]\n[[audit]]\nname = "short"\ntable = "people"\nseverity = "warning"\n'
@@ -37,7 +34,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
 
 def publish(project: Project) -> str:
     batch = stage_batch(project)
-    publish_batch(project, SAMPLE_SETTINGS, batch)
+    publish_sample(project, SAMPLE_SETTINGS, batch)
     return batch
 
 
@@ -166,11 +163,9 @@ def test_audit_replay_puts_mended_rows_back_and_says_so(tmp_path: Path, monkeypa
     toml = '[table.people]\nkey = ["id"]\nquarantine = ["key"]\nquarantine_limit = 2'
     project = write_project(tmp_path, source=f"{SOURCE}, (2, 'Willie')", toml=toml)
     batch = stage_batch(project)
-    with open_session(SAMPLE_SETTINGS) as connection:
-        found = audit_staged(connection, project, list_manifests(project, batch))
-    publish_batch(project, SAMPLE_SETTINGS, batch, set_aside=found.set_aside)
-    with open_writer(project, SAMPLE_SETTINGS) as connection:
-        connection.execute("update lake._quarantine.people set id = 3 where name = 'Willie'")
+    publish_sample(project, SAMPLE_SETTINGS, batch)
+    with open_writer(project, SAMPLE_SETTINGS) as session:
+        session.connection.execute("update lake._quarantine.people set id = 3 where name = 'Willie'")
 
     audit("people", replay=True)
 

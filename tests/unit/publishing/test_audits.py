@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import duckdb
 import pytest
 
 from phasewise.errors import AuditFailed, ProjectError, StagingError
-from phasewise.lake.publications import open_reader
-from phasewise.lake.session import open_session, preload_extensions
-from phasewise.lake.warehouse import attach_lake
+from phasewise.lake.session import preload_extensions
 from phasewise.project.config import Project
-from phasewise.publishing.audits import AuditResult, audit_batch, audit_published, open_staged, raise_for
-from phasewise.publishing.publish import publish_batch
-from phasewise.staging.batch import begin_batch, read_plan
+from phasewise.publishing.audit_batch import audit_batch
+from phasewise.publishing.audits import AuditResult, audit_published, raise_for
+from phasewise.publishing.session import open_auditor
+from phasewise.staging.batch import Batch, begin_batch, read_batch
 from phasewise.staging.extract import extract_table
-from phasewise.staging.manifest import Manifest, list_manifests, staged_files
-from phasewise.testing.projects import SAMPLE_SETTINGS, change_source, stage_batch, write_project
+from phasewise.staging.manifest import staged_files
+from phasewise.testing.projects import (
+    SAMPLE_SETTINGS,
+    audit_sample,
+    change_source,
+    publish_sample,
+    stage_batch,
+    write_project,
+)
 
 SOURCE = """
 create table people (id integer primary key, name text);
@@ -34,17 +38,13 @@ def _preloaded():
     preload_extensions(("sqlite_scanner", "ducklake"))
 
 
-@pytest.fixture
-def connection() -> Iterator[duckdb.DuckDBPyConnection]:
-    with open_session(SAMPLE_SETTINGS) as connection:
-        yield connection
+def audit(project: Project, batch: str | None = None) -> list[AuditResult]:
+    return list(audit_sample(project, batch or stage_batch(project)).results)
 
 
-def audit(connection: duckdb.DuckDBPyConnection, project: Project, batch: str | None = None) -> list[AuditResult]:
-    batch = batch or stage_batch(project)
-    manifests = list_manifests(project, batch)
-    open_staged(connection, project, manifests)
-    return audit_batch(connection, project, manifests, read_plan(project, batch))
+def audit_changed(project: Project, batch: Batch, *, is_partial: bool = False) -> list[AuditResult]:
+    with open_auditor(project, SAMPLE_SETTINGS) as session:
+        return list(audit_batch(session, batch, is_partial=is_partial).results)
 
 
 def failed(results: list[AuditResult]) -> list[AuditResult]:
@@ -55,7 +55,7 @@ def find(results: list[AuditResult], name: str, table: str | None = None) -> Aud
     return next(result for result in results if result.name == name and table in (None, result.table))
 
 
-def test_faithful_tables_pass_every_audit(tmp_path: Path, connection: duckdb.DuckDBPyConnection):
+def test_faithful_tables_pass_every_audit(tmp_path: Path):
     toml = """
     [table.hits]
     columns = { person = "BIGINT", n = "int8" }
@@ -65,7 +65,7 @@ def test_faithful_tables_pass_every_audit(tmp_path: Path, connection: duckdb.Duc
     table = "hits"
     sql = "from hits where n < 0; -- comment"
     """
-    results = audit(connection, write_project(tmp_path, source=SOURCE, toml=toml))
+    results = audit(write_project(tmp_path, source=SOURCE, toml=toml))
 
     assert failed(results) == []
     assert {result.name for result in results if result.table == "hits"} == {
@@ -80,65 +80,65 @@ def test_faithful_tables_pass_every_audit(tmp_path: Path, connection: duckdb.Duc
     raise_for(results)
 
 
-def test_a_planned_table_that_is_not_staged_fails_the_batch(tmp_path: Path, connection: duckdb.DuckDBPyConnection):
+def test_a_planned_table_that_is_not_staged_fails_the_batch(tmp_path: Path):
     project = write_project(tmp_path, source=SOURCE)
     begin_batch(project, "b", ["hits", "people"])
     extract_table(project, SAMPLE_SETTINGS, batch="b", table="hits")
 
-    result = find(audit(connection, project, "b"), "complete")
+    result = find(audit(project, "b"), "complete")
 
     assert not result.passed
     assert result.message == 'The batch failed its audit: table "people" is not staged.'
 
 
-def test_a_duplicate_key_is_shown_with_its_rows(tmp_path: Path, connection: duckdb.DuckDBPyConnection):
+def test_a_duplicate_key_is_shown_with_its_rows(tmp_path: Path):
     project = write_project(tmp_path, source=SOURCE, toml='[table.hits]\nkey = ["year"]')
     change_source(tmp_path, "insert into hits values (2, 1954, 131), (3, 1920, 9), (1, 1954, 200)")
 
-    result = find(audit(connection, project), "unique(year)")
+    result = find(audit(project), "unique(year)")
 
     assert result.bad_rows == 2
     assert sorted((row["year"], row["rows"]) for row in result.sample) == [(1920, 2), (1954, 3)]
     assert result.message == 'Table "hits" failed its audit: 2 rows break unique(year).'
 
 
-def test_a_null_in_a_key_fails_and_is_no_duplicate(tmp_path: Path, connection: duckdb.DuckDBPyConnection):
+def test_a_null_in_a_key_fails_and_is_no_duplicate(tmp_path: Path):
     source = "create table t (a text, b text); insert into t values ('x', null), (null, null), (null, null), ('y', 'z')"
-    results = audit(connection, write_project(tmp_path, source=source, toml='[table.t]\nkey = ["a", "b"]'))
+    results = audit(write_project(tmp_path, source=source, toml='[table.t]\nkey = ["a", "b"]'))
 
     assert [(result.name, result.bad_rows) for result in failed(results)] == [("not_null(a, b)", 3)]
 
 
-def test_a_key_column_that_does_not_exist_fails_by_name(tmp_path: Path, connection: duckdb.DuckDBPyConnection):
+def test_a_key_column_that_does_not_exist_fails_by_name(tmp_path: Path):
     project = write_project(tmp_path, source=SOURCE, toml='[table.hits]\nkey = ["yaer"]')
-    manifests = [replace(manifest, key=("yaer",)) for manifest in _staged(project)]
-    open_staged(connection, project, manifests)
+    batch = _staged(project)
+    manifests = tuple(replace(manifest, key=("yaer",)) for manifest in batch.manifests)
 
-    results = failed(audit_batch(connection, project, manifests))
+    results = failed(audit_changed(project, replace(batch, manifests=manifests)))
 
     assert results
     assert all("yaer" in (result.error or "") for result in results)
 
 
-def _staged(project: Project) -> list[Manifest]:
+def _staged(project: Project) -> Batch:
     plain = project.model_copy(update={"table": {}})
-    return list_manifests(plain, stage_batch(plain))
+    return read_batch(plain, stage_batch(plain))
 
 
-def test_a_reference_to_nowhere_is_counted(tmp_path: Path, connection: duckdb.DuckDBPyConnection):
+def test_a_reference_to_nowhere_is_counted(tmp_path: Path):
     toml = '[table.hits]\nreferences = [{ columns = ["person"], table = "people", to = ["id"] }]'
     project = write_project(tmp_path, source=SOURCE, toml=toml)
     change_source(tmp_path, "delete from people where id = 2; insert into hits values (null, 2000, 1)")
 
-    result = find(audit(connection, project), "references(person → people)")
+    result = find(audit(project), "references(person → people)")
 
     assert (result.bad_rows, result.sample) == (1, ({"person": 2, "year": 1959, "n": 223},))
 
 
-def test_a_reference_to_a_table_that_is_nowhere_fails(tmp_path: Path, connection: duckdb.DuckDBPyConnection):
+def test_a_reference_to_a_table_that_is_nowhere_fails(tmp_path: Path):
     toml = '[table.hits]\nreferences = [{ columns = ["person"], table = "persons", to = ["id"] }]'
 
-    result = find(audit(connection, write_project(tmp_path, source=SOURCE, toml=toml)), "references(person → persons)")
+    result = find(audit(write_project(tmp_path, source=SOURCE, toml=toml)), "references(person → persons)")
 
     assert "persons" in (result.error or "")
     assert result.message.startswith('Table "hits" could not be audited')
@@ -151,24 +151,24 @@ def test_a_reference_needs_as_many_columns_on_both_sides(tmp_path: Path):
         write_project(tmp_path, source=SOURCE, toml=toml)
 
 
-def test_lost_rows_fail_the_batch(tmp_path: Path, connection: duckdb.DuckDBPyConnection):
+def test_lost_rows_fail_the_batch(tmp_path: Path):
     project = write_project(tmp_path, source=SOURCE)
-    manifests = [replace(manifest, source_rows=4) for manifest in _staged(project)]
-    open_staged(connection, project, manifests)
+    batch = _staged(project)
+    manifests = tuple(replace(manifest, source_rows=4) for manifest in batch.manifests)
 
-    result = find(audit_batch(connection, project, manifests), "row count", "hits")
+    result = find(audit_changed(project, replace(batch, manifests=manifests)), "row count", "hits")
 
     assert result.message == ('Table "hits" failed its audit: 3 rows are staged, 3 were written and the source had 4.')
 
 
-def test_a_changed_type_breaks_the_contract(tmp_path: Path, connection: duckdb.DuckDBPyConnection):
+def test_a_changed_type_breaks_the_contract(tmp_path: Path):
     project = write_project(tmp_path, source=SOURCE)
     batch = stage_batch(project)
     strict = write_project(
         tmp_path, source="", toml='[table.people]\ncolumns = { id = "INTEGER", name = "VARCHAR", born = "DATE" }'
     )
 
-    result = find(audit(connection, strict, batch), "contract", "people")
+    result = find(audit(strict, batch), "contract", "people")
 
     assert result.bad_rows == 2
     assert result.detail == (
@@ -176,10 +176,10 @@ def test_a_changed_type_breaks_the_contract(tmp_path: Path, connection: duckdb.D
     )
 
 
-def test_an_audit_that_cannot_run_blocks_even_as_a_warning(tmp_path: Path, connection: duckdb.DuckDBPyConnection):
+def test_an_audit_that_cannot_run_blocks_even_as_a_warning(tmp_path: Path):
     toml = '[[audit]]\nname = "typo"\nsql = "from hitz"\nseverity = "warning"'
 
-    result = find(audit(connection, write_project(tmp_path, source=SOURCE, toml=toml)), "typo")
+    result = find(audit(write_project(tmp_path, source=SOURCE, toml=toml)), "typo")
 
     assert result.severity == "blocking"
     with pytest.raises(AuditFailed, match="could not be audited: typo: Catalog Error.*hitz"):
@@ -187,24 +187,24 @@ def test_an_audit_that_cannot_run_blocks_even_as_a_warning(tmp_path: Path, conne
 
 
 @pytest.mark.parametrize("sql", ["drop view hits", "select 1; select 2", "create table x as select 1"])
-def test_an_audit_only_ever_selects(tmp_path: Path, connection: duckdb.DuckDBPyConnection, sql: str):
+def test_an_audit_only_ever_selects(tmp_path: Path, sql: str):
     project = write_project(tmp_path, source=SOURCE, toml=f'[[audit]]\nname = "a"\nsql = "{sql}"')
 
-    assert "must be one SELECT" in (find(audit(connection, project), "a").error or "")
+    assert "must be one SELECT" in (find(audit(project), "a").error or "")
 
 
-def test_a_warning_does_not_block(tmp_path: Path, connection: duckdb.DuckDBPyConnection):
+def test_a_warning_does_not_block(tmp_path: Path):
     toml = '[[audit]]\nname = "few"\ntable = "hits"\nsql = "from hits where n < 200"\nseverity = "warning"'
-    results = audit(connection, write_project(tmp_path, source=SOURCE, toml=toml))
+    results = audit(write_project(tmp_path, source=SOURCE, toml=toml))
 
     raise_for(results)
     assert [result.message for result in failed(results)] == ['Table "hits" has a warning: 2 rows break few.']
 
 
-def test_the_sample_is_bounded_and_the_count_is_not(tmp_path: Path, connection: duckdb.DuckDBPyConnection):
+def test_the_sample_is_bounded_and_the_count_is_not(tmp_path: Path):
     toml = '[[audit]]\nname = "all"\nsql = "from hits, range(1000)"'
 
-    result = find(audit(connection, write_project(tmp_path, source=SOURCE, toml=toml)), "all")
+    result = find(audit(write_project(tmp_path, source=SOURCE, toml=toml)), "all")
 
     assert (result.bad_rows, len(result.sample)) == (3000, 20)
 
@@ -231,63 +231,59 @@ def test_the_failure_lists_every_blocking_audit_and_some_rows():
     )
 
 
-def test_damaged_files_say_how_to_mend_them(tmp_path: Path, connection: duckdb.DuckDBPyConnection):
+def test_damaged_files_say_how_to_mend_them(tmp_path: Path):
     project = write_project(tmp_path, source=SOURCE)
-    manifests = list_manifests(project, stage_batch(project))
-    file = staged_files(project, manifests[0])[0]
+    batch = stage_batch(project)
+    file = staged_files(project, read_batch(project, batch).manifests[0])[0]
     file.write_bytes(bytes(file.stat().st_size))
 
     with pytest.raises(StagingError, match=r'staged files of table "hits" cannot be read: .* Remove .*hits'):
-        open_staged(connection, project, manifests)
+        audit(project, batch)
 
 
-def test_a_table_that_is_not_staged_is_audited_as_published(tmp_path: Path, connection: duckdb.DuckDBPyConnection):
+def test_a_table_that_is_not_staged_is_audited_as_published(tmp_path: Path):
     toml = '[table.hits]\nreferences = [{ columns = ["person"], table = "people", to = ["id"] }]'
     project = write_project(tmp_path, source=SOURCE, toml=toml)
-    publish_batch(project, SAMPLE_SETTINGS, stage_batch(project))
+    publish_sample(project, SAMPLE_SETTINGS, stage_batch(project))
     extract_table(project, SAMPLE_SETTINGS, batch="b", table="hits")
-    attach_lake(connection, project, read_only=True)
 
-    assert failed(audit(connection, project, "b")) == []
+    assert failed(audit(project, "b")) == []
 
 
-def test_folders_that_look_like_partitions_add_no_column(tmp_path: Path, connection: duckdb.DuckDBPyConnection):
+def test_folders_that_look_like_partitions_add_no_column(tmp_path: Path):
     root = tmp_path / "year=2024"
     root.mkdir()
 
-    assert failed(audit(connection, write_project(root, source=SOURCE))) == []
+    assert failed(audit(write_project(root, source=SOURCE))) == []
 
 
-def test_odd_names_are_audited_like_any_other(tmp_path: Path, connection: duckdb.DuckDBPyConnection):
+def test_odd_names_are_audited_like_any_other(tmp_path: Path):
     source = """
     create table "select * from ""x""; 🐘" ("order by" integer primary key, "a ""b"" c" text, "rows" text);
     insert into "select * from ""x""; 🐘" values (1, 'x', 'y');
     """
-    assert failed(audit(connection, write_project(tmp_path, source=source))) == []
+    assert failed(audit(write_project(tmp_path, source=source))) == []
 
 
 def test_published_tables_keep_the_keys_of_their_source(tmp_path: Path):
     project = write_project(tmp_path, source=SOURCE)
-    publish_batch(project, SAMPLE_SETTINGS, stage_batch(project))
+    publish_sample(project, SAMPLE_SETTINGS, stage_batch(project))
     stricter = write_project(tmp_path, source="", toml='[[audit]]\nname = "a"\nsql = "from hits"')
 
-    with open_reader(project, SAMPLE_SETTINGS) as reader:
-        results = audit_published(reader, stricter)
+    with open_auditor(stricter, SAMPLE_SETTINGS) as session:
+        results = audit_published(session)
 
     assert {result.name for result in results} >= {"unique(person, year)", "unique(id)", "not_null(id)"}
     assert [(result.name, result.bad_rows) for result in failed(results)] == [("a", 3)]
 
 
-def test_a_table_that_is_staged_alone_is_audited_but_for_what_needs_others(
-    tmp_path: Path, connection: duckdb.DuckDBPyConnection
-):
+def test_a_table_that_is_staged_alone_is_audited_but_for_what_needs_others(tmp_path: Path):
     toml = '[table.hits]\nkey = ["person"]\nreferences = [{ columns = ["person"], table = "people", to = ["id"] }]\n'
     project = write_project(tmp_path, source=SOURCE, toml=toml)
     change_source(tmp_path, "insert into hits values (1, 1921, 204)")
-    manifest = extract_table(project, SAMPLE_SETTINGS, batch="alone", table="hits")
-    open_staged(connection, project, [manifest])
+    extract_table(project, SAMPLE_SETTINGS, batch="alone", table="hits")
 
-    results = audit_batch(connection, project, [manifest], is_partial=True)
+    results = list(audit_sample(project, "alone", is_partial=True).results)
 
     assert find(results, "unique(person)").bad_rows == 1
     (reference,) = [result for result in results if result.name.startswith("references")]

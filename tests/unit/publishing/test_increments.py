@@ -13,21 +13,23 @@ import pytest
 from phasewise.errors import AuditFailed, ProjectError, PublishConflict, SchemaDrift
 from phasewise.lake.publications import Publication, TableState, diff_batches, list_keys, list_publications, open_reader
 from phasewise.lake.session import open_session, preload_extensions
-from phasewise.lake.warehouse import attach_lake, has_lake
+from phasewise.lake.warehouse import attach_lake
 from phasewise.project.config import Project, Table
-from phasewise.publishing.audits import audit_batch, audit_published, open_staged, raise_for
+from phasewise.publishing.audit_batch import AuditedBatch, audit_batch
+from phasewise.publishing.audits import audit_published, raise_for
 from phasewise.publishing.maintenance import maintain_lake
 from phasewise.publishing.publish import publish_batch
 from phasewise.publishing.rollback import rollback_batch
+from phasewise.publishing.session import open_auditor
 from phasewise.report.from_batch import BatchData, write_batch_report
 from phasewise.sources import Column, SourceTable
-from phasewise.staging.batch import begin_batch, list_batches, read_plan, remember_lake
+from phasewise.staging.batch import begin_batch, list_batches, read_batch, read_plan, remember_lake
 from phasewise.staging.extract import extract_table
 from phasewise.staging.forecast import forecast_tables
 from phasewise.staging.load_plan import LakeTable, plan_load
 from phasewise.staging.manifest import list_manifests, read_manifest
 from phasewise.testing.projects import SAMPLE_SETTINGS as SETTINGS
-from phasewise.testing.projects import change_project, change_source, stage_batch, write_project
+from phasewise.testing.projects import change_project, change_source, publish_sample, stage_batch, write_project
 
 SOURCE = """
 create table t (id integer primary key, v text, at integer);
@@ -54,20 +56,16 @@ def load(project: Project, batch: str, sql: str = "") -> Publication:
     """Change the source, then stage, audit and publish a batch."""
     change_source(project.root, sql)
     stage_batch(project, batch=batch)
-    audit(project, batch)
-    return publish_batch(project, SETTINGS, batch)
+    return publish_batch(project, SETTINGS, audit(project, batch))
 
 
-def audit(project: Project, batch: str) -> None:
-    manifests = list_manifests(project, batch)
-    with open_session(SETTINGS) as connection:
-        if has_lake(project):
-            attach_lake(connection, project, read_only=True)
-        open_staged(connection, project, manifests)
-        results = audit_batch(connection, project, manifests, read_plan(project, batch))
-        expected = connection.execute("from t order by all").fetchall()
-    raise_for(results)
+def audit(project: Project, batch: str) -> AuditedBatch:
+    with open_auditor(project, SETTINGS) as session:
+        audited = audit_batch(session, read_batch(project, batch))
+        expected = session.connection.execute("from t order by all").fetchall()
+    raise_for(audited.results)
     _EXPECTED[batch] = expected
+    return audited
 
 
 #: What the audits saw, by batch: the same that is published.
@@ -214,7 +212,7 @@ def test_two_rows_of_a_batch_with_one_key_fail_the_audit_that_names_the_key(tmp_
     with pytest.raises(AuditFailed, match=r'unique\(id\).\n    {"id": 7, "rows": 2}'):
         audit(project, "b1")
     with pytest.raises(PublishConflict, match="id = 7"):
-        publish_batch(project, SETTINGS, "b1")
+        publish_sample(project, SETTINGS, "b1")
 
     assert rows(project) == before
 
@@ -329,7 +327,7 @@ def test_a_resumed_batch_reads_from_where_it_began(tmp_path: Path):
 
     assert (manifest.load.since, manifest.rows) == ("20", 2)
     with pytest.raises(PublishConflict):
-        publish_batch(project, SETTINGS, "b1")
+        publish_sample(project, SETTINGS, "b1")
 
 
 def test_a_table_whose_name_changes_by_case_only_goes_on(tmp_path: Path):
@@ -351,7 +349,7 @@ def test_what_goes_on_from_another_batch_than_the_lake_s_is_not_published(tmp_pa
     rollback_batch(project, SETTINGS, "b0")
 
     with pytest.raises(PublishConflict, match='staged on top of batch "b1", but the warehouse has batch "b0"'):
-        publish_batch(project, SETTINGS, "b2")
+        publish_sample(project, SETTINGS, "b2")
 
 
 @pytest.mark.parametrize(
@@ -498,9 +496,8 @@ def test_published_incremental_tables_pass_the_audits_again(tmp_path: Path):
     project = begin(tmp_path, HISTORY + 'key = ["id"]\n')
     load(project, "b1", "update t set v = 'A', at = 30 where id = 1")
 
-    with open_session(SETTINGS) as connection:
-        attach_lake(connection, project, read_only=True)
-        results = audit_published(connection, project)
+    with open_auditor(project, SETTINGS) as session:
+        results = audit_published(session)
 
     assert {result.name for result in results} == {"not_null(id)", "unique(id)"}
     assert all(result.passed for result in results)
@@ -510,7 +507,7 @@ def test_the_keys_of_tables_that_batches_do_not_bring_survive_retention(tmp_path
     project = begin(tmp_path, MERGE, SOURCE + "create table u (id integer primary key); insert into u values (1);")
     for number in range(2):
         extract_table(project, SETTINGS, batch=f"alone{number}", table="u")
-        publish_batch(project, SETTINGS, f"alone{number}")
+        publish_sample(project, SETTINGS, f"alone{number}")
         maintain_lake(project, SETTINGS.model_copy(update={"snapshot_retention_days": 0}))
 
     assert [publication.batch for publication in publications(project)] == ["alone1"]
@@ -563,7 +560,7 @@ def test_a_history_survives_a_change_of_its_cursor(tmp_path: Path):
 def test_a_table_that_another_batch_did_not_bring_keeps_its_cursor(tmp_path: Path):
     project = begin(tmp_path, MERGE, SOURCE + "create table u (id integer primary key); insert into u values (1);")
     extract_table(project, SETTINGS, batch="alone", table="u")
-    publish_batch(project, SETTINGS, "alone")
+    publish_sample(project, SETTINGS, "alone")
 
     load(project, "b1", "insert into t values (3, 'c', 30)")
 
@@ -654,7 +651,7 @@ def test_a_value_that_does_not_fit_is_found_by_the_audit_where_no_key_is_compare
     )
     stage_batch(project, batch="b1")
 
-    for run in (lambda: audit(project, "b1"), lambda: publish_batch(project, SETTINGS, "b1")):
+    for run in (lambda: audit(project, "b1"), lambda: publish_sample(project, SETTINGS, "b1")):
         with pytest.raises(
             SchemaDrift, match=r"column n is DECIMAL\(10,2\) in the warehouse, which does not hold 1\.1234"
         ):

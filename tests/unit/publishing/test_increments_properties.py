@@ -11,16 +11,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from phasewise.lake.publications import open_reader
-from phasewise.lake.session import open_session, preload_extensions
-from phasewise.lake.warehouse import attach_lake, has_lake
-from phasewise.publishing.audits import audit_batch, open_staged, raise_for
+from phasewise.lake.session import preload_extensions
 from phasewise.publishing.maintenance import maintain_lake
-from phasewise.publishing.publish import publish_batch
 from phasewise.publishing.rollback import rollback_batch
 from phasewise.staging.batch import read_plan
-from phasewise.staging.manifest import list_manifests
 from phasewise.testing.projects import SAMPLE_SETTINGS as SETTINGS
-from phasewise.testing.projects import change_source, stage_batch, write_project
+from phasewise.testing.projects import change_source, publish_sample, stage_batch, write_project
 
 Key = int
 #: Text and cursor.
@@ -112,7 +108,7 @@ def check(
         publish(project, f"b{batch}")
         model.load(source, batch)
         assert read(project, mode, batch) == model.expected()
-        publish_batch(project, SETTINGS, f"b{batch}")
+        publish_sample(project, SETTINGS, f"b{batch}")
         if maintains:
             maintain_lake(project, SETTINGS)
         assert read(project, mode, batch) == model.expected()
@@ -128,13 +124,7 @@ def write_source(root: Path, source: dict[Key, Row]) -> None:
 
 def publish(project, batch: str) -> None:
     stage_batch(project, batch=batch)
-    manifests = list_manifests(project, batch)
-    with open_session(SETTINGS) as connection:
-        if has_lake(project):
-            attach_lake(connection, project, read_only=True)
-        open_staged(connection, project, manifests)
-        raise_for(audit_batch(connection, project, manifests, read_plan(project, batch)))
-    publish_batch(project, SETTINGS, batch)
+    publish_sample(project, SETTINGS, batch)
 
 
 def read(project, mode: str, last: int) -> list[tuple[object, ...]]:

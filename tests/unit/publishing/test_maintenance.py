@@ -16,11 +16,10 @@ from phasewise.lake.warehouse import Snapshot, attach_lake
 from phasewise.project.config import Project
 from phasewise.publishing import staging_cleanup
 from phasewise.publishing.maintenance import list_expired, maintain_lake
-from phasewise.publishing.publish import publish_batch
 from phasewise.publishing.staging_cleanup import remove_finished_staging
 from phasewise.staging.batch import find_batch_folder, find_publishable_batch
 from phasewise.staging.manifest import read_manifest, staged_files
-from phasewise.testing.projects import SAMPLE_SETTINGS, change_source, stage_batch, write_project
+from phasewise.testing.projects import SAMPLE_SETTINGS, change_source, publish_sample, stage_batch, write_project
 
 SETTINGS = SAMPLE_SETTINGS
 NO_RETENTION = SETTINGS.model_copy(update={"snapshot_retention_days": 0, "batch_retention_days": 0})
@@ -57,7 +56,7 @@ def count(project: Project) -> int:
 
 def test_published_staging_goes_and_readers_do_not_notice(project: Project):
     batch = stage_batch(project)
-    publish_batch(project, SETTINGS, batch)
+    publish_sample(project, SETTINGS, batch)
 
     done = remove_finished_staging(project, SETTINGS, keep=set())
 
@@ -86,7 +85,7 @@ def test_a_batch_past_retention_is_given_up(project: Project):
 
 def test_the_running_batch_stays_whatever_its_state(project: Project):
     published, old = stage_batch(project), stage_batch(project)
-    publish_batch(project, SETTINGS, published)
+    publish_sample(project, SETTINGS, published)
     age(project, old, days=100)
 
     done = remove_finished_staging(project, NO_RETENTION, keep={published, old})
@@ -108,7 +107,7 @@ def test_a_batch_that_another_process_removes_meanwhile_counts_as_removed(
     project: Project, monkeypatch: pytest.MonkeyPatch
 ):
     batch = stage_batch(project)
-    publish_batch(project, SETTINGS, batch)
+    publish_sample(project, SETTINGS, batch)
     monkeypatch.setattr(staging_cleanup, "forget_batch", lambda project, name: shutil.rmtree(project.staging / name))
 
     assert remove_finished_staging(project, SETTINGS, keep=set()).removed == (batch,)
@@ -129,7 +128,7 @@ def test_a_warehouse_that_never_was_has_nothing_to_maintain(project: Project):
 
 def test_maintenance_within_retention_changes_nothing(project: Project):
     for _ in range(3):
-        publish_batch(project, SETTINGS, stage_batch(project))
+        publish_sample(project, SETTINGS, stage_batch(project))
     files = parquet_files(project)
 
     done = maintain_lake(project, SETTINGS)
@@ -142,7 +141,7 @@ def test_past_retention_only_the_published_state_is_left(project: Project):
     for rows in range(3):
         change_source(project.root, f"insert into people values ({rows + 10})")
         last = stage_batch(project)
-        publish_batch(project, SETTINGS, last)
+        publish_sample(project, SETTINGS, last)
     before = parquet_files(project)
 
     done = maintain_lake(project, NO_RETENTION)
@@ -153,13 +152,13 @@ def test_past_retention_only_the_published_state_is_left(project: Project):
     assert count(project) == 5
     with open_reader(project, SETTINGS) as connection:
         assert [publication.batch for publication in list_publications(connection)] == [last]
-    assert publish_batch(project, SETTINGS, last).was_published
+    assert publish_sample(project, SETTINGS, last).was_published
 
 
 def test_deleting_files_of_the_lake_leaves_staging_whole(project: Project):
     kept = stage_batch(project)
-    publish_batch(project, SETTINGS, kept)
-    publish_batch(project, SETTINGS, stage_batch(project))
+    publish_sample(project, SETTINGS, kept)
+    publish_sample(project, SETTINGS, stage_batch(project))
 
     assert maintain_lake(project, NO_RETENTION).deleted_files > 0
 
@@ -168,7 +167,7 @@ def test_deleting_files_of_the_lake_leaves_staging_whole(project: Project):
 
 
 def test_files_of_a_failed_publish_go_at_once_and_those_of_others_after_a_grace(project: Project):
-    publish_batch(project, SETTINGS, stage_batch(project))
+    publish_sample(project, SETTINGS, stage_batch(project))
     known = parquet_files(project)
     folder = next(iter(known)).parent
     ours, foreign, old = (folder / name for name in ("phasewise-1.parquet", "ducklake-2.parquet", "ducklake-3.parquet"))
@@ -183,7 +182,7 @@ def test_files_of_a_failed_publish_go_at_once_and_those_of_others_after_a_grace(
 
 
 def test_small_files_of_others_are_merged_and_their_readers_can_finish(project: Project):
-    publish_batch(project, SETTINGS, stage_batch(project))
+    publish_sample(project, SETTINGS, stage_batch(project))
     with open_session(SETTINGS) as connection:
         attach_lake(connection, project)
         for start in range(4):

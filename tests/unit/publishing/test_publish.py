@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from phasewise.errors import LakeError, NothingStaged, ProjectError, PublishConflict, WarehouseBusy
+from phasewise.errors import AuditFailed, LakeError, NothingStaged, ProjectError, PublishConflict, WarehouseBusy
 from phasewise.lake.publications import TableDiff, diff_batches, list_publications, open_reader
 from phasewise.lake.session import open_session, preload_extensions
 from phasewise.lake.warehouse import Snapshot, attach_lake, list_snapshots, lock_lake
@@ -18,10 +19,18 @@ from phasewise.project.config import Project
 from phasewise.publishing.maintenance import maintain_lake
 from phasewise.publishing.publish import publish_batch, renew_marts
 from phasewise.publishing.rollback import rollback_batch
-from phasewise.staging.batch import begin_batch, find_batch_folder, list_batches
+from phasewise.staging.batch import begin_batch, find_batch_folder, give_up_tables, list_batches
+from phasewise.staging.digests import digest_path
 from phasewise.staging.extract import extract_table
 from phasewise.staging.manifest import read_manifest, staged_files
-from phasewise.testing.projects import SAMPLE_SETTINGS, change_source, stage_batch, write_project
+from phasewise.testing.projects import (
+    SAMPLE_SETTINGS,
+    audit_sample,
+    change_source,
+    publish_sample,
+    stage_batch,
+    write_project,
+)
 
 SETTINGS = SAMPLE_SETTINGS
 
@@ -49,7 +58,7 @@ def project(tmp_path: Path) -> Project:
 
 def publish(project: Project, batch: str | None = None) -> str:
     batch = stage_batch(project, batch=batch)
-    publish_batch(project, SETTINGS, batch)
+    publish_sample(project, SETTINGS, batch)
     return batch
 
 
@@ -71,7 +80,7 @@ def files(project: Project) -> set[str]:
 def test_tables_and_marts_are_one_snapshot_with_the_batch(project: Project):
     batch = stage_batch(project)
 
-    publication = publish_batch(project, SETTINGS, batch)
+    publication = publish_sample(project, SETTINGS, batch)
 
     assert [(snapshot.id, snapshot.batch) for snapshot in snapshots(project)] == [(0, None), (1, batch)]
     assert query(project, "from people order by id") == [(1, "Babe"), (2, "Hank")]
@@ -106,10 +115,10 @@ def test_a_second_batch_replaces_rows_columns_and_types(project: Project):
 
 def test_publishing_twice_changes_nothing(project: Project):
     batch = stage_batch(project)
-    first = publish_batch(project, SETTINGS, batch)
+    first = publish_sample(project, SETTINGS, batch)
     before = files(project)
 
-    again = publish_batch(project, SETTINGS, batch)
+    again = publish_sample(project, SETTINGS, batch)
 
     assert again.was_published
     assert (again.snapshot, again.tables, again.at) == (first.snapshot, first.tables, first.at)
@@ -120,16 +129,16 @@ def test_publishing_twice_changes_nothing(project: Project):
 
 def test_a_batch_is_known_as_published_when_its_marker_and_its_staging_are_gone(project: Project):
     batch = stage_batch(project)
-    publish_batch(project, SETTINGS, batch)
+    publish_sample(project, SETTINGS, batch)
     (find_batch_folder(project, batch) / "published.json").unlink()
 
-    assert publish_batch(project, SETTINGS, batch).was_published
+    assert publish_sample(project, SETTINGS, batch).was_published
     assert list_batches(project)[0].is_published
 
 
 def test_a_batch_without_staging_says_so(project: Project):
     with pytest.raises(NothingStaged, match='Nothing is staged for the batch "b"'):
-        publish_batch(project, SETTINGS, "b")
+        publish_sample(project, SETTINGS, "b")
 
 
 def test_a_batch_never_takes_the_warehouse_back_in_time(project: Project):
@@ -137,7 +146,7 @@ def test_a_batch_never_takes_the_warehouse_back_in_time(project: Project):
     publish(project)
 
     with pytest.raises(PublishConflict, match=rf'The batch "{old}" began .*, before the batch'):
-        publish_batch(project, SETTINGS, old)
+        publish_sample(project, SETTINGS, old)
 
     assert len(snapshots(project)) == 2
 
@@ -147,7 +156,7 @@ def test_tables_that_a_batch_does_not_have_stay(project: Project):
     change_source(project.root, "delete from hits")
     extract_table(project, SETTINGS, batch="b", table="hits")
 
-    publish_batch(project, SETTINGS, "b")
+    publish_sample(project, SETTINGS, "b")
 
     assert query(project, "select count(*) from hits") == [(0,)]
     assert query(project, "select count(*) from people") == [(2,)]
@@ -173,8 +182,8 @@ def test_staged_files_that_were_tampered_with_are_not_published(project: Project
     with staged_files(project, manifest)[0].open("ab") as file:
         file.write(b"x")
 
-    with pytest.raises(PublishConflict, match=f'Batch {batch} is not complete: table "hits" is not staged'):
-        publish_batch(project, SETTINGS, batch)
+    with pytest.raises(AuditFailed, match='The batch failed its audit: table "hits" is not staged'):
+        publish_sample(project, SETTINGS, batch)
 
     assert snapshots(project) == before
 
@@ -187,12 +196,12 @@ def test_a_type_that_the_lake_lacks_fails_with_the_table_and_changes_nothing(pro
         connection.execute(f"copy (select timetz '12:00:00+02' as t) to '{file}'")
     path = file.with_name("manifest.json")
     written = json.loads(path.read_text())
-    path.write_text(json.dumps(written | {"size_bytes": file.stat().st_size}))
+    path.write_text(json.dumps(written | {"size_bytes": file.stat().st_size, "digests": [digest_path(file)]}))
 
     with pytest.raises(
         LakeError, match='Table "hits" cannot be published: .*Expected TIME WITH TIME ZONE.*The warehouse is unchanged'
     ):
-        publish_batch(project, SETTINGS, batch)
+        publish_batch(project, SETTINGS, replace(audit_sample(project, batch), results=()))
 
     assert len(snapshots(project)) == 1
 
@@ -235,7 +244,9 @@ def test_a_failed_table_can_be_left_as_it_was(project: Project):
     begin_batch(project, "b", ["hits", "people"])
     extract_table(project, SETTINGS, batch="b", table="hits")
 
-    publish_batch(project, SETTINGS, "b", without={"people"})
+    give_up_tables(project, "b", {"people": "it failed"})
+
+    publish_sample(project, SETTINGS, "b")
 
     assert query(project, "select count(*) from hits") == [(0,)]
     assert query(project, "select count(*) from people") == [(2,)]
@@ -248,7 +259,7 @@ def test_staging_on_another_file_system_is_copied(project: Project, monkeypatch:
     batch = stage_batch(project)
     monkeypatch.setattr(os, "link", refuse)
 
-    publish_batch(project, SETTINGS, batch)
+    publish_sample(project, SETTINGS, batch)
 
     assert query(project, "select count(*) from people") == [(2,)]
 
@@ -261,7 +272,7 @@ def test_a_full_disk_is_named(project: Project, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(os, "link", refuse)
 
     with pytest.raises(LakeError, match="cannot be written: No space left on device. It is unchanged"):
-        publish_batch(project, SETTINGS, batch)
+        publish_sample(project, SETTINGS, batch)
 
 
 def test_one_writer_waits_for_the_other(project: Project):
@@ -269,8 +280,8 @@ def test_one_writer_waits_for_the_other(project: Project):
     impatient = SETTINGS.model_copy(update={"lock_timeout": 0})
     with lock_lake(project, timeout=0):
         with pytest.raises(WarehouseBusy, match=f"Process {os.getpid()} "):
-            publish_batch(project, impatient, batch)
-        patient = threading.Thread(target=publish_batch, args=(project, SETTINGS, batch))
+            publish_sample(project, impatient, batch)
+        patient = threading.Thread(target=publish_sample, args=(project, SETTINGS, batch))
         patient.start()
     patient.join(timeout=20)
 
@@ -337,8 +348,8 @@ def test_rollback_restores_what_others_changed_in_the_lake(project: Project):
         connection.execute("delete from lake.main.people where id = 1")
         connection.execute("insert into lake.main.hits values (7, 7)")
     extract_table(project, SETTINGS, batch="b", table="hits")
-    changed = publish_batch(project, SETTINGS, "b").batch
-    publish_batch(project, SETTINGS, stage_batch(project))
+    changed = publish_sample(project, SETTINGS, "b").batch
+    publish_sample(project, SETTINGS, stage_batch(project))
 
     rollback_batch(project, SETTINGS, changed)
     assert query(project, "from people") == [(2, "Hank")]
@@ -353,7 +364,7 @@ def test_after_a_rollback_the_next_batch_is_published_as_ever(project: Project):
     second = publish(project)
     rollback_batch(project, SETTINGS, first)
 
-    assert publish_batch(project, SETTINGS, second).was_published
+    assert publish_sample(project, SETTINGS, second).was_published
     publish(project)
 
     assert query(project, "from best") == [("Babe", 2873)]

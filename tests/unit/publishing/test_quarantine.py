@@ -13,15 +13,22 @@ from phasewise.lake.publications import diff_batches, query_warehouse
 from phasewise.lake.session import preload_extensions
 from phasewise.lake.warehouse import has_lake
 from phasewise.project.config import Project, load_project
-from phasewise.publishing.audit_batch import Findings
+from phasewise.publishing.audit_batch import AuditedBatch
 from phasewise.publishing.audits import AuditResult, raise_for
 from phasewise.publishing.maintenance import maintain_lake
-from phasewise.publishing.publish import Publication, publish_batch
+from phasewise.publishing.publish import Publication
 from phasewise.publishing.replay import Replay, replay_quarantine
 from phasewise.publishing.rollback import rollback_batch
-from phasewise.publishing.writer import open_writer
+from phasewise.publishing.session import open_writer
 from phasewise.staging.manifest import read_manifest, staged_files
-from phasewise.testing.projects import SAMPLE_SETTINGS, audit_sample, change_source, stage_batch, write_project
+from phasewise.testing.projects import (
+    SAMPLE_SETTINGS,
+    audit_sample,
+    change_source,
+    publish_sample,
+    stage_batch,
+    write_project,
+)
 
 SOURCE = """
 create table customer (id integer, name text);
@@ -60,22 +67,20 @@ def project(tmp_path: Path) -> Project:
 
 def publish(project: Project, batch: str | None = None) -> Publication:
     batch = batch or stage_batch(project)
-    found = audit_sample(project, batch)
-    raise_for(found.results)
-    return publish_batch(project, SAMPLE_SETTINGS, batch, set_aside=found.set_aside)
+    return publish_sample(project, SAMPLE_SETTINGS, batch)
 
 
 def query(project: Project, sql: str, at: str | None = None) -> list[tuple[object, ...]]:
     return query_warehouse(project, SAMPLE_SETTINGS, sql, at=at)[1]
 
 
-def find(found: Findings, name: str) -> AuditResult:
+def find(found: AuditedBatch, name: str) -> AuditResult:
     return next(result for result in found.results if result.name == name)
 
 
 def mend(project: Project, sql: str) -> None:
-    with open_writer(project, SAMPLE_SETTINGS) as connection:
-        connection.execute(sql)
+    with open_writer(project, SAMPLE_SETTINGS) as session:
+        session.connection.execute(sql)
 
 
 def test_bad_rows_are_set_aside_with_their_reasons_and_the_rest_is_published_with_its_marts(project: Project):

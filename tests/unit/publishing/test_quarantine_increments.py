@@ -12,15 +12,22 @@ from phasewise.lake.publications import query_warehouse
 from phasewise.lake.session import open_session, preload_extensions
 from phasewise.lake.warehouse import attach_lake
 from phasewise.project.config import Project
-from phasewise.publishing.audit_batch import Findings
-from phasewise.publishing.audits import AuditResult, raise_for
+from phasewise.publishing.audit_batch import AuditedBatch
+from phasewise.publishing.audits import AuditResult
 from phasewise.publishing.maintenance import maintain_lake
-from phasewise.publishing.publish import Publication, publish_batch
+from phasewise.publishing.publish import Publication
 from phasewise.publishing.replay import replay_quarantine
 from phasewise.publishing.rollback import rollback_batch
-from phasewise.publishing.writer import open_writer
+from phasewise.publishing.session import open_writer
 from phasewise.testing.projects import SAMPLE_SETTINGS as SETTINGS
-from phasewise.testing.projects import audit_sample, change_project, change_source, stage_batch, write_project
+from phasewise.testing.projects import (
+    audit_sample,
+    change_project,
+    change_source,
+    publish_sample,
+    stage_batch,
+    write_project,
+)
 
 SOURCE = """
 create table t (id integer, n integer, at integer);
@@ -58,9 +65,7 @@ def load(project: Project, batch: str, sql: str = "") -> Publication:
     """Change the source, then stage, audit and publish a batch."""
     change_source(project.root, sql)
     stage_batch(project, batch=batch)
-    found = audit_sample(project, batch)
-    raise_for(found.results)
-    return publish_batch(project, SETTINGS, batch, set_aside=found.set_aside)
+    return publish_sample(project, SETTINGS, batch)
 
 
 def rows(project: Project, mode: str = "", *, at: str | None = None) -> list[tuple[Any, ...]]:
@@ -77,11 +82,11 @@ def quarantined(project: Project) -> list[tuple[Any, ...]]:
 
 
 def mend(project: Project, sql: str) -> None:
-    with open_writer(project, SETTINGS) as connection:
-        connection.execute(sql)
+    with open_writer(project, SETTINGS) as session:
+        session.connection.execute(sql)
 
 
-def find(found: Findings, name: str) -> AuditResult:
+def find(found: AuditedBatch, name: str) -> AuditResult:
     return next(result for result in found.results if result.name == name)
 
 

@@ -7,22 +7,20 @@ from pathlib import Path
 import duckdb
 import pytest
 
-from phasewise.errors import PublishConflict, SourceError, SourceUnavailable, StagingError
+from phasewise.errors import AuditFailed, SourceError, SourceUnavailable, StagingError
 from phasewise.lake.session import open_session, preload_extensions
 from phasewise.lake.warehouse import attach_lake
 from phasewise.project.config import Project, load_project
-from phasewise.publishing.audits import audit_batch, open_staged
-from phasewise.publishing.publish import publish_batch
 from phasewise.sources import list_project_tables, open_source
 from phasewise.sources.sqlite import SqliteSource
 from phasewise.staging import partition_plan
-from phasewise.staging.batch import begin_batch, give_up_tables, list_batches, read_given_up, read_plan
+from phasewise.staging.batch import begin_batch, give_up_tables, list_batches
 from phasewise.staging.extract import extract_table
 from phasewise.staging.manifest import Manifest, list_manifests, staged_files
 from phasewise.staging.partition_plan import plan_partitions
 from phasewise.staging.partitions import SplitTable
 from phasewise.staging.source_snapshot import forget_snapshot, open_snapshot
-from phasewise.testing.projects import SAMPLE_SETTINGS, change_source, write_project
+from phasewise.testing.projects import SAMPLE_SETTINGS, audit_sample, change_source, publish_sample, write_project
 
 COUNT = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {rows})"
 #: Rowids with a gap, so that equal widths would not be equal rows; a key of texts in another order than their bytes.
@@ -67,11 +65,7 @@ def stage(project: Project, batch: str = "b1", *, skip: tuple[str, ...] = ()) ->
 
 def audited(project: Project, batch: str = "b1") -> list[str]:
     """Return the messages of the audits that failed."""
-    manifests = list_manifests(project, batch)
-    with open_session(SAMPLE_SETTINGS) as connection:
-        open_staged(connection, project, manifests)
-        results = audit_batch(connection, project, manifests, read_plan(project, batch))
-    return [result.message for result in results if not result.passed]
+    return [result.message for result in audit_sample(project, batch).results if not result.passed]
 
 
 def staged_times(project: Project) -> dict[str, int]:
@@ -93,7 +87,7 @@ def test_a_large_table_is_split_evenly_and_a_small_one_is_not(project: Project):
 def test_a_split_table_is_published_as_one_and_equals_its_source(project: Project):
     stage(project)
 
-    publish_batch(project, SAMPLE_SETTINGS, "b1")
+    publish_sample(project, SAMPLE_SETTINGS, "b1")
 
     with open_session(SAMPLE_SETTINGS) as connection:
         attach_lake(connection, project, read_only=True)
@@ -122,19 +116,18 @@ def test_a_table_that_lacks_a_part_counts_as_not_staged(project: Project):
     assert {manifest.table for manifest in list_manifests(project, "b1")} == {"small"}
     [batch] = list_batches(project)
     assert batch.missing == ("big", "keyed")
-    with pytest.raises(PublishConflict, match='"big"'):
-        publish_batch(project, SAMPLE_SETTINGS, "b1")
+    with pytest.raises(AuditFailed, match='"big"'):
+        publish_sample(project, SAMPLE_SETTINGS, "b1")
 
 
 def test_a_table_that_lacks_a_part_is_given_up_whole(project: Project):
     stage(project, "b0")
-    publish_batch(project, SAMPLE_SETTINGS, "b0")
+    publish_sample(project, SAMPLE_SETTINGS, "b0")
     change_source(project.root, "update big set label = 'new'; delete from small where id = 1;")
     stage(project, skip=("3/4",))
     give_up_tables(project, "b1", {"big": "a part failed", "keyed": "a part failed"})
 
-    given_up = read_given_up(project, "b1")
-    publish_batch(project, SAMPLE_SETTINGS, "b1", without=given_up)
+    publish_sample(project, SAMPLE_SETTINGS, "b1")
 
     with open_session(SAMPLE_SETTINGS) as connection:
         attach_lake(connection, project, read_only=True)
@@ -379,10 +372,10 @@ def test_parts_of_a_first_load_have_one_cursor_and_the_next_batch_is_read_from_i
     project = write_project(tmp_path, source=source, toml=f"[table.a]\n{options}[table.b]\n{options}")
 
     first = stage(project)
-    publish_batch(project, SAMPLE_SETTINGS, "b1")
+    publish_sample(project, SAMPLE_SETTINGS, "b1")
     change_source(tmp_path, "update a set at = 40 where id = 4")
     second = stage(project, "b2")
-    published = publish_batch(project, SAMPLE_SETTINGS, "b2")
+    published = publish_sample(project, SAMPLE_SETTINGS, "b2")
 
     assert sorted(first) == ["a", "b"]
     assert second == {}
