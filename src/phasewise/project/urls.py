@@ -15,7 +15,7 @@ from phasewise.errors import ProjectError
 
 #: One server of the authority: a name, an IPv4 address or an IPv6 address in brackets; perhaps a port.
 _SERVER = re.compile(r"(?P<host>\[[0-9A-Fa-f:.%]+\]|[^:\[\]]*)(?::(?P<port>\d{0,5}))?")
-_SECRET = re.compile(r"(?i)((?:password|passwd|secret|token|key)[^=&]*=)[^&#]*")
+_SECRET = re.compile(r"(?i)((?:password|passwd|secret|token|key)[^=&]*=)[^&]*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ def read_database_url(url: str, example: str) -> DatabaseUrl:
     parts = split_url(url, example)
     userinfo, _, address = parts.netloc.rpartition("@")
     servers = [_SERVER.fullmatch(server) for server in address.split(",")]
-    has_rest_of_password = ":" in parts.netloc and "@" in parts.path + parts.fragment
+    has_rest_of_password = parts.fragment or (":" in parts.netloc and "@" in parts.path)
     if has_rest_of_password or not all(match and int(match["port"] or 0) < 2**16 for match in servers):
         raise _explain_malformed(url, example)
     user, _, password = userinfo.partition(":")
@@ -113,7 +113,8 @@ def redact_url(url: str) -> str:
 
 
 def _hide_secrets(text: str) -> str:
-    return _SECRET.sub(r"\1***", text)
+    path, mark, query = text.partition("?")
+    return path + mark + _SECRET.sub(r"\1***", query)
 
 
 def _write_server(host: str, port: str) -> str:

@@ -76,6 +76,18 @@ def test_a_malformed_url_is_a_sentence_without_the_password(caller: str, url: st
 
 
 @pytest.mark.parametrize("caller", SERVERS)
+def test_a_password_among_the_options_is_hidden_to_its_end(caller: str):
+    with pytest.raises(ProjectError) as caught:
+        SERVERS[caller](f"://etl@host/db?password=12#{SECRET}")
+
+    assert SECRET not in f"{caught.value}"
+
+
+def test_a_path_that_looks_like_a_secret_is_shown():
+    assert redact_url("sqlite:///keys/a=b.db?key=c") == "sqlite:///keys/a=b.db?key=***"
+
+
+@pytest.mark.parametrize("caller", SERVERS)
 @pytest.mark.parametrize("password", ["p@ss", "p%40ss", "50%", "%25", "a:b", "a+b", "ä%20b"])
 def test_a_password_that_can_be_read_is(caller: str, password: str):
     SERVERS[caller](f"://etl:{password}@host/db")
