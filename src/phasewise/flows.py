@@ -12,9 +12,7 @@ from typing import Any
 
 from prefect import task
 
-from phasewise import sources
-from phasewise.errors import FlowRunsFailed, PhasewiseError, combine_errors
-from phasewise.lake.warehouse import prepare_lake
+from phasewise.errors import FlowRunsFailed
 from phasewise.local.batch import etl_flow
 from phasewise.orchestration.batch_lock import lock_batch
 from phasewise.orchestration.fan_out_order import order_longest_first
@@ -40,13 +38,13 @@ from phasewise.staging.batch import (
     begin_batch,
     give_up_tables,
     new_batch_id,
-    prepare_staging,
     remember_lake,
 )
 from phasewise.staging.extract import extract_table
 from phasewise.staging.manifest import Manifest, summarize
 from phasewise.staging.partition_plan import estimate_rows, list_items, plan_partitions
 from phasewise.staging.partitions import SplitTable, name_item
+from phasewise.staging.preparation import list_source_tables, prepare_batch
 from phasewise.staging.source_snapshot import forget_snapshot, open_snapshot
 
 
@@ -100,15 +98,7 @@ def pre_etl(batch_id: str | None = None) -> dict[str, Any]:
 @task(name="pre-etl-task", tags={"pre-processing"})
 def pre_etl_task() -> dict[str, Any]:
     project, settings = _load()
-    problems = sources.check_project(project, settings)
-    for prepare in (prepare_staging, prepare_lake):
-        try:
-            prepare(project, settings)
-        except PhasewiseError as exc:
-            problems.append(exc)
-    if problems:
-        raise combine_errors(problems)
-    tables = sources.list_project_tables(project, sources.open_source(project, settings))
+    tables = prepare_batch(project, settings)
     current_logger().info("%d tables found in %s", len(tables), redact_url(project.source.url))
     return {"status": "pre_etl_complete", "sources_validated": True, "tables": len(tables)}
 
@@ -119,8 +109,7 @@ async def sub_etl(batch_id: str | None = None) -> dict[str, Any]:
     project, settings = _load()
     batch = batch_id or current_run_id() or new_batch_id()
     table_phase, cleanup_phase = pipeline.SUB_ETL.phases
-    tables = sources.list_project_tables(project, sources.open_source(project, settings))
-    tables = list(begin_batch(project, batch, tables).tables)
+    tables = list(begin_batch(project, batch, list_source_tables(project, settings)).tables)
     remember_lake(project, settings, batch)
     with open_snapshot(project, settings, batch) as snapshot:
         if snapshot is not None and snapshot.get("remark"):
@@ -187,8 +176,7 @@ def process_table_etl(table: str, batch_id: str | None = None, partition: str | 
 @task(name="sql-query-task", tags={"database"}, retries=2, retry_delay_seconds=[1, 5], retry_condition_fn=may_help)
 def sql_query_task(table: str, batch: str, partition: str | None) -> Manifest:
     project, settings = _load()
-    known = sources.list_project_tables(project, sources.open_source(project, settings))
-    table = resolve_table(table, known)
+    table = resolve_table(table, list_source_tables(project, settings))
     manifest = extract_table(project, settings, batch=batch, table=table, partition=partition)
     current_logger().info(
         "%s: %d rows, %d bytes staged in %.2f s",

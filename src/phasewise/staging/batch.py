@@ -21,7 +21,7 @@ from phasewise.settings import Settings
 from phasewise.staging.load_plan import LakeView, read_lake
 from phasewise.staging.manifest import Manifest, batch_folder, list_staged_manifests
 from phasewise.staging.replication import fetch_staging, write_shared, write_shared_once
-from phasewise.system.files import explain_os_error
+from phasewise.staging.write_errors import explain_os_error
 
 _PLAN = "batch.json"
 _PUBLISHED = "published.json"

@@ -42,7 +42,7 @@ from phasewise.staging.partitions import (
 )
 from phasewise.staging.replication import fetch_staging, write_shared
 from phasewise.staging.source_snapshot import check_age, read_token
-from phasewise.system.files import explain_os_error
+from phasewise.staging.write_errors import explain_os_error
 from phasewise.system.locks import LockHeld, lock_file
 
 

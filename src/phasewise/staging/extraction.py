@@ -15,7 +15,8 @@ from phasewise.lake.object_store import File, StoredFile, explain_storage
 from phasewise.sources import SnapshotToken, Source, SourceTable, StagedRows
 from phasewise.staging.load_plan import Load
 from phasewise.staging.parquet import fix_parquet, write_parquet
-from phasewise.system.files import explain_os_error, explain_write, sync_path
+from phasewise.staging.write_errors import explain_os_error, explain_write
+from phasewise.system.files import sync_path
 
 
 def read_rows(

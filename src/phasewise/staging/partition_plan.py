@@ -24,7 +24,7 @@ from phasewise.staging.partitions import (
     write_splits,
 )
 from phasewise.staging.replication import remove_shared
-from phasewise.system.files import explain_os_error
+from phasewise.staging.write_errors import explain_os_error
 
 
 def plan_partitions(

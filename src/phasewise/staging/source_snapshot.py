@@ -15,7 +15,7 @@ from phasewise.settings import Settings
 from phasewise.sources import SnapshotToken, Source, open_source
 from phasewise.staging.manifest import batch_folder
 from phasewise.staging.replication import remove_shared, write_shared
-from phasewise.system.files import explain_os_error
+from phasewise.staging.write_errors import explain_os_error
 
 _SNAPSHOT = "snapshot.json"
 

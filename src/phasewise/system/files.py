@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import os
-import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-
-from phasewise.errors import StagingError
 
 
 @contextmanager
@@ -44,21 +41,6 @@ def sync_path(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def explain_os_error(folder: Path, exc: OSError) -> StagingError:
-    """Return the error for a write to *folder* that the system refused; it names the free bytes."""
-    return explain_write(folder, exc.strerror or str(exc))
-
-
-def explain_write(folder: Path, text: str) -> StagingError:
-    """Return the error for a write to *folder* that failed with *text*; it names the free bytes."""
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
-    free_bytes = shutil.disk_usage(existing).free
-    return StagingError(
-        f"Staging {folder} cannot be written ({free_bytes} bytes free): {text.rstrip('.')}.",
-        hint="Free disk space or make the folder writable, then resume: what is staged is kept.",
-    )
 
 
 @contextmanager
