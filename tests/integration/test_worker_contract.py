@@ -250,7 +250,7 @@ def worker(
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Run a worker of type *kind* which executes the statements *before* at first."""
     pool = pool or POOLS[kind]
-    command = [sys.executable, "-c", f"{before}\nfrom phasewise.worker.worker import main; main()"]
+    command = [sys.executable, "-c", f"{before}\nfrom phasewise.worker.__main__ import main; main()"]
     command += ["--pool", pool, "--name", name or pool, "--type", kind]
     environment = {
         **os.environ,

@@ -44,7 +44,7 @@ def started(stack: StackInfo, *command: str, **changes: str) -> Iterator[subproc
 
 
 def worker_command(pool: str, name: str) -> list[str]:
-    return ["-c", "from phasewise.worker.worker import main; main()", "--pool", pool, "--name", name]
+    return ["-c", "from phasewise.worker.__main__ import main; main()", "--pool", pool, "--name", name]
 
 
 async def test_prefects_own_commands_create_a_pool_of_our_type_and_start_a_worker(runs: Runs, stack: StackInfo) -> None:
