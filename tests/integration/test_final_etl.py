@@ -69,7 +69,7 @@ def test_a_report_that_cannot_be_written_leaves_the_batch_published_and_says_wha
     assert (result["batch_id"], result["rows"]) == ("b1", 2)
     assert (result["reports_generated"], result["report"]) == (False, None)
     assert 'The batch "b1" is published, as snapshot' in result["report_error"]
-    assert "run final-etl-job again without a batch" in result["report_error"]
+    assert "run final-etl-job without a batch" in result["report_error"]
     assert not list(kept.glob("b1.*"))
     project.reports.unlink()
     assert final_etl()["reports_generated"]
