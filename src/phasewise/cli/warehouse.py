@@ -148,7 +148,7 @@ def _audit(project: Project, settings: Settings, batch: str | None) -> Sequence[
         if batch is None and not session.has_lake:
             raise NothingStaged("Nothing is staged and nothing was published.", hint="Run: make run-distributed")
         if batch is None:
-            print("Auditing what is published.")
+            print("Auditing the published tables.")
             return audit_published(session)
         print(f"Auditing batch {batch}.")
         found = next((entry for entry in batches if entry.id == batch), None) or read_batch(project, batch)

@@ -122,7 +122,7 @@ class Table(_Record):
         if self.lookback is not None and self.cursor is None:
             raise ValueError("lookback needs a cursor")
         if self.deletes and self.mode in ("full", "append"):
-            raise ValueError("deletes goes with the modes merge and history")
+            raise ValueError("deletes works only with the modes merge and history")
         return self
 
     @field_validator("quarantine_limit")

@@ -418,7 +418,7 @@ def _lock_home(held: contextlib.ExitStack, home: Path) -> None:
     try:  # the one before may be on its way out
         held.enter_context(lock_file(home / "supervisor.lock", timeout=STOP_SECONDS))
     except LockHeld as exc:
-        raise StackError("A stack runs here already, but its server does not answer.", hint="make down") from exc
+        raise StackError("A stack is already running here, but its server does not answer.", hint="make down") from exc
 
 
 if __name__ == "__main__":

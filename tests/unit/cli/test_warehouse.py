@@ -83,19 +83,19 @@ def test_audit_without_staging_looks_at_what_is_published(project: Project, caps
 
     audit()
 
-    assert "Auditing what is published." in capsys.readouterr().out
+    assert "Auditing the published tables." in capsys.readouterr().out
 
 
 def test_audit_does_not_take_a_batch_older_than_what_is_published(project: Project, capsys: pytest.CaptureFixture[str]):
     stage_batch(project, batch="forgotten")
     newer = publish(project)
     audit()
-    assert "Auditing what is published." in capsys.readouterr().out
+    assert "Auditing the published tables." in capsys.readouterr().out
 
     find_batch_folder(project, newer).rename(project.root / "cleaned up")
     audit()
 
-    assert "Auditing what is published." in capsys.readouterr().out
+    assert "Auditing the published tables." in capsys.readouterr().out
 
 
 def test_audit_knows_its_tables(project: Project):
