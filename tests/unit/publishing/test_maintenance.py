@@ -14,7 +14,7 @@ from phasewise.lake.publications import list_publications, open_reader
 from phasewise.lake.session import open_session, preload_extensions
 from phasewise.lake.warehouse import Snapshot, attach_lake
 from phasewise.project.config import Project
-from phasewise.publishing import maintenance
+from phasewise.publishing import staging_cleanup
 from phasewise.publishing.maintenance import list_expired, maintain_lake
 from phasewise.publishing.publish import publish_batch
 from phasewise.publishing.staging_cleanup import remove_finished_staging
@@ -109,7 +109,7 @@ def test_a_batch_that_another_process_removes_meanwhile_counts_as_removed(
 ):
     batch = stage_batch(project)
     publish_batch(project, SETTINGS, batch)
-    monkeypatch.setattr(maintenance, "forget_batch", lambda project, name: shutil.rmtree(project.staging / name))
+    monkeypatch.setattr(staging_cleanup, "forget_batch", lambda project, name: shutil.rmtree(project.staging / name))
 
     assert remove_finished_staging(project, SETTINGS, keep=set()).removed == (batch,)
 
