@@ -107,11 +107,7 @@ def test_a_batch_that_another_process_removes_meanwhile_counts_as_removed(
     project: Project, monkeypatch: pytest.MonkeyPatch
 ):
     batch = stage_batch(project)
-<<<<<<< HEAD
     publish_sample(project, SETTINGS, batch)
-=======
-    publish_batch(project, SETTINGS, batch)
->>>>>>> data
     monkeypatch.setattr(staging_cleanup, "forget_batch", lambda project, name: shutil.rmtree(project.staging / name))
 
     assert remove_finished_staging(project, SETTINGS, keep=set()).removed == (batch,)
