@@ -1,4 +1,4 @@
-"""What the embedded Prefect server does once for an event, not once for each of its services. In the server's process.
+"""What the embedded server does once for an event, not for each of its services. Runs in the server's process.
 
 The server hands each event, as JSON, to those who write it down, match it with automations, record task runs and
 stream it to subscribers. Each of them copies and parses it; here the first does, and the others get what it made.

@@ -1,4 +1,4 @@
-"""What the embedded Prefect server need not ask its database for, or do again, for a request. In the server's process.
+"""What the embedded server need not ask its database for, or do again. Runs in the server's process.
 
 Nothing of it changes what the server answers, but for the states of the task runs that stand for flow runs.
 """
