@@ -145,7 +145,7 @@ def test_a_change_of_the_code_is_noticed_and_one_of_its_layout_is_not(tmp_path: 
 def test_a_newer_prefect_gets_one_warning(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(prefect, "__version__", "3.12.0.dev4")
 
-    assert may_apply(entries.PARSE_EVENTS_ONCE)
+    assert may_apply(entries.VALID_VARIABLES)
     assert may_apply(entries.KNOWN_RUN)
 
     [line] = caplog.messages
@@ -194,7 +194,7 @@ def test_rebinding_is_recognised(line: str, is_found: bool) -> None:
 
 
 def test_doctor_lists_them(tmp_path: Path) -> None:
-    env = {**os.environ, "PREFECT_HOME": str(tmp_path), "PHASEWISE_PATCHES": "-parse-events-once"}
+    env = {**os.environ, "PREFECT_HOME": str(tmp_path), "PHASEWISE_PATCHES": "-valid-variables"}
 
     done = subprocess.run([sys.executable, "-m", "phasewise", "doctor"], capture_output=True, text=True, env=env)
 
