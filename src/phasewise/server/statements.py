@@ -35,7 +35,6 @@ _READY_SECONDS = 5.0
 
 def spare_statements(*, on_sqlite: bool) -> None:
     """Make the server of this process answer with fewer statements; before its first one."""
-    apply(entries.DECLARE_OPERATORS, lambda stock: getattr(sa.sql.operators, "OperatorClass").ANY)  # noqa: B009 - 2.1
     apply(entries.VALID_VARIABLES, remembering)
     apply(entries.SKIP_PARENT_STATES, _skipping_what_a_parent_need_not_see)
     apply(entries.READY_SELDOM, _adding_marks_seldom)
