@@ -269,8 +269,7 @@ def test_a_batch_that_was_staged_under_the_old_name_is_published(tmp_path: Path)
     for path in (project.staging / "b1").rglob("*.json"):
         path.write_text(path.read_text().replace('"mode": "history"', '"mode": "snapshot"'))
 
-    audit(project, "b1")
-    publish_batch(project, SETTINGS, "b1")
+    publish_batch(project, SETTINGS, audit(project, "b1"))
 
     assert rows(project, "select v, is_current from t where id = 1 order by valid_from") == [("a", False), ("A", True)]
 
