@@ -162,7 +162,7 @@ SHARE_READS = Patch(
         "prefect.client.orchestration:PrefectClient.read_flow": "(self, flow_id)",
     },
     why="Prefect's worker reads the deployment twice and the flow once for each run.",
-    gain="not measured yet",
+    gain="3 % of the server, 6 % of workers and runs",
     until="Prefect's worker reads them once for a claim",
 )
 PID_WITH_BEGIN = Patch(
@@ -170,7 +170,7 @@ PID_WITH_BEGIN = Patch(
     process="worker",
     targets={"prefect.client.orchestration:PrefectClient.update_flow_run": "(self, flow_run_id, …"},
     why="Prefect's worker reports the process of a run by a request of its own.",
-    gain="not measured yet",
+    gain="one request of each run; its CPU time could not be told from noise",
     until="Prefect's engine reports it when it begins",
 )
 
@@ -196,7 +196,7 @@ TLS_CONTEXT_ONCE = Patch(
         "prefect.client.orchestration:ssl": "module",
     },
     why="Each client and socket reads the certificate authorities again.",
-    gain="not measured yet",
+    gain="24 ms for each client of a run, of some 120 ms in all",
     until="Prefect keeps the context",
 )
 OWN_HEARTBEATS = Patch(
@@ -209,7 +209,7 @@ OWN_HEARTBEATS = Patch(
     },
     why="Prefect's look once a second whether to end, and each run waits for that look; ours also tell the worker that "
     "a flow has no hooks, and name the limit of memory.",
-    gain="not measured yet",
+    gain="a run ends up to a second earlier",
     until="Prefect waits for an event",
 )
 HEAR_SUSPENSION = Patch(
@@ -224,7 +224,7 @@ HEAR_SUSPENSION = Patch(
         "prefect._flow_run_suspension:FlowRunSuspensionRequest.mark_requested": "(self, state)",
     },
     why="Prefect opens a subscription of events for each run, to hear of a suspension; the worker has one for all.",
-    gain="not measured yet",
+    gain="10 % of the server, 9 % of workers and runs",
     until="a run can be told of a suspension by its worker",
 )
 KNOWN_RUN = Patch(
@@ -232,7 +232,7 @@ KNOWN_RUN = Patch(
     process="run",
     targets={"prefect.flow_engine:load_flow_run": "(flow_run_id)"},
     why="A run reads itself, which its worker has just read.",
-    gain="not measured yet",
+    gain="a request before the code of a run is loaded",
     until="Prefect takes the run from its worker",
 )
 KNOWN_RESULT_STORAGE = Patch(
@@ -246,23 +246,12 @@ KNOWN_RESULT_STORAGE = Patch(
     gain="4 % of the process of a run, two requests",
     until="Prefect takes it from the worker",
 )
-KNOWN_VERSION = Patch(
-    name="known-version",
-    process="run",
-    needs={
-        "prefect._internal.version_checking:_cache_api_version_check": "(key)",
-        "prefect._internal.version_checking:_api_version_check_key": "(api_url, client_version)",
-    },
-    why="Each run reads the server's version, which its worker has checked.",
-    gain="not measured yet",
-    until="Prefect takes it from the worker",
-)
 KNOWN_RELATED = Patch(
     name="known-related",
     process="run",
     needs={"prefect.events.related:RESOURCE_CACHE": "dict"},
     why="Each run reads flow, deployment, queue and pool for its events, which its worker knows.",
-    gain="not measured yet",
+    gain="3 % of the server, 9 % of workers and runs",
     until="Prefect takes them from the worker",
 )
 DESCRIBE_FLOWS_LAZILY = Patch(

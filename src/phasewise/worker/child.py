@@ -16,7 +16,6 @@ from inspect import iscoroutinefunction
 from typing import TYPE_CHECKING, Any, ClassVar
 from uuid import UUID
 
-import prefect
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.events import RelatedResource
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
     from prefect.flows import Flow
 
 
-def run_flow_run(entrypoint: str, api_url: str, known: dict[str, Any], descriptor: int) -> int:
+def run_flow_run(entrypoint: str, known: dict[str, Any], descriptor: int) -> int:
     """Run the flow run that the environment names, as ``python -m prefect.engine`` would.
 
     ``known`` is what the worker has read already and the run would read again; what is missing there is read. On the
@@ -42,7 +41,7 @@ def run_flow_run(entrypoint: str, api_url: str, known: dict[str, Any], descripto
     from prefect.flow_engine import _main
 
     os.set_inheritable(descriptor, False)
-    _use_known(known, api_url)
+    _use_known(known)
     apply(entries.DESCRIBE_FLOWS_LAZILY, lambda stock: functools.partial(_Lazily, stock))
     _Line.descriptor = descriptor
     _Line.outlet = Outlet(descriptor)
@@ -51,13 +50,8 @@ def run_flow_run(entrypoint: str, api_url: str, known: dict[str, Any], descripto
     return _main([entrypoint])
 
 
-def _use_known(known: dict[str, Any], api_url: str) -> None:
+def _use_known(known: dict[str, Any]) -> None:
     """Put what the worker has read where Prefect would look for it, or instead of the function that would read it."""
-    if may_apply(entries.KNOWN_VERSION):
-        from prefect._internal.version_checking import _api_version_check_key, _cache_api_version_check
-
-        for url in (api_url, f"{api_url}/"):  # as the events client and as the others write it
-            _cache_api_version_check(_api_version_check_key(url, prefect.__version__))
     if may_apply(entries.KNOWN_RELATED):
         from prefect.events.related import RESOURCE_CACHE
 

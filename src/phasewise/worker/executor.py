@@ -207,7 +207,7 @@ class _ForkStarter:
         with contextlib.suppress(RuntimeError):  # no loopback listener: cancelling falls back to the signal alone
             port, token = self._channel.register(flow_run.id)
             env |= {"PREFECT__CONTROL_PORT": str(port), "PREFECT__CONTROL_TOKEN": token}
-        arguments = {"entrypoint": self._job.entrypoint, "known": self._job.known, "api_url": env["PREFECT_API_URL"]}
+        arguments = {"entrypoint": self._job.entrypoint, "known": self._job.known}
         try:
             where = {**self._job.where, "env": env, "descriptor": self._line}
             process = await self._forkservers.fork("phasewise.worker.child:run_flow_run", arguments, **where)
