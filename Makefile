@@ -42,7 +42,8 @@ start-workers: .venv/installed ## add N workers to the running stack (N=3)
 test: .venv/installed-dev ## run all tests (TESTS="tests/unit -k name" for some)
 	@exec $(PY) -m pytest --numprocesses $(JOBS) --dist loadfile $(TESTS)
 
-# The oldest Prefect that pyproject.toml allows and the newest there is, which are one and the same by now.
+# The oldest Prefect that pyproject.toml allows and the newest there is, which are one and the same by now. With
+# TESTED=locked the locked one is left out, for `make test` has run with it.
 PREFECT_RANGE := 3.9.1
 PREFECT_TESTS := tests/unit/patches tests/unit/server tests/unit/worker/test_worker.py tests/unit/worker/test_event_relay.py \
 	tests/unit/local tests/integration/test_server_schema.py tests/integration/test_worker.py \
@@ -51,8 +52,9 @@ PREFECT_TESTS := tests/unit/patches tests/unit/server tests/unit/worker/test_wor
 PREFECT_SKIPS := memory or forkserver or code_of_now or start_soon
 
 test-prefect-range: .venv/installed-dev ## run the tests of patches, worker, server and schedules with the oldest and the newest Prefect
-	@pids=(); \
+	@pids=(); locked=$$($(PY) -c 'from importlib.metadata import version; print(version("prefect"))'); \
 	for version in $(PREFECT_RANGE); do \
+	  [ "$(TESTED)" != locked ] || [ $$version != $$locked ] || continue; \
 	  $(MAKE) --no-print-directory .venv/prefect-$$version/installed; \
 	  .venv/prefect-$$version/bin/python -m pytest $(PREFECT_TESTS) -k 'not ($(PREFECT_SKIPS))' >.venv/prefect-$$version/tests.log 2>&1 & pids+=($$!); \
 	done; \
