@@ -253,7 +253,7 @@ def _notice_sigterm() -> None:
 
 def _enter(env: dict[str, str], cwd: str) -> None:
     """Give the child what a new process would have got: environment, folder, import path, random numbers."""
-    # Only what differs: to set all of it anew costs a hundred times what these few do, and copies a megabyte.
+    # Only what differs: to set all of it again costs a hundred times what these few do, and copies a megabyte.
     for name in os.environ.keys() - env.keys():
         del os.environ[name]
     for name, value in env.items():

@@ -199,19 +199,19 @@ class _Search:
 
 def _advise(root: _Node, capacities: Mapping[str, int]) -> str:
     """Return which limits to raise, and to what: of each the least that will do."""
-    mended = dict(capacities)
-    while stuck := _find_stuck(root, mended):
+    fixed = dict(capacities)
+    while stuck := _find_stuck(root, fixed):
         for name in stuck.full:
             # At one more than the runs that wait could ever hold, it cannot be exhausted by them.
             most = _count_waiting(root, name)
-            mended.pop(name) if most is None else mended.update({name: most + 1})
-    advice = [f"remove the limit of {name}" for name in capacities if name not in mended]
-    for name, limit in list(mended.items()):
+            fixed.pop(name) if most is None else fixed.update({name: most + 1})
+    advice = [f"remove the limit of {name}" for name in capacities if name not in fixed]
+    for name, limit in list(fixed.items()):
         wider = range(capacities[name], limit + 1)
-        works = partial(_works_with, root, mended, name)
-        mended[name] = wider[bisect_left(wider, True, hi=len(wider) - 1, key=works)]
-        if mended[name] > capacities[name]:
-            advice.append(f"set the limit of {name} to {mended[name]} or more")
+        works = partial(_works_with, root, fixed, name)
+        fixed[name] = wider[bisect_left(wider, True, hi=len(wider) - 1, key=works)]
+        if fixed[name] > capacities[name]:
+            advice.append(f"set the limit of {name} to {fixed[name]} or more")
     text = " and ".join(advice)
     return f"{text[0].upper()}{text[1:]}, then deploy again."
 

@@ -51,7 +51,7 @@ class AuditedBatch:
 def audit_batch(session: WarehouseSession, batch: Batch, *, is_partial: bool = False) -> AuditedBatch:
     """Audit *batch*, as it was read from staging; see ``audit_tables``.
 
-    Which rows are set aside is written down beside the staged files.
+    Which rows are set aside is written down next to the staged files.
 
     Raises:
         StagingError: staged files are missing or damaged, or staging cannot be written.

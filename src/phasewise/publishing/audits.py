@@ -74,7 +74,7 @@ def show_staged(session: WarehouseSession, batch: Batch) -> dict[str, Increment]
     Raises:
         StagingError: the staged files of a table are missing or damaged.
         SchemaDrift: the lake's table cannot take the columns that were staged.
-        PublishConflict: what was staged goes on from another batch than the lake's.
+        PublishConflict: what was staged continues another batch than the lake's.
     """
     session.show_published()
     increments: dict[str, Increment] = {}
@@ -358,8 +358,8 @@ def _explain_kept_type(table: str, declared: Table, actual: str | None, type_: s
     if actual is None or not is_kept or not holds_all(actual, _canonical_type(type_)):
         return ""
     is_replaceable = declared.mode in ("append", "merge") and declared.drift != "discard"
-    anew = f', or raise [table."{table}"] version to load the table again' if is_replaceable else ""
-    return f" (the warehouse keeps the wider type that it has: write {actual} into the contract{anew})"
+    again = f', or raise [table."{table}"] version to load the table again' if is_replaceable else ""
+    return f" (the warehouse keeps the wider type that it has: write {actual} into the contract{again})"
 
 
 def _canonical_type(type_: str) -> str:

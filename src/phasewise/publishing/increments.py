@@ -56,7 +56,7 @@ class TableFiles:
 
 @dataclass(frozen=True, kw_only=True)
 class Increment:
-    """What was staged of one table, beside the table of the lake that it changes."""
+    """What was staged of one table, next to the table of the lake that it changes."""
 
     table: str
     load: Load
@@ -317,7 +317,7 @@ def _name_batch(state: TableState | None) -> str:
 
 
 _CURRENT = " where is_current"
-#: Columns of our own beside those of the table; no source has columns of these names.
+#: Columns of our own besides those of the table; no source has columns of these names.
 _PRESENT, _CHANGE = "_phasewise_present", "_phasewise_change"
 FILE, ROW = "_phasewise_file", "_phasewise_row"
 _OLD, _NEW = ("changed", "gone"), ("added", "changed")
@@ -414,7 +414,7 @@ def _refuse_unclear_keys(connection: duckdb.DuckDBPyConnection, increment: Incre
         shown = ", ".join(f"{name} = {value}" for name, value in zip(increment.load.key, row, strict=True))
         raise PublishConflict(
             f'Table "{increment.table}" has rows with the same key, or without one: {shown}.',
-            hint="Mend the source, or state another key, and start a new batch.",
+            hint="Fix the source, or state another key, and start a new batch.",
         )
 
 
@@ -423,7 +423,7 @@ def _change_columns(connection: duckdb.DuckDBPyConnection, increment: Increment)
     before = drop_history(list_columns(connection, increment.lake), increment.load.base)
     wider = [name for name, type_ in before.items() if increment.drift.columns[name] != type_]
     if any(not _can_promote(before[name], increment.drift.columns[name]) for name in wider):
-        # DuckLake promotes integers and floats, and leaves other types as they are: the table is written anew.
+        # DuckLake promotes integers and floats, and leaves other types as they are: the table is written again.
         connection.execute(f"create or replace table {increment.lake} as {increment.select_present()}")
         return
     for name in wider:

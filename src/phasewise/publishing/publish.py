@@ -151,7 +151,7 @@ def _load_rows(
 
 
 def _find_states(session: WarehouseSession, batch: Batch) -> tuple[TableState, ...]:
-    """Return what the next batch goes on from: of the tables of this one, and unchanged of all others."""
+    """Return what the next batch continues from: of the tables of this one, and unchanged of all others."""
     names = {table.casefold() for table in batch.tables}
     kept = [state for name, state in session.states.items() if name not in names]
     new = [

@@ -25,7 +25,7 @@ from phasewise.worker.fork_job import WARM_DESCRIPTION, WARM_NAME
 
 
 def create_database(path: Path) -> None:
-    """Create the server's database at *path*, unless it exists, in a state that Prefect's migrations go on from.
+    """Create the server's database at *path*, unless it exists, in a state that Prefect's migrations continue from.
 
     They would take up to 12 seconds for a new one, most of it waiting for the disk after each of a hundred steps.
     """

@@ -69,7 +69,7 @@ class _Insert(sqlite.Insert):
     """An INSERT to which many rows are parameters.
 
     Prefect writes events, logs and states of task runs as one statement with all their values in it, which SQLAlchemy
-    compiles anew for each: a seventh of what the server did.
+    compiles again for each: a seventh of what the server did.
     """
 
     inherit_cache = True

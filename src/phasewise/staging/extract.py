@@ -121,7 +121,7 @@ def _extract(
         whole = drop_new_columns(project.find_table(name), whole, view.find(name))
         if part is not None:
             whole = replace(whole, conditions=(*whole.conditions, part.condition))
-            use_one_thread(connection)  # the parts are read beside one another
+            use_one_thread(connection)  # the parts are read at the same time
         table = select_new_rows(source, whole, load)
         keys = find_key_table(whole, load)
         rows, source_rows = read_rows(connection, source, table, path, snapshot, keys=keys, keys_path=keys_path)

@@ -102,7 +102,7 @@ def differing_variables(warm: Mapping[str, str], wanted: Mapping[str, str | None
 def _is_fixed_at_start(name: str) -> bool:
     if name.startswith("PREFECT__"):
         return False  # not settings: they name the run, and are read when it starts
-    # Beside what chooses code: what the C library reads once, the locale (and so the encoding of files) among it.
+    # Besides what chooses code: what the C library reads once, the locale (and so the encoding of files) among it.
     return name.startswith(("PREFECT_", "PYTHON", "LD_", "LC_", "MALLOC_")) or name in ("LANG", "GLIBC_TUNABLES")
 
 

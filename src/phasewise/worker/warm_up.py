@@ -24,7 +24,7 @@ def warm_up() -> None:
     """Do once what Prefect would do in every flow run: none of it depends on the run."""
     from prefect.logging.handlers import PrefectConsoleHandler
 
-    # Each client and socket reads the certificate authorities anew: five times a run, 22 ms and 1 MiB each.
+    # Each client and socket reads the certificate authorities again: five times a run, 22 ms and 1 MiB each.
     shared = _SharedContexts("ssl")
     if apply(entries.TLS_CONTEXT_ONCE, lambda _: shared):
         shared.create_default_context(cafile=get_current_settings().api.ssl_cert_file or certifi.where())
