@@ -1,4 +1,4 @@
-"""The seven flows. The only module that imports both planes: Prefect around, DuckDB inside.
+"""The seven flows, where both planes meet: Prefect around, DuckDB inside.
 
 Each flow also runs alone, as a plain call: with ``PREFECT_API_URL`` set it is recorded on that server, without a
 server it just runs in this process; those that wait for others run them in a process tree below it.

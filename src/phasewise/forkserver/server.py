@@ -1,8 +1,8 @@
 """The forkserver's own process. Runs as ``python -m phasewise.forkserver.server``, started by the client.
 
 When its socket closes it kills its children and what it guards. When it dies, the kernel kills its children (Linux). So
-nothing that was forked outlives the worker. It imports the standard library and ``phasewise.errors`` alone: what is
-preloaded is named by the worker.
+nothing that was forked outlives the worker. It imports the standard library, ``phasewise.system`` and
+``phasewise.errors`` alone: what is preloaded is named by the worker.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Isolation: audit a batch, with the rows that break a row-wise audit set aside as far as the project allows.
+"""Audit a batch, with the rows that break a row-wise audit set aside as far as the project allows.
 
 Setting rows aside can break what held before: a row refers to one that is gone now. So the audits that set rows aside
 are run again until they find nothing new; only then the others are run, over what is left.
