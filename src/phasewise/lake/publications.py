@@ -7,16 +7,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Literal
 
 import duckdb
+from pydantic import TypeAdapter
 
 from phasewise.errors import LakeError, PublishConflict
 from phasewise.lake.queries import fetch_int
 from phasewise.lake.quoting import quote_identifier
 from phasewise.lake.session import open_session
 from phasewise.lake.warehouse import attach_lake, list_extensions, list_snapshots
-from phasewise.project.config import Mode, Project, rename_mode
+from phasewise.project.config import Mode, Project
 from phasewise.settings import Settings
 
 #: How a snapshot came to carry its batch: published, published again by a rollback, its marts built again, or rows that
@@ -56,10 +57,6 @@ class TableState:
     #: The batch that was the last to load the table.
     batch: str
 
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> TableState:
-        return cls(**{**data, "mode": rename_mode(data["mode"]), "key": tuple(data["key"])})
-
 
 @dataclass(frozen=True, kw_only=True)
 class Publication:
@@ -88,6 +85,9 @@ class Publication:
         for name in ("snapshot", "at", "was_published"):
             del data[name]
         return json.dumps(data, default=datetime.isoformat)
+
+
+_ADAPTER = TypeAdapter(Publication)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,20 +215,9 @@ def _read_publications(
 
 def _read_publication(snapshot: int, at: datetime, extra_info: str | None) -> Publication | None:
     try:
-        data: dict[str, Any] = json.loads(extra_info or "null")
-        tables = tuple(PublishedTable(**{**table, "key": tuple(table["key"])}) for table in data["tables"])
-        return Publication(
-            batch=data["batch"],
-            snapshot=snapshot,
-            at=at.astimezone(UTC),
-            staged_at=datetime.fromisoformat(data["staged_at"]),
-            tables=tables,
-            marts=tuple(data["marts"]),
-            kind=data["kind"],
-            states=tuple(TableState.from_json(state) for state in data.get("states", ())),
-            keys={table: tuple(key) for table, key in data.get("keys", {}).items()},
-        )
-    except (ValueError, KeyError, TypeError):
+        data = {**json.loads(extra_info or "null"), "snapshot": snapshot, "at": at.astimezone(UTC)}
+        return _ADAPTER.validate_python(data)
+    except (ValueError, TypeError):
         return None  # maintenance, or a commit that somebody else made in the lake
 
 

@@ -42,7 +42,7 @@ from phasewise.staging.partitions import (
 )
 from phasewise.staging.replication import fetch_staging, write_shared
 from phasewise.staging.source_snapshot import check_age, read_token
-from phasewise.staging.write_errors import explain_os_error
+from phasewise.staging.write_errors import explaining_writes
 from phasewise.system.locks import LockHeld, lock_file
 
 
@@ -149,10 +149,7 @@ def _extract(
         key_files=tuple(map(name_in_manifest, files[1:])),
         digests=digests,
     )
-    try:
-        write_shared(project, folder / MANIFEST, manifest.to_json())
-    except OSError as exc:
-        raise explain_os_error(folder, exc) from exc
+    write_shared(project, folder / MANIFEST, manifest.to_json())
     return manifest
 
 
@@ -172,13 +169,12 @@ def _hold_folder(folder: Path, table: str) -> Iterator[None]:
     """Create the folder of *table* and be its one writer; the lock ends with this process, however that ends."""
     with ExitStack() as held:
         try:
-            held.enter_context(lock_file(folder / ".lock"))
+            with explaining_writes(folder):
+                held.enter_context(lock_file(folder / ".lock"))
         except LockHeld as exc:
             raise StagingError(
                 f'Another process is extracting table "{table}" into {folder}.', hint="Wait for it, then try again."
             ) from exc
-        except OSError as exc:
-            raise explain_os_error(folder, exc) from exc
         yield
 
 

@@ -15,7 +15,7 @@ from phasewise.lake.object_store import File, StoredFile, explain_storage
 from phasewise.sources import SnapshotToken, Source, SourceTable, StagedRows
 from phasewise.staging.load_plan import Load
 from phasewise.staging.parquet import fix_parquet, write_parquet
-from phasewise.staging.write_errors import explain_os_error, explain_write
+from phasewise.staging.write_errors import explain_write, explaining_writes
 from phasewise.system.files import sync_path
 
 
@@ -72,10 +72,8 @@ def _syncing(files: Sequence[File]) -> Iterator[None]:
         synced = {file: thread.submit(sync_path, file) for file in files if isinstance(file, Path)}
         yield
         for file, done in synced.items():
-            try:
+            with explaining_writes(file.parent):
                 done.result()
-            except OSError as exc:
-                raise explain_os_error(file.parent, exc) from exc
 
 
 def find_key_table(table: SourceTable, load: Load) -> SourceTable | None:

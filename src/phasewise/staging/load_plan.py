@@ -13,16 +13,16 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from decimal import Decimal
-from typing import Any
 
 import duckdb
+from pydantic import TypeAdapter
 
 from phasewise.errors import ProjectError, SchemaDrift
 from phasewise.lake.publications import TableState, latest_publication, list_columns, list_tables
 from phasewise.lake.quoting import quote_identifier, quote_literal
 from phasewise.lake.session import open_session
 from phasewise.lake.warehouse import attach_lake, has_lake, list_extensions
-from phasewise.project.config import Mode, Project, Table, rename_mode
+from phasewise.project.config import Mode, Project, Table
 from phasewise.settings import Settings
 from phasewise.sources import Source, SourceTable
 from phasewise.staging.schema_drift import Drift, compare_columns, find_lowest, is_integer, refuse_drift
@@ -93,12 +93,6 @@ class Load:
             batch=batch,
         )
 
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Load:
-        base = TableState.from_json(data["base"]) if data.get("base") else None
-        renamed = {"mode": rename_mode(data["mode"]), "key": tuple(data["key"]), "drift": tuple(data["drift"])}
-        return cls(**{**data, **renamed, "base": base})
-
 
 #: How a table is loaded that the project says nothing about.
 FULL_LOAD = Load()
@@ -118,14 +112,8 @@ class LakeView:
 
     @classmethod
     def from_json(cls, text: str) -> LakeView:
-        """Raises: ValueError, KeyError or TypeError when *text* is none."""
-        tables = {
-            name: LakeTable(
-                columns=table["columns"], state=TableState.from_json(table["state"]) if table["state"] else None
-            )
-            for name, table in json.loads(text)["tables"].items()
-        }
-        return cls(tables=tables)
+        """Raises: ValueError when *text* is none."""
+        return TypeAdapter(cls).validate_json(text)
 
 
 def read_lake(project: Project, settings: Settings) -> LakeView:

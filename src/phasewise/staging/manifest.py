@@ -12,7 +12,9 @@ import re
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import TypeAdapter
 
 from phasewise.errors import NothingStaged, StagingError
 from phasewise.lake.object_store import StoredFile, is_stored
@@ -21,9 +23,6 @@ from phasewise.sources import Column
 from phasewise.staging.load_plan import FULL_LOAD, Load
 from phasewise.staging.partitions import name_item, read_splits
 from phasewise.staging.replication import fetch_staging
-
-#: Layout of manifest.json; a manifest of another version is extracted again.
-MANIFEST_VERSION = 2
 
 MANIFEST = "manifest.json"
 
@@ -64,7 +63,8 @@ class Manifest:
     key_files: tuple[str, ...] = ()
     #: The digest of each of ``files``, then of each of ``key_files``, as they were written.
     digests: tuple[str, ...] = ()
-    version: int = MANIFEST_VERSION
+    #: Of the layout; a manifest of another one is extracted again.
+    version: Literal[2] = 2
 
     @property
     def seconds(self) -> float:
@@ -75,19 +75,14 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
-        """Raises: ValueError, KeyError or TypeError when *text* is no manifest of this version."""
-        data: dict[str, Any] = json.loads(text)
-        if data["version"] != MANIFEST_VERSION:
-            raise ValueError(f"manifest version {data['version']}")
-        data["columns"] = tuple(Column(**column) for column in data["columns"])
-        data["key"], data["files"] = tuple(data["key"]), tuple(data["files"])
-        data["key_files"], data["digests"] = tuple(data["key_files"]), tuple(data["digests"])
-        if len(data["digests"]) != len(data["files"]) + len(data["key_files"]):
+        """Raises: ValueError when *text* is no manifest of this version."""
+        manifest = _ADAPTER.validate_json(text)
+        if len(manifest.digests) != len(manifest.files) + len(manifest.key_files):
             raise ValueError("a digest is missing")
-        data["load"] = Load.from_json(data["load"])
-        data["started_at"] = datetime.fromisoformat(data["started_at"])
-        data["ended_at"] = datetime.fromisoformat(data["ended_at"])
-        return cls(**data)
+        return manifest
+
+
+_ADAPTER = TypeAdapter(Manifest)
 
 
 def read_manifest(project: Project, batch: str, table: str, partition: str | None = None) -> Manifest:
@@ -173,6 +168,11 @@ def summarize(manifest: Manifest) -> dict[str, Any]:
 
 
 def batch_folder(project: Project, batch: str) -> Path:
+    """Return the folder of *batch*, which need not exist.
+
+    Raises:
+        StagingError: *batch* cannot be the name of a folder.
+    """
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}", batch):
         raise StagingError(f'"{batch}" cannot be the id of a batch.', hint="Use letters, digits, - _ and dots.")
     return project.staging / batch
@@ -199,6 +199,6 @@ def read_complete(folder: Path) -> Manifest | None:
         size_bytes = sum((folder / name).stat().st_size for name in manifest.files)
         for name in manifest.key_files:
             (folder / name).stat()
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError):
         return None
     return manifest if size_bytes == manifest.size_bytes else None

@@ -15,7 +15,7 @@ from phasewise.settings import Settings
 from phasewise.sources import SnapshotToken, Source, open_source
 from phasewise.staging.manifest import batch_folder
 from phasewise.staging.replication import remove_shared, write_shared
-from phasewise.staging.write_errors import explain_os_error
+from phasewise.staging.write_errors import explaining_writes
 
 _SNAPSHOT = "snapshot.json"
 
@@ -38,11 +38,9 @@ def open_snapshot(project: Project, settings: Settings, batch: str) -> Iterator[
     with open_source(project, settings).open_snapshot(folder / ".source") as held:
         # A source that found an earlier moment again says when that was.
         token = {"taken_at": datetime.now(UTC).isoformat(), **held} if held is not None else None
-        try:
+        with explaining_writes(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            write_shared(project, folder / _SNAPSHOT, json.dumps(token))
-        except OSError as exc:
-            raise explain_os_error(folder, exc) from exc
+        write_shared(project, folder / _SNAPSHOT, json.dumps(token))
         try:
             yield token
         finally:

@@ -17,8 +17,8 @@ from phasewise.project.config import Project
 from phasewise.publishing import staging_cleanup
 from phasewise.publishing.maintenance import list_expired, maintain_lake
 from phasewise.publishing.staging_cleanup import remove_finished_staging
-from phasewise.staging.batch import find_batch_folder, find_publishable_batch
-from phasewise.staging.manifest import read_manifest, staged_files
+from phasewise.staging.batch import find_publishable_batch
+from phasewise.staging.manifest import batch_folder, read_manifest, staged_files
 from phasewise.testing.projects import SAMPLE_SETTINGS, change_source, publish_sample, stage_batch, write_project
 
 SETTINGS = SAMPLE_SETTINGS
@@ -39,7 +39,7 @@ def project(tmp_path: Path) -> Project:
 
 def age(project: Project, batch: str, *, days: float) -> None:
     """Let the batch have begun *days* ago."""
-    path = find_batch_folder(project, batch) / "batch.json"
+    path = batch_folder(project, batch) / "batch.json"
     plan = json.loads(path.read_text())
     plan["created_at"] = (datetime.now(UTC) - timedelta(days=days)).isoformat()
     path.write_text(json.dumps(plan))
@@ -95,7 +95,7 @@ def test_the_running_batch_stays_whatever_its_state(project: Project):
 
 def test_a_removal_that_was_killed_is_finished_by_the_next(project: Project):
     batch = stage_batch(project)
-    find_batch_folder(project, batch).rename(project.staging / f".removed-{batch}")
+    batch_folder(project, batch).rename(project.staging / f".removed-{batch}")
 
     done = remove_finished_staging(project, SETTINGS, keep=set())
 
