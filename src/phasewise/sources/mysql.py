@@ -24,6 +24,7 @@ import duckdb
 
 from phasewise.errors import ProjectError, SourceUnavailable, TableMissing, UnfaithfulValue
 from phasewise.lake.credentials import lend_password
+from phasewise.lake.queries import fetch_int
 from phasewise.lake.quoting import quote_identifier, quote_literal
 from phasewise.lake.refusals import find_reason
 from phasewise.lake.session import use_one_thread
@@ -154,7 +155,7 @@ class MysqlSource(ServerSource):
     def begin(
         self, connection: duckdb.DuckDBPyConnection, table: SourceTable, snapshot: SnapshotToken | None = None
     ) -> None:
-        connection.execute("BEGIN TRANSACTION")
+        super().begin(connection, table)
         self._count_before = None if snapshot else self._count(connection, table)
 
     def select(self, table: SourceTable) -> str:
@@ -213,9 +214,7 @@ class MysqlSource(ServerSource):
 
     def _count(self, connection: duckdb.DuckDBPyConnection, table: SourceTable) -> int:
         query = f"SELECT count(*) AS n FROM {_quote_name(table.name)}{table.where()}"
-        row = connection.execute(self._query(query)).fetchone()
-        assert row is not None  # an aggregate has a row
-        return int(row[0])
+        return fetch_int(connection, self._query(query))
 
     def _read_printed(self, table: SourceTable) -> str:
         """Return a relation with the columns c0, c1, …, printed by the server where only text is faithful."""
