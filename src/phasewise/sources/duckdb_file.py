@@ -30,7 +30,7 @@ _PLAIN = re.compile(
 BLOCK_ROWS = 2048
 
 
-def find_lake_type(declared: str) -> tuple[str, str | None]:
+def _find_lake_type(declared: str) -> tuple[str, str | None]:
     """Return the lake's type for a type of DuckDB, and a note where the column is carried as text."""
     if _PLAIN.fullmatch(declared):
         return declared, None
@@ -42,14 +42,6 @@ def find_lake_type(declared: str) -> tuple[str, str | None]:
 def compare_typed(value: str, type_name: str, operator: str, mark: str) -> str:
     """Return a comparison, in DuckDB's SQL, of *value* with *mark*."""
     return f"{value} {operator}" + ("" if operator == "IS NULL" else f" CAST({quote_literal(mark)} AS {type_name})")
-
-
-def list_types() -> list[Column]:
-    """Return one column for each kind of type, for the reference (docs/reference/types.md)."""
-    declared = "BOOLEAN|TINYINT|BIGINT|UBIGINT|FLOAT|DOUBLE|DECIMAL(18,4)|VARCHAR|BLOB|UUID|DATE|TIME|TIMESTAMP"
-    declared += "|TIMESTAMP WITH TIME ZONE|JSON|HUGEINT|INTERVAL|TIME WITH TIME ZONE|TIMESTAMP_NS|BIT|INTEGER[]"
-    declared += "|STRUCT(a INTEGER)|MAP(VARCHAR, INTEGER)|ENUM('a', 'b')"
-    return [_describe_column(name, name, True) for name in declared.split("|")]
 
 
 class DuckdbSource(DuckdbReader):
@@ -83,7 +75,7 @@ class DuckdbSource(DuckdbReader):
             tables = ", ".join(self.list_tables()[:40])
             raise TableMissing(name, hint=f"Looked in {self.url}. It has: {tables}.")
         return SourceTable(
-            name=name, columns=tuple(_describe_column(*row) for row in found), key=tuple(key[0]) if key else ()
+            name=name, columns=tuple(describe_column(*row) for row in found), key=tuple(key[0]) if key else ()
         )
 
     def can_carry(self, column: Column, type_name: str) -> bool:
@@ -147,6 +139,6 @@ class DuckdbSource(DuckdbReader):
         return f"source.{quote_identifier(self._schema)}.{quote_identifier(table.name)}"
 
 
-def _describe_column(name: str, declared: str, is_nullable: bool) -> Column:
-    lake_type, note = find_lake_type(declared)
+def describe_column(name: str, declared: str, is_nullable: bool) -> Column:
+    lake_type, note = _find_lake_type(declared)
     return Column(name=name, source_type=declared, type=lake_type, nullable=is_nullable, note=note)

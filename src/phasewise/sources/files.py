@@ -28,7 +28,7 @@ from phasewise.project.urls import find_local_path, redact_url
 from phasewise.settings import Settings
 from phasewise.sources.databases import DuckdbReader
 from phasewise.sources.decoding import MOMENTS, decode_text, explain_unfaithful, fail_where_null
-from phasewise.sources.duckdb_file import BLOCK_ROWS, compare_typed, find_lake_type
+from phasewise.sources.duckdb_file import BLOCK_ROWS, compare_typed, describe_column
 from phasewise.sources.protocol import Column, SnapshotToken, SourceTable
 from phasewise.sources.ranges import divide, find_bounds
 
@@ -255,11 +255,7 @@ def _list_columns(connection: duckdb.DuckDBPyConnection, files: _Files) -> list[
     described = connection.execute(f"DESCRIBE SELECT * FROM {_read_files(files, [])}").fetchall()
     if files.kind == "csv":
         return [_describe_text(row[0], "csv") for row in described]
-    columns = []
-    for name, declared, *_ in described:
-        lake_type, note = find_lake_type(declared)
-        columns.append(Column(name=name, source_type=declared, type=lake_type, nullable=True, note=note))
-    return columns
+    return [describe_column(name, declared, True) for name, declared, *_ in described]
 
 
 def _describe_text(name: str, kind: str) -> Column:

@@ -15,7 +15,7 @@ import platform
 import re
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from urllib.parse import quote
@@ -37,7 +37,7 @@ from phasewise.sources.protocol import Column, SnapshotToken, SourceTable, Stage
 from phasewise.sources.ranges import Dialect, divide_by_values
 
 #: MySQL's type name → the lake's type; integers have an unsigned sister (``U`` before the name).
-_PLAIN = {
+PLAIN = {
     "tinyint": "TINYINT",
     "smallint": "SMALLINT",
     "mediumint": "INTEGER",
@@ -112,7 +112,7 @@ class MysqlSource(ServerSource):
         key = sorted((position, column) for column, *_, position in rows if position)
         return SourceTable(
             name=name,
-            columns=tuple(_describe_column(*row[:4]) for row in rows),
+            columns=tuple(describe_column(*row[:4]) for row in rows),
             key=tuple(column for _, column in key),
             row_estimate=int(estimates[name]) if estimates[name] >= 0 else None,
         )
@@ -125,9 +125,11 @@ class MysqlSource(ServerSource):
     @contextmanager
     def open_snapshot(self, folder: Path) -> Iterator[SnapshotToken | None]:
         """Hold the moment with as many connections as tables are read at the same time."""
+        seconds = self._settings.source_snapshot_hours * 3600
+        lent = lend_snapshot(self._login, connections=self._settings.table_concurrency, idle_seconds=seconds)
         with ExitStack() as stack:
             try:
-                token = _describe_snapshot(stack.enter_context(self._lend_snapshot()))
+                token = _describe_snapshot(stack.enter_context(lent))
             except NoSnapshot as exc:
                 token = {"id": None, "remark": f"no moment of the source could be held for all tables: {exc}"}
             yield token
@@ -221,23 +223,9 @@ class MysqlSource(ServerSource):
         printed = ", ".join(f"{_print(column)} AS c{index}" for index, column in enumerate(table.columns))
         return self._query(f"SELECT {printed} FROM {_quote_name(table.name)}{table.where()}")
 
-    def _lend_snapshot(self) -> AbstractContextManager[LentSnapshot]:
-        return lend_snapshot(
-            self._login,
-            connections=self._settings.table_concurrency,
-            idle_seconds=self._settings.source_snapshot_hours * 3600,
-        )
-
     def _name_lent(self, socket: str) -> str:
         # Where the socket does not answer the scanner tries 127.0.0.1 instead, which would be another moment: port 1.
         return f"mysql://localhost:1/{quote(self._login.database, safe='')}?socket={quote(socket, safe='')}"
-
-
-def list_types() -> list[Column]:
-    """Return one column for each kind of type, for the reference (docs/reference/types.md)."""
-    declared = [*_PLAIN, "bigint unsigned", "tinyint(1)", "decimal(18,4)", "decimal(65,30)", "bit(1)", "bit(8)", "time"]
-    declared += ["enum('a','b')", "set('a','b')", "inet6", "point"]
-    return [_describe_column(name, name, re.split(r"[( ]", name)[0], 1) for name in declared]
 
 
 def _read_url(url: str, timeout: float) -> tuple[str, Login]:
@@ -285,7 +273,7 @@ def _print_literal(column: Column, value: str) -> str:
     return str(value) if _EXACT.fullmatch(column.type) else _quote_text(str(value))
 
 
-def _describe_column(name: str, declared: str, type_name: str, is_nullable: int) -> Column:
+def describe_column(name: str, declared: str, type_name: str, is_nullable: int) -> Column:
     lake_type, note = _find_type(declared, type_name)
     return Column(name=name, source_type=declared, type=lake_type, nullable=bool(is_nullable), note=note)
 
@@ -294,9 +282,9 @@ def _find_type(declared: str, type_name: str) -> tuple[str, str | None]:
     """Return the lake's type for a type of MySQL, and a note where it is not of the same kind."""
     type_name = type_name.lower()
     if type_name in _INTEGERS:
-        return ("U" if "unsigned" in declared else "") + _PLAIN[type_name], None
-    if type_name in _PLAIN:
-        return _PLAIN[type_name], None
+        return ("U" if "unsigned" in declared else "") + PLAIN[type_name], None
+    if type_name in PLAIN:
+        return PLAIN[type_name], None
     if match := re.match(r"decimal\((\d+),(\d+)\)", declared):
         if int(match[1]) <= 38:
             return f"DECIMAL({match[1]},{match[2]})", None

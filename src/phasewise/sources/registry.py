@@ -43,11 +43,7 @@ def _find_factory(scheme: str, url: str) -> SourceFactory:
     for entry_point in found:
         loaded: SourceFactory = entry_point.load()
         return loaded
+    known = {*BUILT_IN, *(entry_point.name for entry_point in metadata.entry_points(group="phasewise.sources"))}
     raise ProjectError(
-        f'No source serves the URL "{redact_url(url)}".',
-        hint=f"Known schemes: {', '.join(sorted({*BUILT_IN, *_list_added()}))}.",
+        f'No source serves the URL "{redact_url(url)}".', hint=f"Known schemes: {', '.join(sorted(known))}."
     )
-
-
-def _list_added() -> list[str]:
-    return [entry_point.name for entry_point in metadata.entry_points(group="phasewise.sources")]
