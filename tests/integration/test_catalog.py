@@ -25,10 +25,10 @@ from phasewise.lake.warehouse import (
 from phasewise.project.config import Project, load_project
 from phasewise.publishing.maintenance import maintain_lake
 from phasewise.publishing.rollback import rollback_batch
-from phasewise.staging.manifest import read_manifest
 from phasewise.testing.projects import SAMPLE_SETTINGS, change_source, publish_sample, stage_batch, write_project
 from tests.integration.warehouses import postgres_catalog
 from tests.servers import find_postgres, postgres_database, psql
+from tests.staged import read_manifest
 
 SETTINGS = SAMPLE_SETTINGS
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Literal
@@ -208,17 +208,10 @@ def _read_publications(
     ).fetchall()
     # One after the other: what a publication says of thousands of tables takes milliseconds to read.
     for row in rows:
-        publication = _read_publication(int(row[0]), row[1], row[2])
-        if publication is not None:
-            yield publication
-
-
-def _read_publication(snapshot: int, at: datetime, extra_info: str | None) -> Publication | None:
-    try:
-        data = {**json.loads(extra_info or "null"), "snapshot": snapshot, "at": at.astimezone(UTC)}
-        return _ADAPTER.validate_python(data)
-    except (ValueError, TypeError):
-        return None  # maintenance, or a commit that somebody else made in the lake
+        # Maintenance, and commits that somebody else made in the lake, carry none.
+        with suppress(ValueError, TypeError):
+            data = json.loads(row[2] or "null")
+            yield _ADAPTER.validate_python({**data, "snapshot": int(row[0]), "at": row[1].astimezone(UTC)})
 
 
 def list_keys(connection: duckdb.DuckDBPyConnection) -> dict[str, tuple[str, ...]]:
@@ -249,7 +242,10 @@ def _diff_table(connection: duckdb.DuckDBPyConnection, table: str, key: tuple[st
             f"except all select {selected} from {second}.main.{target}"
         )
     removed, added = (fetch_int(connection, f"select count(*) from {name}") for name in ("gone", "come"))
-    changed = _count_changed(connection, key) if key and set(key) <= set(shared) else 0
+    changed = 0
+    if key and set(key) <= set(shared):
+        same = ", ".join(map(quote_identifier, key))
+        changed = fetch_int(connection, f"select count(*) from gone semi join come using ({same})")
     return TableDiff(
         name=table,
         added=added - changed,
@@ -258,11 +254,6 @@ def _diff_table(connection: duckdb.DuckDBPyConnection, table: str, key: tuple[st
         added_columns=tuple(column for column in new if column not in old),
         removed_columns=tuple(column for column in old if column not in new),
     )
-
-
-def _count_changed(connection: duckdb.DuckDBPyConnection, key: tuple[str, ...]) -> int:
-    columns = ", ".join(map(quote_identifier, key))
-    return fetch_int(connection, f"select count(*) from gone semi join come using ({columns})")
 
 
 def _columns_or_none(connection: duckdb.DuckDBPyConnection, table: str) -> Mapping[str, str]:

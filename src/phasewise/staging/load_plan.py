@@ -94,10 +94,6 @@ class Load:
         )
 
 
-#: How a table is loaded that the project says nothing about.
-FULL_LOAD = Load()
-
-
 @dataclass(frozen=True, kw_only=True)
 class LakeView:
     """The tables of the lake that a batch starts from, by casefolded name."""
@@ -122,22 +118,13 @@ def read_lake(project: Project, settings: Settings) -> LakeView:
         return LakeView()
     with open_session(settings, extensions=list_extensions(project)) as connection:
         attach_lake(connection, project, read_only=True)
-        return describe_lake(connection)
-
-
-def describe_lake(connection: duckdb.DuckDBPyConnection) -> LakeView:
-    """Return the tables of the attached lake."""
-    latest = latest_publication(connection)
-    states = {state.table.casefold(): state for state in (latest.states if latest else ())}
-    return LakeView(
-        tables={
-            name.casefold(): LakeTable(
-                columns=list_columns(connection, f"lake.main.{quote_identifier(name)}"),
-                state=states.get(name.casefold()),
-            )
+        latest = latest_publication(connection)
+        states = {state.table.casefold(): state for state in (latest.states if latest else ())}
+        columns = {
+            name.casefold(): list_columns(connection, f"lake.main.{quote_identifier(name)}")
             for name in list_tables(connection, "lake.main")
         }
-    )
+    return LakeView(tables={name: LakeTable(columns=found, state=states.get(name)) for name, found in columns.items()})
 
 
 def plan_load(contract: Table, table: SourceTable, lake: LakeTable | None) -> Load:

@@ -9,18 +9,18 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
-from phasewise.errors import NothingStaged, StagingError
+from phasewise.errors import StagingError
 from phasewise.lake.object_store import StoredFile, is_stored
 from phasewise.project.config import Project
 from phasewise.sources import Column
-from phasewise.staging.load_plan import FULL_LOAD, Load
+from phasewise.staging.load_plan import Load
 from phasewise.staging.partitions import name_item, read_splits
 from phasewise.staging.replication import fetch_staging
 
@@ -58,7 +58,7 @@ class Manifest:
     #: Why the table was staged whole, where it may have more rows than its limit and could not be split.
     split_note: str | None = None
     #: Which rows were read, and what the publishing does with them.
-    load: Load = FULL_LOAD
+    load: Load = field(default_factory=Load)
     #: Files with all keys of the source, where deleted rows are found by them.
     key_files: tuple[str, ...] = ()
     #: The digest of each of ``files``, then of each of ``key_files``, as they were written.
@@ -83,20 +83,6 @@ class Manifest:
 
 
 _ADAPTER = TypeAdapter(Manifest)
-
-
-def read_manifest(project: Project, batch: str, table: str, partition: str | None = None) -> Manifest:
-    """Return the manifest of a staged table, or of a part of it.
-
-    Raises:
-        NothingStaged: the table is not staged, or not completely.
-    """
-    folder = batch_folder(project, batch) / folder_name(name_item(table, partition))
-    fetch_staging(project, batch, folder=folder.name)
-    manifest = read_complete(folder)
-    if manifest is None:
-        raise NothingStaged(f'Table "{table}" is not staged in batch {batch}.', hint="Extract it first.")
-    return manifest
 
 
 def list_manifests(project: Project, batch: str) -> list[Manifest]:

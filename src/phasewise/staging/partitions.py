@@ -138,7 +138,12 @@ def split_tables(
         for table in _list_candidates(project, source, limits):
             split = _split(connection, source, table, limits[table.name], snapshot, before.get(table.name))
             found |= {table.name: split} if split else {}
-    return {table: split for table, split in found.items() if not _is_named_like_another(split, tables)}
+    # There is one name for a flow run: no part may have that of a table.
+    return {
+        table: split
+        for table, split in found.items()
+        if not any(name_item(table, part.name) in tables for part in split.partitions)
+    }
 
 
 def _find_limit(project: Project, settings: Settings, table: str, snapshot: SnapshotToken | None) -> int:
@@ -201,11 +206,6 @@ def _shorten(error: Exception) -> str:
     """Return the message of *error* on one line: its beginning, and its end, where the server's words are."""
     text = " ".join(str(error).split())
     return text if len(text) <= 500 else f"{text[:200]} … {text[-300:]}"
-
-
-def _is_named_like_another(split: SplitTable, tables: Sequence[str]) -> bool:
-    """Tell whether a part of the table would have the name of one of *tables*: there is one name for a flow run."""
-    return any(name_item(split.table, part.name) in tables for part in split.partitions)
 
 
 def _narrow(table: SourceTable) -> SourceTable:

@@ -18,8 +18,9 @@ from phasewise.publishing import staging_cleanup
 from phasewise.publishing.maintenance import list_expired, maintain_lake
 from phasewise.publishing.staging_cleanup import remove_finished_staging
 from phasewise.staging.batch import find_publishable_batch
-from phasewise.staging.manifest import batch_folder, read_manifest, staged_files
+from phasewise.staging.manifest import batch_folder, staged_files
 from phasewise.testing.projects import SAMPLE_SETTINGS, change_source, publish_sample, stage_batch, write_project
+from tests.staged import read_manifest
 
 SETTINGS = SAMPLE_SETTINGS
 NO_RETENTION = SETTINGS.model_copy(update={"snapshot_retention_days": 0, "batch_retention_days": 0})
@@ -198,7 +199,7 @@ def test_small_files_of_others_are_merged_and_their_readers_can_finish(project: 
 
 
 def snapshot(number: int, *, hours_ago: float, batch: str | None = None) -> Snapshot:
-    return Snapshot(id=number, at=NOW - timedelta(hours=hours_ago), batch=batch, message=None)
+    return Snapshot(id=number, at=NOW - timedelta(hours=hours_ago), batch=batch)
 
 
 def test_a_snapshot_expires_by_when_it_was_replaced():

@@ -22,7 +22,7 @@ from phasewise.publishing.rollback import rollback_batch
 from phasewise.staging.batch import begin_batch, give_up_tables, list_batches
 from phasewise.staging.digests import digest_path
 from phasewise.staging.extract import extract_table
-from phasewise.staging.manifest import batch_folder, read_manifest, staged_files
+from phasewise.staging.manifest import batch_folder, staged_files
 from phasewise.testing.projects import (
     SAMPLE_SETTINGS,
     audit_sample,
@@ -31,6 +31,7 @@ from phasewise.testing.projects import (
     stage_batch,
     write_project,
 )
+from tests.staged import read_manifest
 
 SETTINGS = SAMPLE_SETTINGS
 

@@ -20,7 +20,7 @@ from phasewise.publishing.publish import Publication
 from phasewise.publishing.replay import Replay, replay_quarantine
 from phasewise.publishing.rollback import rollback_batch
 from phasewise.publishing.session import open_writer
-from phasewise.staging.manifest import read_manifest, staged_files
+from phasewise.staging.manifest import staged_files
 from phasewise.testing.projects import (
     SAMPLE_SETTINGS,
     audit_sample,
@@ -29,6 +29,7 @@ from phasewise.testing.projects import (
     stage_batch,
     write_project,
 )
+from tests.staged import read_manifest
 
 SOURCE = """
 create table customer (id integer, name text);

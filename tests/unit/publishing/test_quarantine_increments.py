@@ -22,12 +22,12 @@ from phasewise.publishing.session import open_writer
 from phasewise.testing.projects import SAMPLE_SETTINGS as SETTINGS
 from phasewise.testing.projects import (
     audit_sample,
-    change_project,
     change_source,
     publish_sample,
     stage_batch,
     write_project,
 )
+from tests.staged import change_project
 
 SOURCE = """
 create table t (id integer, n integer, at integer);
