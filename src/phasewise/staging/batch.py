@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from pydantic import TypeAdapter
 
@@ -144,8 +145,8 @@ def remember_lake(project: Project, settings: Settings, batch: str) -> LakeView:
     """
     path = batch_folder(project, batch) / _LAKE
     if not path.exists():
-        write_shared_once(project, path, read_lake(project, settings).to_json())
-    view = read_shared(path, LakeView.from_json)
+        write_shared_once(project, path, json.dumps(asdict(read_lake(project, settings))))
+    view = read_shared(path, TypeAdapter(LakeView).validate_json)
     assert view is not None  # it was written just now, or before
     return view
 
@@ -220,21 +221,14 @@ def _read_batch(project: Project, batch: str) -> Batch:
         plan=plan,
         manifests=manifests,
         # One that ended after all, before anybody looked, is part of the batch.
-        given_up={table: reason for table, reason in _read_given_up(folder).items() if table not in staged},
-        snapshot=_read_snapshot(folder),
+        given_up={table: why for table, why in _read_json(folder / _GIVEN_UP).items() if table not in staged},
+        snapshot=_read_json(folder / _PUBLISHED).get("snapshot"),
     )
 
 
-def _read_given_up(folder: Path) -> dict[str, str]:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        reasons: dict[str, str] = json.loads((folder / _GIVEN_UP).read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return reasons
-
-
-def _read_snapshot(folder: Path) -> int | None:
-    try:
-        return int(json.loads((folder / _PUBLISHED).read_text(encoding="utf-8"))["snapshot"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    return found if isinstance(found, dict) else {}

@@ -8,14 +8,12 @@ written into its folder once, when it begins: a resumed batch reads the same ran
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from decimal import Decimal
 
 import duckdb
-from pydantic import TypeAdapter
 
 from phasewise.errors import ProjectError, SchemaDrift
 from phasewise.lake.publications import TableState, latest_publication, list_columns, list_tables
@@ -102,14 +100,6 @@ class LakeView:
 
     def find(self, table: str) -> LakeTable | None:
         return self.tables.get(table.casefold())
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> LakeView:
-        """Raises: ValueError when *text* is none."""
-        return TypeAdapter(cls).validate_json(text)
 
 
 def read_lake(project: Project, settings: Settings) -> LakeView:

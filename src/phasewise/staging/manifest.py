@@ -122,18 +122,21 @@ def read_manifests(folder: Path) -> list[Manifest]:
 
 def staged_files(project: Project, manifest: Manifest) -> list[Path | StoredFile]:
     """Return the Parquet files of a staged table, or of a part of it."""
-    folder = batch_folder(project, manifest.batch) / folder_name(name_item(manifest.table, manifest.partition))
-    return [StoredFile(name) if is_stored(name) else folder / name for name in manifest.files]
-
-
-def name_in_manifest(file: Path | StoredFile) -> str:
-    return file.name if isinstance(file, Path) else file.url
+    return _locate(project, manifest, manifest.files)
 
 
 def staged_key_files(project: Project, manifest: Manifest) -> list[Path | StoredFile]:
     """Return the Parquet files with the keys of the source; none where deleted rows need none."""
-    folder = batch_folder(project, manifest.batch) / folder_name(name_item(manifest.table, manifest.partition))
-    return [StoredFile(name) if is_stored(name) else folder / name for name in manifest.key_files]
+    return _locate(project, manifest, manifest.key_files)
+
+
+def _locate(project: Project, manifest: Manifest, names: tuple[str, ...]) -> list[Path | StoredFile]:
+    folder = (project.staging / name_manifest(manifest)).parent
+    return [StoredFile(name) if is_stored(name) else folder / name for name in names]
+
+
+def name_in_manifest(file: Path | StoredFile) -> str:
+    return file.name if isinstance(file, Path) else file.url
 
 
 def name_manifest(manifest: Manifest) -> str:

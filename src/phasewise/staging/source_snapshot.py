@@ -14,7 +14,7 @@ from phasewise.project.config import Project
 from phasewise.settings import Settings
 from phasewise.sources import SnapshotToken, Source, open_source
 from phasewise.staging.manifest import batch_folder
-from phasewise.staging.replication import remove_shared, write_shared
+from phasewise.staging.replication import read_shared, remove_shared, write_shared
 from phasewise.staging.write_errors import explaining_writes
 
 _SNAPSHOT = "snapshot.json"
@@ -62,8 +62,5 @@ def forget_snapshot(project: Project, batch: str) -> None:
 
 
 def read_token(folder: Path) -> SnapshotToken | None:
-    try:
-        token: SnapshotToken | None = json.loads((folder / _SNAPSHOT).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
+    token: SnapshotToken | None = read_shared(folder / _SNAPSHOT, json.loads)
     return token
