@@ -19,7 +19,6 @@ VERSION = {"prefect._build_info": [['__version__ = "', '__version__ = "3.99.0" o
 #: What is patched in the server and in runs, under other names.
 TARGETS = {
     "prefect.server.database.dependencies": [["def set_query_components", "def use_query_components"]],
-    "prefect.server.api.server": [["create_api_app", "make_api_app"]],
     "prefect.flow_engine": [["_send_heartbeats", "_beat"]],
     "prefect.results": [["_read_server_default_result_storage_block_id", "_read_default_storage"]],
 }
@@ -38,7 +37,7 @@ RUNNER = {
 @pytest.mark.parametrize(
     ("changes", "skipped"),
     [
-        (TARGETS, ["insert-rows", "plain-middleware", "own-heartbeats", "known-result-storage"]),
+        (TARGETS, ["insert-rows", "own-heartbeats", "known-result-storage"]),
         (RUNNER, ["fork-runs"]),
     ],
     ids=["patches", "runner"],

@@ -18,7 +18,15 @@ from phasewise.lake.session import open_session, preload_extensions
 from phasewise.lake.warehouse import attach_lake
 from phasewise.project.config import Project
 from phasewise.publishing.maintenance import maintain_lake
-from phasewise.testing.projects import SAMPLE_SETTINGS, change_source, publish_sample, stage_batch, write_project
+from phasewise.publishing.publish import publish_batch
+from phasewise.testing.projects import (
+    SAMPLE_SETTINGS,
+    audit_sample,
+    change_source,
+    publish_sample,
+    stage_batch,
+    write_project,
+)
 from tests.integration.warehouses import drop_catalog, fork, postgres_catalog
 from tests.servers import find_postgres
 
@@ -78,14 +86,16 @@ def look(project: Project) -> tuple[set[int], set[int], int, list[str]]:
 @pytest.mark.timeout(240)
 def test_a_publisher_killed_at_any_instant_leaves_all_old_or_all_new(project: Project):
     publish_sample(project, SETTINGS, stage_generation(project, 0))
+    audited = audit_sample(project, stage_generation(project, 1))
     started = time.monotonic()
-    publish_sample(project, SETTINGS, stage_generation(project, 1))
+    publish_batch(project, SETTINGS, audited)
     seconds = time.monotonic() - started
     generation, random_source, seen = 2, random.Random(20261123), []
     batch = stage_generation(project, generation)
+    audited = audit_sample(project, batch)
 
     for attempt in range(KILLS):
-        pid = fork(lambda batch=batch: publish_sample(project, SETTINGS, batch))
+        pid = fork(lambda audited=audited: publish_batch(project, SETTINGS, audited))
         # The sleep is the test's input: the instant of the kill.
         time.sleep(random_source.uniform(0, seconds))
         os.kill(pid, signal.SIGKILL)
@@ -102,8 +112,9 @@ def test_a_publisher_killed_at_any_instant_leaves_all_old_or_all_new(project: Pr
         if was_published:
             generation += 1
             batch = stage_generation(project, generation)
+            audited = audit_sample(project, batch)
 
-    publish_sample(project, SETTINGS, batch)
+    publish_batch(project, SETTINGS, audited)
     assert look(project)[:2] == ({generation}, {generation})
     assert {True, False} == set(seen), f"the instants hit one side of the commit only: {seen}"
 
@@ -177,21 +188,22 @@ def test_a_reader_within_retention_is_never_broken_by_cleanup(project: Project):
 @pytest.mark.timeout(120)
 def test_a_first_publisher_killed_at_any_instant_leaves_a_warehouse_that_the_next_one_can_use(project: Project):
     batch = stage_generation(project, 0)
+    audited = audit_sample(project, batch)
     started = time.monotonic()
-    publish_sample(project, SETTINGS, batch)
+    publish_batch(project, SETTINGS, audited)
     seconds = time.monotonic() - started
     random_source = random.Random(20261124)
 
     for attempt in range(12):
         shutil.rmtree(project.warehouse)
         drop_catalog(project.catalog)
-        pid = fork(lambda: publish_sample(project, SETTINGS, batch))
+        pid = fork(lambda: publish_batch(project, SETTINGS, audited))
         # The sleep is the test's input: the instant of the kill.
         time.sleep(random_source.uniform(0, seconds))
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
 
-        publish_sample(project, SETTINGS, batch)
+        publish_batch(project, SETTINGS, audited)
 
         tables, mart, rows, batches = look(project)
         assert (tables, mart, rows, batches) == ({0}, {0}, 500 * len(TABLES), [batch]), f"after kill {attempt}"

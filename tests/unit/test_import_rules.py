@@ -6,6 +6,7 @@ It sees other packages by their first name only, and not that importing a module
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -99,3 +100,38 @@ def test_importing_a_plane_does_not_load_the_library_of_the_other(plane, strange
     )
 
     assert run.returncode == 0, run.stderr or f"{stranger} was loaded by one of: {plane}"
+
+
+def test_each_module_of_worker_and_server_says_in_which_process_it_runs():
+    files = [
+        file
+        for package in ("worker", "server")
+        for file in (ROOT / "src/phasewise" / package).glob("*.py")
+        if file.name != "__init__.py"
+    ]
+    assert len(files) > 10
+
+    first_lines = {
+        file.name: (ast.get_docstring(ast.parse(file.read_text())) or "").partition("\n")[0] for file in files
+    }
+
+    process = r"Runs in the (worker's process|server's process|forkserver|process (that was )?forked for)"
+    assert {name: line for name, line in first_lines.items() if not re.search(process, line)} == {}
+
+
+@pytest.mark.parametrize("process", ["worker", "server"])
+def test_the_code_of_a_flow_run_and_of_its_worker_do_not_import_each_other(process: str) -> None:
+    """``warm_up``, in the process that is forked, is what may import the code of the run."""
+    folder = ROOT / "src/phasewise" / process
+    of_the_run = {"child", "event_outlet", "warm_up"}
+    found = {
+        file.stem: [
+            name
+            for name in imported_names(ast.parse(file.read_text()))
+            if name.split(".")[2:3] and name.split(".")[2] in of_the_run and name.startswith("phasewise.worker.")
+        ]
+        for file in folder.glob("*.py")
+        if file.stem not in of_the_run
+    }
+
+    assert {name: names for name, names in found.items() if names} == {}

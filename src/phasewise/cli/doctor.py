@@ -8,7 +8,7 @@ from importlib.metadata import version
 from phasewise.patches.entries import list_patches
 from phasewise.patches.registry import NEWEST_TESTED, Patch
 
-_PATCHED = ("prefect", "fastapi", "jsonschema", "pydocket", "sqlalchemy")
+_PATCHED = ("prefect", "pydocket", "sqlalchemy")
 
 
 def describe_patches() -> Iterator[str]:

@@ -13,8 +13,9 @@ import os
 import re
 import shutil
 import socket
+import sqlite3
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -73,8 +74,19 @@ def has_lake(project: Project) -> bool:
         LakeError: its catalog in PostgreSQL does not answer.
     """
     if project.catalog is None:
-        return (project.warehouse / _CATALOG).is_file()
+        catalog = project.warehouse / _CATALOG
+        return catalog.is_file() and _has_tables(catalog)
     return _find_format(project) is not None
+
+
+def _has_tables(catalog: Path) -> bool:
+    # The first publisher may have been killed between making the file and DuckLake's tables in it.
+    try:
+        with closing(sqlite3.connect(f"{catalog.absolute().as_uri()}?mode=ro", uri=True)) as connection:
+            tables = connection.execute("select count(*) from sqlite_schema where name = 'ducklake_metadata'")
+            return bool(tables.fetchone()[0])
+    except sqlite3.Error:  # locked or damaged: whoever attaches it says so
+        return True
 
 
 def reach_warehouse(connection: duckdb.DuckDBPyConnection, project: Project) -> None:

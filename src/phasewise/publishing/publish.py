@@ -90,9 +90,9 @@ def _publish(session: WarehouseSession, audited: AuditedBatch) -> Publication:
         raise NothingStaged(
             f'Nothing is staged for the batch "{batch.id}".', hint="Load it first: make run-distributed."
         )
-    present = {*batch.tables, *session.tables}
-    is_partial = audited.is_partial
-    only = find_buildable(session.connection, project, present) if is_partial else order_marts(project.marts)
+    only = order_marts(project.marts)
+    if audited.is_partial:
+        only = find_buildable(session.connection, project, {*batch.tables, *session.tables})
     planned = _plan(project, audited, only)
     _refuse_to_go_back(session, planned)
     message = f"Publish batch {batch.id}"

@@ -76,15 +76,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Imported late: building the app reads the database configuration.
     from prefect.server.api.server import create_app
 
-    from phasewise.server.events import share_events
-    from phasewise.server.requests import shorten_requests
     from phasewise.server.statements import spare_statements
 
     apply(entries.OFFER_WORK_POOL, _offering_warm_process)
-    share_events()
     spare_statements(on_sqlite=url.get_backend_name() == "sqlite")
     app = create_app(final=True)
-    shorten_requests(app)
     config = uvicorn.Config(
         app,
         timeout_keep_alive=settings.server.api.keepalive_timeout,

@@ -1,4 +1,4 @@
-"""SQLite for SQLAlchemy's asyncio, executed in the thread of the event loop.
+"""SQLite for SQLAlchemy's asyncio, in the thread of the event loop. Runs in the server's process.
 
 A statement of the Prefect server takes SQLite some 20 µs. ``aiosqlite`` hands each step of it (cursor, execute, fetch,
 close) to a thread of the connection and back, which costs ten times that; here it is executed where it was asked for.

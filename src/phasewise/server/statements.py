@@ -1,14 +1,12 @@
-"""What the embedded Prefect server need not ask its database for, or do again, for a request. In the server's process.
+"""What the embedded server need not ask its database for, or do again. Runs in the server's process.
 
 Nothing of it changes what the server answers, but for the states of the task runs that stand for flow runs.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
-import sqlite3
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -16,8 +14,6 @@ from typing import Any, Self
 from uuid import UUID
 
 import sqlalchemy as sa
-from jsonschema.exceptions import best_match
-from jsonschema.validators import validator_for
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.orm import ORMExecuteState, Session, joinedload
 from sqlalchemy.orm.interfaces import ORMOption
@@ -39,16 +35,12 @@ _READY_SECONDS = 5.0
 
 def spare_statements(*, on_sqlite: bool) -> None:
     """Make the server of this process answer with fewer statements; before its first one."""
-    apply(entries.DECLARE_OPERATORS, lambda stock: getattr(sa.sql.operators, "OperatorClass").ANY)  # noqa: B009 - 2.1
     apply(entries.VALID_VARIABLES, remembering)
-    apply(entries.CHECK_SCHEMAS_ONCE, lambda _: _checking_schemas_once())
     apply(entries.SKIP_PARENT_STATES, _skipping_what_a_parent_need_not_see)
-    apply(entries.DIALECT_ONCE, functools.cache)
     apply(entries.READY_SELDOM, _adding_marks_seldom)
     if on_sqlite:
         _join_single_objects()  # PostgreSQL refuses to lock the rows of an outer join, which the server asks it for
         _pass_rows_as_parameters()
-        apply(entries.COUNT_PARAMETERS, lambda _: functools.cache(_count_parameters))
 
 
 def _join_single_objects() -> None:
@@ -119,26 +111,6 @@ def _insert_rows(execution: ORMExecuteState) -> sa.Result[Any] | None:
         return None
     execution.parameters = execution.statement.rows
     return execution.invoke_statement()
-
-
-def _count_parameters() -> int:
-    """Return how many parameters a statement may have."""
-    with contextlib.closing(sqlite3.connect(":memory:")) as connection:
-        return connection.getlimit(sqlite3.SQLITE_LIMIT_VARIABLE_NUMBER)
-
-
-def _checking_schemas_once() -> Callable[..., None]:
-    """Return ``jsonschema.validate`` that does not check a schema again that it has found valid."""
-    checks = functools.cache(lambda validator: remembering(validator.check_schema))
-
-    # As jsonschema's own, but for the memory.
-    def validate(instance: Any, schema: Any, cls: Any = None, *args: Any, **options: Any) -> None:
-        validator = cls or validator_for(schema)
-        checks(validator)(schema)
-        if error := best_match(validator(schema, *args, **options).iter_errors(instance)):
-            raise error
-
-    return validate
 
 
 def _skipping_what_a_parent_need_not_see(copy_state: Callable[..., Any]) -> Callable[..., Any]:

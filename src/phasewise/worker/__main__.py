@@ -1,4 +1,4 @@
-"""The command of a worker that the stack starts: ``python -m phasewise.worker``. Runs in the worker's process."""
+"""The command of a worker, ``python -m phasewise.worker``. Runs in the worker's process."""
 
 from __future__ import annotations
 

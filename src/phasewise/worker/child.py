@@ -1,4 +1,4 @@
-"""The code of one flow run, or of its hooks. Runs in the process forked for it; ``warm_up`` in the forkserver."""
+"""The code of one flow run, or of its hooks. Runs in the process that was forked for it."""
 
 from __future__ import annotations
 
@@ -7,80 +7,29 @@ import contextlib
 import contextvars
 import copy
 import functools
-import io
-import logging
 import os
-import ssl
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from inspect import iscoroutinefunction
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar
 from uuid import UUID
 
-import certifi
 import prefect
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.events import RelatedResource
-from prefect.settings import get_current_settings
-from pydantic import BaseModel
 
 from phasewise.patches import entries
 from phasewise.patches.registry import apply, may_apply
 from phasewise.settings import Settings
-from phasewise.worker.event_relay import Outlet
+from phasewise.worker.event_outlet import Outlet
 from phasewise.worker.fork_job import BEGUN, NO_HOOKS
 
 if TYPE_CHECKING:
     from prefect.flow_engine import BaseFlowRunEngine
     from prefect.flows import Flow
-
-# ── in the forkserver, before it forks ───────────────────────────────────────────────────────────────────────────
-
-
-def warm_up() -> None:
-    """Do once what Prefect would do in every flow run: none of it depends on the run."""
-    from prefect.logging.handlers import PrefectConsoleHandler
-
-    # Each client and socket reads the certificate authorities again: five times a run, 22 ms and 1 MiB each.
-    shared = _SharedContexts("ssl")
-    if apply(entries.TLS_CONTEXT_ONCE, lambda _: shared):
-        shared.create_default_context(cafile=get_current_settings().api.ssl_cert_file or certifi.where())
-    for model in _subclasses(BaseModel):
-        if model.__module__.startswith("prefect.") and not model.__pydantic_complete__:
-            with contextlib.suppress(Exception):  # it stays as it was: pydantic tries again on first use
-                model.model_rebuild()
-    # The console's highlighter compiles its twenty patterns when it has something to show.
-    record = logging.LogRecord("prefect.flow_runs", logging.INFO, __file__, 1, "Warm.", None, None)
-    PrefectConsoleHandler(stream=io.StringIO()).emit(record)
-    apply(entries.OWN_HEARTBEATS, lambda _: _send_heartbeats)
-    apply(entries.HEAR_SUSPENSION, lambda _: _observe_suspension)
-    for patch in entries.PATCHES:  # looked at once, for all runs that are forked
-        if patch.process == "run":
-            may_apply(patch)
-
-
-class _SharedContexts(ModuleType):
-    """The module ``ssl``, but a default context is made once for the same arguments."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(ssl, name)
-
-    @functools.cached_property
-    def create_default_context(self) -> Callable[..., ssl.SSLContext]:
-        return functools.cache(ssl.create_default_context)
-
-
-def _subclasses(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
-    for subclass in model.__subclasses__():
-        yield subclass
-        yield from _subclasses(subclass)
-
-
-# ── in the forked process ────────────────────────────────────────────────────────────────────────────────────────
 
 
 def run_flow_run(entrypoint: str, api_url: str, known: dict[str, Any], descriptor: int) -> int:
@@ -186,7 +135,7 @@ class _Line:
 
 
 @contextlib.contextmanager
-def _observe_suspension(flow_run_id: UUID, suspension_request: Any, polling_interval: float = 10) -> Iterator[None]:
+def observe_suspension(flow_run_id: UUID, suspension_request: Any, polling_interval: float = 10) -> Iterator[None]:
     """Replace Prefect's: the worker listens for all its runs, instead of one events subscription a run."""
     from prefect._flow_run_suspension import is_suspended_flow_run_state
 
@@ -206,7 +155,7 @@ def _observe_suspension(flow_run_id: UUID, suspension_request: Any, polling_inte
 
 
 @contextlib.contextmanager
-def _send_heartbeats(engine: BaseFlowRunEngine[Any, Any], join_on_exit: bool = True) -> Iterator[None]:
+def send_heartbeats(engine: BaseFlowRunEngine[Any, Any], join_on_exit: bool = True) -> Iterator[None]:
     """Replace Prefect's, which looks once a second whether to end, and every run waits for that look."""
     _Line.tell_hooks(engine.flow)
     try:

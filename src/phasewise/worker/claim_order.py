@@ -1,4 +1,4 @@
-"""Which worker of a pool goes first for a flow run.
+"""Which worker of a pool goes first for a flow run. Runs in the worker's process.
 
 All workers of a pool hear of every run at once and would all try to claim it: the server refuses all but one, after
 having done most of the work of a claim for each. So each run has one worker that claims it at once, the same in the

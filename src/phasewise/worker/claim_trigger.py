@@ -1,5 +1,6 @@
-"""When a worker asks the server for work: on the event of a scheduling, and when slots of a limit become free.
+"""When a worker asks the server for work. Runs in the worker's process.
 
+On the event of a scheduling, and when slots of a limit become free.
 It also polls, slowly, by Prefect's own clock: that is the fallback, and not done here.
 """
 

@@ -1,4 +1,4 @@
-"""Events and logs of flow runs, on their way to the server through the worker.
+"""The worker's end of what flow runs hand over: their events and logs. Runs in the worker's process.
 
 By itself each flow run opens a websocket for its events and a connection for its logs, and closes them a moment later:
 a handshake, two clients and several requests a run. Here it writes both into a socket that its worker reads, and the
@@ -14,10 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import socket
-import struct
-import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
@@ -26,13 +23,10 @@ import anyio
 import httpx
 from prefect.client.orchestration import PrefectClient
 from prefect.events import Event
-from prefect.events.worker import EventsWorker, ProcessPoolForwardingEventsClient
+from prefect.events.worker import EventsWorker
 from prefect.logging import get_logger
-from prefect.logging.handlers import emit_api_log, set_api_log_sink
 from prefect.settings import get_current_settings
 
-#: Seconds that a run waits for its worker to read before it sends for itself.
-_STUCK_SECONDS = 5
 #: Seconds in which logs of all runs are gathered into one request.
 _GATHER_SECONDS = 0.5
 #: Seconds between two tries at a server that is away.
@@ -42,61 +36,6 @@ _LAST_SECONDS = 5.0
 _CHUNK_BYTES = 1 << 16
 #: What a log handler notes next to a log for whoever batches it; no field of the log.
 _SIZE = "__payload_size__"
-
-# ── the run's side ───────────────────────────────────────────────────────────────────────────────────────────────
-
-
-class Outlet:
-    """Where a flow run hands its events and logs over: *descriptor* is its end of the socket to the worker."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._socket = socket.socket(fileno=descriptor)
-        # Not settimeout: that would make the reading of the same socket time out too.
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", _STUCK_SECONDS, 0))
-        self._lock = threading.Lock()
-        self._pid = os.getpid()
-        self._is_open = True
-
-    def install(self) -> None:
-        """Let everything that this process would send go this way."""
-        EventsWorker.set_client_override(ProcessPoolForwardingEventsClient, event_queue=self)
-        set_api_log_sink(self._put_log)
-
-    def put(self, item: tuple[str, Event]) -> None:
-        """Hand an event over; Prefect's forwarding client takes this for a queue."""
-        if not self._write({"event": item[1].model_dump(mode="json")}):
-            EventsWorker.instance().send(item[1])
-
-    def _put_log(self, log: dict[str, Any]) -> None:
-        if not self._write({"log": log}):
-            emit_api_log(log)
-
-    def note(self, what: str) -> None:
-        """Tell the worker something about this run."""
-        self._write({"note": what})
-
-    def _write(self, message: dict[str, Any]) -> bool:
-        """Write one line; False when the worker does not take it, and from then on nothing goes this way."""
-        line = json.dumps(message).encode() + b"\n"
-        with self._lock:
-            # A process that the flow forked shares the socket, but not the lock: lines would mix.
-            if self._is_open and os.getpid() == self._pid:
-                with suppress(OSError):
-                    self._socket.sendall(line)
-                    return True
-            self._close()
-            return False
-
-    def _close(self) -> None:
-        self._is_open = False
-        EventsWorker.set_client_override(None)
-        set_api_log_sink(None)
-        if os.getpid() == self._pid:
-            with suppress(OSError):
-                self._socket.shutdown(socket.SHUT_WR)
-
-
-# ── the worker's side ────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class Inlet:

@@ -1,4 +1,7 @@
-"""What a flow run is forked with, and which runs a fork can serve exactly as a new process would."""
+"""What a flow run is forked with, and which runs can be forked. Runs in the worker's process.
+
+A fork must serve a run exactly as a new process would.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reads of the server that flow runs which start together share."""
+"""Reads of the server that flow runs which start together share. Runs in the worker's process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keep the flow runs of a work pool honest: cancel what is below a run that ended, end those whose worker died.
+"""Cancel what is below a run that ended, and end runs whose worker died. Runs in the worker's process.
 
 Every worker runs one. They do the same work and do not know of each other: each step is safe to do twice.
 """

@@ -96,7 +96,7 @@ PRELOAD = (
     "phasewise.flows",
 )
 #: Called once, after the imports and before the first fork.
-SETUP = ("phasewise.worker.child:warm_up", "phasewise.lake.session:preload_extensions")
+SETUP = ("phasewise.worker.warm_up:warm_up", "phasewise.lake.session:preload_extensions")
 
 _CLAIM_ON = ("Scheduled", "Late", "AwaitingRetry", "AwaitingConcurrencySlot", "Resuming")
 _FREES_A_SLOT = ("Completed", "Failed", "Crashed", "Cancelled", "TimedOut", "Paused", "Suspended")

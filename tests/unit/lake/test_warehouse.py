@@ -54,6 +54,27 @@ def test_reading_a_warehouse_that_does_not_exist_says_what_to_run(project: Proje
     assert not project.warehouse.exists()
 
 
+def test_a_catalog_that_a_killed_publisher_left_without_tables_is_filled_by_the_next(
+    project: Project,
+):
+    fill(project)
+    catalog = project.warehouse / "catalog.sqlite"
+    catalog.unlink()
+    with closing(sqlite3.connect(catalog)) as empty:
+        empty.execute("PRAGMA journal_mode = WAL")  # what DuckDB does first
+
+    assert not has_lake(project)
+    with open_session(SETTINGS) as connection, pytest.raises(LakeError, match="Publish a batch first"):
+        attach_lake(connection, project, read_only=True)
+
+    fill(project)
+
+    assert has_lake(project)
+    with open_session(SETTINGS) as connection:
+        attach_lake(connection, project, read_only=True)
+        assert connection.execute("SELECT answer FROM lake.t").fetchall() == [(42,)]
+
+
 def test_a_warehouse_keeps_its_tables_and_its_snapshots(project: Project):
     fill(project)
 

@@ -16,6 +16,8 @@ from typing import Any
 import prefect
 import pytest
 
+from phasewise.errors import OrchestrationError
+from phasewise.local import engine
 from phasewise.patches import entries, registry
 from phasewise.patches.entries import PATCHES, list_patches
 from phasewise.patches.registry import Patch, apply, describe_shape, find_target, may_apply, undo, why_not
@@ -32,6 +34,7 @@ def forget() -> None:
 
 @pytest.fixture(autouse=True)
 def _as_in_a_new_process() -> Iterator[None]:
+    undo()  # what a local run of another test has applied
     forget()
     yield
     undo()
@@ -52,10 +55,8 @@ def test_it_fits_the_installed_versions(patch: Patch) -> None:
     assert why_not(patch) is None
 
 
-@every_patch
+@pytest.mark.parametrize("patch", [patch for patch in PATCHES if patch.targets], ids=lambda patch: patch.name)
 def test_the_stock_code_is_back_when_it_is_undone(patch: Patch) -> None:
-    if not patch.targets:
-        pytest.skip("it rebinds nothing")
     before = targets_of(patch)
 
     assert apply(patch, lambda stock: SimpleNamespace(stock=stock))
@@ -145,11 +146,18 @@ def test_a_change_of_the_code_is_noticed_and_one_of_its_layout_is_not(tmp_path: 
 def test_a_newer_prefect_gets_one_warning(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(prefect, "__version__", "3.12.0.dev4")
 
-    assert may_apply(entries.PARSE_EVENTS_ONCE)
+    assert may_apply(entries.VALID_VARIABLES)
     assert may_apply(entries.KNOWN_RUN)
 
     [line] = caplog.messages
     assert "3.12.0.dev4 is newer than 3.9.1" in line
+
+
+def test_a_local_run_says_why_it_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "describe_shape", lambda target: "(another)")
+
+    with pytest.raises(OrchestrationError, match=r"needs the patch local-tasks: prefect\S+ is \(another\)"):
+        engine.install()
 
 
 def test_every_entry_is_used_and_nothing_is_rebound_elsewhere() -> None:
@@ -194,7 +202,7 @@ def test_rebinding_is_recognised(line: str, is_found: bool) -> None:
 
 
 def test_doctor_lists_them(tmp_path: Path) -> None:
-    env = {**os.environ, "PREFECT_HOME": str(tmp_path), "PHASEWISE_PATCHES": "-parse-events-once"}
+    env = {**os.environ, "PREFECT_HOME": str(tmp_path), "PHASEWISE_PATCHES": "-valid-variables"}
 
     done = subprocess.run([sys.executable, "-m", "phasewise", "doctor"], capture_output=True, text=True, env=env)
 

@@ -20,6 +20,7 @@ from phasewise.publishing.publish import Publication
 from phasewise.publishing.replay import Replay, replay_quarantine
 from phasewise.publishing.rollback import rollback_batch
 from phasewise.publishing.session import open_writer
+from phasewise.staging.digests import digest_path
 from phasewise.staging.manifest import staged_files
 from phasewise.testing.projects import (
     SAMPLE_SETTINGS,
@@ -331,7 +332,8 @@ def _split_in_two(project: Project, batch: str, table: str) -> None:
         duckdb.sql(f"copy (from '{whole}' where file_row_number {condition}) to '{part}'")
     path = whole.with_name("manifest.json")
     manifest = json.loads(path.read_text())
-    manifest |= {"files": [part.name for part in parts], "size_bytes": sum(part.stat().st_size for part in parts)}
+    manifest |= {"files": [part.name for part in parts], "digests": [digest_path(part) for part in parts]}
+    manifest |= {"size_bytes": sum(part.stat().st_size for part in parts)}
     path.write_text(json.dumps(manifest))
 
 

@@ -14,8 +14,9 @@ from prefect.events import Event, Resource
 from prefect.events.worker import EventsWorker
 from prefect.logging.handlers import set_api_log_sink
 
-from phasewise.worker import event_relay
-from phasewise.worker.event_relay import Inlet, Intake, Outlet, emit_api_log
+from phasewise.worker import event_outlet, event_relay
+from phasewise.worker.event_outlet import Outlet, emit_api_log
+from phasewise.worker.event_relay import Inlet, Intake
 
 Connect = Callable[[socket.socket], Outlet]
 
@@ -152,7 +153,7 @@ def test_a_run_whose_worker_is_gone_sends_for_itself(monkeypatch: pytest.MonkeyP
     ours, theirs = socket.socketpair()
     outlet = outlet_to(theirs)
     ours.close()
-    monkeypatch.setattr(event_relay, "emit_api_log", own.append)
+    monkeypatch.setattr(event_outlet, "emit_api_log", own.append)
 
     outlet._put_log(log("alone"))
 

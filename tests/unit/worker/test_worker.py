@@ -20,7 +20,8 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.states import Cancelling
 
 from phasewise.worker import worker
-from phasewise.worker.child import _Lazily, _SharedContexts
+from phasewise.worker.child import _Lazily
+from phasewise.worker.warm_up import _SharedContexts
 from phasewise.worker.worker import WarmProcessWorker
 
 
