@@ -28,6 +28,7 @@ from phasewise.publishing.increments import (
     apply_increment,
     describe_increment,
     find_last,
+    register_files,
     select_replacement,
 )
 from phasewise.publishing.quarantine import publish_quarantine, remove_registered, take_out
@@ -215,13 +216,9 @@ def publish_table(session: WarehouseSession, table: str, files: Sequence[File], 
     """
     session.expect(Stage.CHANGING)
     name = f"lake.main.{quote_identifier(table)}"
-    paths = ", ".join(quote_literal(str(file)) for file in files)
     try:
         session.connection.execute(f"create or replace table {name} as from {read_parquet(files)} limit 0")
-        session.connection.execute(
-            f"call ducklake_add_data_files('lake', {quote_literal(table)}, [{paths}], "
-            "schema => 'main', hive_partitioning => false)"
-        )
+        register_files(session.connection, table, files)
         found = session.count(name)
     except duckdb.Error as exc:
         raise LakeError(

@@ -147,8 +147,7 @@ class FilesSource(DuckdbReader):
             if row and row[0]:
                 sample = connection.execute(f"SELECT {', '.join([value, *keys])} {bad} LIMIT 1").fetchone()
                 assert sample is not None  # it was counted above
-                where = ", ".join(f"{name} = {shown}" for name, shown in zip(table.key, sample[1:], strict=True))
-                return explain_unfaithful(table.name, column, count=row[0], value=f"'{sample[0]}'", where=where)
+                return explain_unfaithful(table.name, column, table.key, (f"'{sample[0]}'", *sample[1:]), count=row[0])
         return None
 
     def _read(self, table: SourceTable) -> str:

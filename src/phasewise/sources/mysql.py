@@ -210,8 +210,7 @@ class MysqlSource(ServerSource):
             keys = [f"c{names.index(name)}" for name in table.key]
             sample = connection.execute(f"SELECT {', '.join([value, *keys])} {bad} LIMIT 1").fetchone()
             assert sample is not None  # it was counted above
-            where = ", ".join(f"{name} = {shown}" for name, shown in zip(table.key, sample[1:], strict=True))
-            return explain_unfaithful(table.name, column, count=counted[0], value=str(sample[0]), where=where)
+            return explain_unfaithful(table.name, column, table.key, sample, count=counted[0])
         return None
 
     def _count(self, connection: duckdb.DuckDBPyConnection, table: SourceTable) -> int:

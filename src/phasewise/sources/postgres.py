@@ -316,8 +316,7 @@ class PostgresSource(ServerSource):
         )
         query = f"SELECT {shown} FROM {self._qualify(table)}{table.where(test)} LIMIT 1"
         sample = connection.execute(self._query(query)).fetchone() or (None,) * (len(names) + 1)
-        where = ", ".join(f"{name} = {value}" for name, value in zip(names, sample[1:], strict=True))
-        return explain_unfaithful(table.name, column, count=count, value=str(sample[0]), where=where)
+        return explain_unfaithful(table.name, column, names, sample, count=count)
 
 
 def _execute(connection: duckdb.DuckDBPyConnection, sql: str) -> None:

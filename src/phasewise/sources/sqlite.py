@@ -47,7 +47,6 @@ from phasewise.sources.sqlite_values import (
     is_unfaithful,
     read_tagged,
     scan_column,
-    show_tagged,
 )
 from phasewise.system.files import replace_whole
 
@@ -221,8 +220,7 @@ class SqliteSource(DuckdbReader):
             f"SELECT {', '.join([f'c{index}', *keys])} FROM {tagged} WHERE {bad[index]} LIMIT 1"
         ).fetchone()
         assert sample is not None  # it was counted above
-        where = [f"{name} = {show_tagged(value)}" for name, value in zip(table.key or rowid, sample[1:], strict=True)]
-        return explain_tagged(table, table.columns[index], counts[index], sample[0], where)
+        return explain_tagged(table, table.columns[index], table.key or rowid, sample, count=counts[index])
 
     def _scan(self, table: SourceTable) -> str:
         """Return the scanner's relation for *table*, in the way that costs less where both see the same rows."""
