@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 
 from phasewise.errors import NothingStaged
-from phasewise.lake.marts import MARTS_SCHEMA, build_marts, find_buildable
+from phasewise.lake.marts import build_marts, find_buildable
 from phasewise.lake.publications import (
     Publication,
     PublishedTable,
@@ -75,7 +75,7 @@ def replay_quarantine(project: Project, settings: Settings, tables: Collection[s
                 for replay in replays:
                     apply_increment(session, pools[replay.table].increment)
                     drop_put_back(session, replay.table)
-                build_marts(session.connection, project, schema=f"lake.{MARTS_SCHEMA}", only=only)
+                build_marts(session.connection, only)
         return replays
 
 

@@ -95,15 +95,13 @@ def _abandon(connection: duckdb.DuckDBPyConnection, path: File) -> None:
 def _find_staging_error(path: File, exc: Exception) -> StagingError | None:
     """Tell a failure to write from a failure to read: DuckDB raises one class for both."""
     text = str(exc)
-    if isinstance(path, StoredFile) and isinstance(exc, duckdb.IOException):
-        return explain_storage(path, exc)
-    if not isinstance(exc, duckdb.IOException | duckdb.OutOfMemoryException):
-        return None
     if isinstance(exc, duckdb.OutOfMemoryException):
         return StagingError(
             f"Extracting into {path.parent} needs more memory than allowed: {text.splitlines()[0]}.",
             hint="Raise PHASEWISE_EXTRACT_MEMORY_LIMIT, or lower PHASEWISE_THREADS.",
         )
-    if isinstance(path, StoredFile) or (str(path.parent) not in text and "No space left" not in text):
+    if not isinstance(exc, duckdb.IOException):
         return None
-    return explain_write(path.parent, text)
+    if isinstance(path, StoredFile):
+        return explain_storage(path, exc)
+    return explain_write(path.parent, text) if str(path.parent) in text or "No space left" in text else None
