@@ -107,18 +107,18 @@ class TableDiff:
         return not (self.added or self.removed or self.changed or self.added_columns or self.removed_columns)
 
 
-def list_publications(connection: duckdb.DuckDBPyConnection, name: str = "lake") -> list[Publication]:
+def list_publications(connection: duckdb.DuckDBPyConnection) -> list[Publication]:
     """Return the publications that the attached lake still has a snapshot of, oldest first."""
-    return list(_read_publications(connection, name, order="asc"))
+    return list(_read_publications(connection, order="asc"))
 
 
-def find_publication(connection: duckdb.DuckDBPyConnection, batch: str, name: str = "lake") -> Publication:
+def find_publication(connection: duckdb.DuckDBPyConnection, batch: str) -> Publication:
     """Return the newest publication of *batch*.
 
     Raises:
         PublishConflict: no snapshot of the attached lake carries it.
     """
-    publications = list_publications(connection, name)
+    publications = list_publications(connection)
     for publication in reversed(publications):
         if publication.batch == batch:
             return publication
@@ -200,12 +200,10 @@ def list_columns(connection: duckdb.DuckDBPyConnection, table: str) -> dict[str,
 
 
 def _read_publications(
-    connection: duckdb.DuckDBPyConnection, name: str, *, order: Literal["asc", "desc"]
+    connection: duckdb.DuckDBPyConnection, *, order: Literal["asc", "desc"]
 ) -> Iterator[Publication]:
-    rows = connection.execute(
-        "select snapshot_id, snapshot_time, commit_extra_info "
-        f"from {quote_identifier(name)}.snapshots() order by 1 {order}"
-    ).fetchall()
+    query = f"select snapshot_id, snapshot_time, commit_extra_info from lake.snapshots() order by 1 {order}"
+    rows = connection.execute(query).fetchall()
     # One after the other: what a publication says of thousands of tables takes milliseconds to read.
     for row in rows:
         # Maintenance, and commits that somebody else made in the lake, carry none.
@@ -266,7 +264,7 @@ def _columns_or_none(connection: duckdb.DuckDBPyConnection, table: str) -> Mappi
 
 def latest_publication(connection: duckdb.DuckDBPyConnection) -> Publication | None:
     """Return the publication that readers of the attached lake see; None when nothing was published."""
-    return next(_read_publications(connection, "lake", order="desc"), None)
+    return next(_read_publications(connection, order="desc"), None)
 
 
 def require_publication(connection: duckdb.DuckDBPyConnection, project: Project) -> Publication:

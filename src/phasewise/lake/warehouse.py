@@ -169,11 +169,10 @@ def prepare_lake(project: Project, settings: Settings) -> None:
         )
 
 
-def list_snapshots(connection: duckdb.DuckDBPyConnection, name: str = "lake") -> list[Snapshot]:
+def list_snapshots(connection: duckdb.DuckDBPyConnection) -> list[Snapshot]:
     """Return the snapshots that the attached lake still has, oldest first."""
     rows = connection.execute(
-        "SELECT snapshot_id, snapshot_time, commit_extra_info "
-        f"FROM {quote_identifier(name)}.snapshots() ORDER BY snapshot_id"
+        "SELECT snapshot_id, snapshot_time, commit_extra_info FROM lake.snapshots() ORDER BY snapshot_id"
     ).fetchall()
     return [Snapshot(id=row[0], at=row[1], batch=_find_batch(row[2])) for row in rows]
 
