@@ -15,13 +15,7 @@ import pytest
 from phasewise.errors import LakeError, WarehouseBusy, WarehouseTooNew
 from phasewise.lake.publications import diff_batches, query_warehouse
 from phasewise.lake.session import open_session, preload_extensions
-from phasewise.lake.warehouse import (
-    WAREHOUSE_FORMAT,
-    attach_lake,
-    has_lake,
-    lock_lake,
-    prepare_lake,
-)
+from phasewise.lake.warehouse import WAREHOUSE_FORMAT, attach_lake, has_lake, lock_lake, prepare_lake
 from phasewise.project.config import Project, load_project
 from phasewise.publishing.maintenance import maintain_lake
 from phasewise.publishing.rollback import rollback_batch

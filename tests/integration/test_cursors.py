@@ -81,13 +81,7 @@ _TYPES = {"timestamp": "TIMESTAMP", "text": "VARCHAR"}
 
 
 @pytest.mark.parametrize(
-    ("format_", "mode"),
-    [
-        ("duckdb", "merge"),
-        ("csv", "append"),
-        ("json", "merge"),
-        ("parquet", "append"),
-    ],
+    ("format_", "mode"), [("duckdb", "merge"), ("csv", "append"), ("json", "merge"), ("parquet", "append")]
 )
 def test_files_give_what_is_beyond_the_cursor(tmp_path: Path, format_: str, mode: str):
     cases = {name: CASES[name] for name in _TYPES}

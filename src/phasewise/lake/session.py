@@ -16,9 +16,7 @@ import duckdb
 
 from phasewise.errors import LakeError, ProjectError
 from phasewise.lake.object_store import File
-from phasewise.lake.postgres_catalog import (
-    attach_server,
-)
+from phasewise.lake.postgres_catalog import attach_server
 from phasewise.lake.quoting import quote_literal
 from phasewise.settings import Settings
 

@@ -313,8 +313,7 @@ def find_project(settings: Settings, *, start: Path | None = None) -> Path:
     if example is not None and (example / PROJECT_FILE).is_file():
         return example
     raise ProjectNotFound(
-        f"No {PROJECT_FILE} in {here} or above it.",
-        hint="Change into a project's folder, or set PHASEWISE_PROJECT.",
+        f"No {PROJECT_FILE} in {here} or above it.", hint="Change into a project's folder, or set PHASEWISE_PROJECT."
     )
 
 

@@ -258,11 +258,7 @@ def skip_audit(session: WarehouseSession, audit: Audit, present: Collection[str]
 
 def _not_null(table: str, key: Sequence[str], rows: str) -> Audit:
     is_null = " or ".join(f"{quote_identifier(column)} is null" for column in key)
-    return Audit(
-        name=f"not_null({', '.join(key)})",
-        table=table,
-        sql=f"from {rows} where {is_null}",
-    )
+    return Audit(name=f"not_null({', '.join(key)})", table=table, sql=f"from {rows} where {is_null}")
 
 
 def _unique(table: str, key: Sequence[str], rows: str) -> Audit:
@@ -307,11 +303,7 @@ def run_audit(session: WarehouseSession, audit: Audit) -> AuditResult:
     except PhasewiseError as exc:
         return replace(result, severity="blocking", error=str(exc), seconds=perf_counter() - started)
     return replace(
-        result,
-        bad_rows=count,
-        sample=rows.as_records(),
-        columns=rows.columns,
-        seconds=perf_counter() - started,
+        result, bad_rows=count, sample=rows.as_records(), columns=rows.columns, seconds=perf_counter() - started
     )
 
 

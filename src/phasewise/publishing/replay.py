@@ -8,12 +8,7 @@ from datetime import datetime
 
 from phasewise.errors import NothingStaged
 from phasewise.lake.marts import build_marts, find_buildable
-from phasewise.lake.publications import (
-    Publication,
-    PublishedTable,
-    TableState,
-    list_keys,
-)
+from phasewise.lake.publications import Publication, PublishedTable, TableState, list_keys
 from phasewise.lake.quoting import quote_identifier
 from phasewise.project.config import Audit, Project
 from phasewise.publishing.audit_batch import isolate

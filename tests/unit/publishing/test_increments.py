@@ -30,13 +30,7 @@ from phasewise.staging.forecast import forecast_tables
 from phasewise.staging.load_plan import LakeTable, plan_load
 from phasewise.staging.manifest import list_manifests
 from phasewise.testing.projects import SAMPLE_SETTINGS as SETTINGS
-from phasewise.testing.projects import (
-    audit_sample,
-    change_source,
-    publish_sample,
-    stage_batch,
-    write_project,
-)
+from phasewise.testing.projects import audit_sample, change_source, publish_sample, stage_batch, write_project
 from tests.staged import change_project, read_manifest
 
 SOURCE = """

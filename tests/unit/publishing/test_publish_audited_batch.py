@@ -265,15 +265,7 @@ def test_plan_manifests_and_the_list_of_tables_are_read_once_however_many_tables
     assert statements[0][".snapshots()"] <= 8
 
 
-OWN = [
-    "audit_bad_rows",
-    "quarantine_rows",
-    "quarantine_old",
-    "quarantine_read",
-    "found",
-    "fresh",
-    "touched t",
-]
+OWN = ["audit_bad_rows", "quarantine_rows", "quarantine_old", "quarantine_read", "found", "fresh", "touched t"]
 
 
 @pytest.mark.timeout(240)

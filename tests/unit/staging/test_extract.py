@@ -17,9 +17,7 @@ from phasewise.errors import StagingError, TableMissing
 from phasewise.lake.session import open_session, preload_extensions
 from phasewise.project.config import Project
 from phasewise.settings import Settings
-from phasewise.staging.batch import (
-    begin_batch,
-)
+from phasewise.staging.batch import begin_batch
 from phasewise.staging.extract import _hold_folder, extract_table
 from phasewise.staging.manifest import Manifest, list_manifests, staged_files
 from tests.staged import read_manifest
