@@ -62,5 +62,4 @@ def forget_snapshot(project: Project, batch: str) -> None:
 
 
 def read_token(folder: Path) -> SnapshotToken | None:
-    token: SnapshotToken | None = read_shared(folder / _SNAPSHOT, json.loads)
-    return token
+    return read_shared(folder / _SNAPSHOT, json.loads)
