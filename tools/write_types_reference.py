@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -57,13 +58,33 @@ the objects is a column; objects and lists are JSON text. The contract may make 
 """
 
 
+# One column for each kind of type.
+SQLITE = "INTEGER|BIGINT|REAL|DOUBLE PRECISION|TEXT|VARCHAR(40)|BLOB|BOOLEAN|DATE|DATETIME|TIMESTAMP|TIME"
+SQLITE += "|DECIMAL(10,2)|NUMERIC|DECIMAL(40,2)|JSON||ANY"
+MYSQL = [*mysql.PLAIN, "bigint unsigned", "tinyint(1)", "decimal(18,4)", "decimal(65,30)", "bit(1)", "bit(8)", "time"]
+MYSQL += ["enum('a','b')", "set('a','b')", "inet6", "point"]
+DUCKDB = "BOOLEAN|TINYINT|BIGINT|UBIGINT|FLOAT|DOUBLE|DECIMAL(18,4)|VARCHAR|BLOB|UUID|DATE|TIME|TIMESTAMP"
+DUCKDB += "|TIMESTAMP WITH TIME ZONE|JSON|HUGEINT|INTERVAL|TIME WITH TIME ZONE|TIMESTAMP_NS|BIT|INTEGER[]"
+DUCKDB += "|STRUCT(a INTEGER)|MAP(VARCHAR, INTEGER)|ENUM('a', 'b')"
+
+
+def list_postgres_types() -> list[Column]:
+    numerics = ["numeric(18,4)", "numeric", "numeric(50,10)", "numeric(5,-2)"]
+    others = ["interval", "timetz", "integer[]", "money", "bit(3)", "inet", "int4range", "point", "tsvector", "oid"]
+    kinds = [(name, name, name) for name in [*postgres.PLAIN, *sorted(postgres.TEXTS), *others]]
+    kinds += [("numeric", name, name) for name in numerics]
+    found = [(declared, *postgres.find_type(type_name, base, declared)) for type_name, base, declared in kinds]
+    found.append(("an enum", *postgres.find_type("mood", "mood", "mood", is_enum=True)))
+    return [Column(name=name, source_type=name, type=kind, nullable=True, note=note) for name, kind, note in found]
+
+
 def render() -> str:
     """Return the whole page."""
     tables = {
-        "SQLite": sqlite.list_types(),
-        "PostgreSQL": postgres.list_types(),
-        "MySQL and MariaDB": mysql.list_types(),
-        "DuckDB and Parquet files": duckdb_file.list_types(),
+        "SQLite": [sqlite.describe_column(name or "(none)", name, 0, 0, 0) for name in SQLITE.split("|")],
+        "PostgreSQL": list_postgres_types(),
+        "MySQL and MariaDB": [mysql.describe_column(name, name, re.split(r"[( ]", name)[0], 1) for name in MYSQL],
+        "DuckDB and Parquet files": [duckdb_file.describe_column(name, name, True) for name in DUCKDB.split("|")],
     }
     parts = [f"\n## {name}\n\n{NOTES[name]}\n\n{render_table(columns)}" for name, columns in tables.items()]
     return HEAD + "".join(parts) + FILES

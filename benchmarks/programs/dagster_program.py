@@ -4,16 +4,7 @@ import json
 import sys
 import time
 
-from dagster import (
-    DagsterInstance,
-    In,
-    Nothing,
-    Out,
-    execute_job,
-    job,
-    multiprocess_executor,
-    op,
-)
+from dagster import DagsterInstance, In, Nothing, Out, execute_job, job, multiprocess_executor, op
 from dagster._core.definitions.reconstruct import build_reconstructable_job
 
 

@@ -16,13 +16,7 @@ from phasewise.errors import FlowRunsFailed
 from phasewise.local.batch import etl_flow
 from phasewise.orchestration.batch_lock import lock_batch
 from phasewise.orchestration.fan_out_order import order_longest_first
-from phasewise.orchestration.flow_runs import (
-    FlowRuns,
-    current_logger,
-    current_run_id,
-    may_help,
-    report_summary,
-)
+from phasewise.orchestration.flow_runs import FlowRuns, current_logger, current_run_id, may_help, report_summary
 from phasewise.orchestration.phases import StartedPhase, describe_failures, run_phases, start_phase
 from phasewise.orchestration.prefect_runs import current_flow_runs
 from phasewise.orchestration.run_history import read_batch_runs, read_durations
@@ -34,12 +28,7 @@ from phasewise.publishing.maintenance import LakeMaintenance, maintain_lake
 from phasewise.publishing.staging_cleanup import StagingCleanup, remove_finished_staging
 from phasewise.report.finish import finish_batch
 from phasewise.settings import Settings
-from phasewise.staging.batch import (
-    begin_batch,
-    give_up_tables,
-    new_batch_id,
-    remember_lake,
-)
+from phasewise.staging.batch import begin_batch, give_up_tables, new_batch_id, remember_lake
 from phasewise.staging.extract import extract_table
 from phasewise.staging.manifest import Manifest, summarize
 from phasewise.staging.partition_plan import estimate_rows, list_items, plan_partitions

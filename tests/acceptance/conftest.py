@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from phasewise.cli.example import build_demo_source
+from examples.baseball.lahman import build_demo_source
 from phasewise.stack.control import StackInfo, running_stack
 
 CHECKOUT = Path(__file__).resolve().parents[2]

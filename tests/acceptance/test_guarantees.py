@@ -75,10 +75,7 @@ class Server:
 
     def mains(self, *states: str) -> list[dict[str, Any]]:
         """Return the main_etl runs whose state's name is one of *states*."""
-        body = {
-            "flows": {"name": {"any_": ["main-etl-job"]}},
-            "flow_runs": {"state": {"name": {"any_": list(states)}}},
-        }
+        body = {"flows": {"name": {"any_": ["main-etl-job"]}}, "flow_runs": {"state": {"name": {"any_": list(states)}}}}
         return self.call("/flow_runs/filter", body)  # type: ignore[no-any-return]
 
     def set_state(self, run_id: str, kind: str, name: str | None = None) -> None:

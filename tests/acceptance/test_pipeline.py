@@ -145,11 +145,7 @@ def test_a_table_that_cannot_be_extracted_fails_the_run_and_leaves_the_warehouse
     wait_for(lambda: call(stack, f"/flow_runs/{main['id']}")["state_type"] == "COMPLETED")
     sub = children(stack, main["id"])["sub-etl-job"]
     attempts = {name: run["run_count"] for name, run in children(stack, sub["id"]).items() if "process" in name}
-    assert attempts == {
-        "process-table-etl/customer": 1,
-        "process-table-etl/orders": 2,
-        "process-table-etl/stock": 1,
-    }
+    assert attempts == {"process-table-etl/customer": 1, "process-table-etl/orders": 2, "process-table-etl/stock": 1}
     assert read_lake(project)["orders"][-1] == (13, 4, 999)
 
 

@@ -15,20 +15,14 @@ import pytest
 from phasewise.errors import LakeError, WarehouseBusy, WarehouseTooNew
 from phasewise.lake.publications import diff_batches, query_warehouse
 from phasewise.lake.session import open_session, preload_extensions
-from phasewise.lake.warehouse import (
-    WAREHOUSE_FORMAT,
-    attach_lake,
-    has_lake,
-    lock_lake,
-    prepare_lake,
-)
+from phasewise.lake.warehouse import WAREHOUSE_FORMAT, attach_lake, has_lake, lock_lake, prepare_lake
 from phasewise.project.config import Project, load_project
 from phasewise.publishing.maintenance import maintain_lake
 from phasewise.publishing.rollback import rollback_batch
-from phasewise.staging.manifest import read_manifest
 from phasewise.testing.projects import SAMPLE_SETTINGS, change_source, publish_sample, stage_batch, write_project
 from tests.integration.warehouses import postgres_catalog
 from tests.servers import find_postgres, postgres_database, psql
+from tests.staged import read_manifest
 
 SETTINGS = SAMPLE_SETTINGS
 

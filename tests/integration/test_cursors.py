@@ -13,10 +13,10 @@ import pytest
 from phasewise.lake.publications import open_reader
 from phasewise.lake.session import preload_extensions
 from phasewise.project.config import Project, load_project
-from phasewise.staging.manifest import read_manifest
 from phasewise.testing.projects import SAMPLE_SETTINGS as SETTINGS
 from phasewise.testing.projects import publish_sample, stage_batch
 from tests.servers import find_mariadb, find_postgres, mariadb, psql
+from tests.staged import read_manifest
 
 Case = tuple[str, list[str], list[str]]
 #: Type, the values of the first batch (the second is the last), those that come later, which of these are new: the
@@ -81,13 +81,7 @@ _TYPES = {"timestamp": "TIMESTAMP", "text": "VARCHAR"}
 
 
 @pytest.mark.parametrize(
-    ("format_", "mode"),
-    [
-        ("duckdb", "merge"),
-        ("csv", "append"),
-        ("json", "merge"),
-        ("parquet", "append"),
-    ],
+    ("format_", "mode"), [("duckdb", "merge"), ("csv", "append"), ("json", "merge"), ("parquet", "append")]
 )
 def test_files_give_what_is_beyond_the_cursor(tmp_path: Path, format_: str, mode: str):
     cases = {name: CASES[name] for name in _TYPES}

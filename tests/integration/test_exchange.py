@@ -18,12 +18,13 @@ from phasewise.publishing.staging_cleanup import remove_finished_staging
 from phasewise.staging import replication
 from phasewise.staging.batch import begin_batch, give_up_tables, list_batches, read_batch, read_plan
 from phasewise.staging.extract import extract_table
-from phasewise.staging.manifest import list_manifests, read_manifest
+from phasewise.staging.manifest import list_manifests
 from phasewise.staging.replication import _read, fetch_staging
 from phasewise.staging.source_snapshot import open_snapshot
 from phasewise.testing.projects import SAMPLE_SETTINGS, publish_sample, write_project
 from tests.integration.warehouses import postgres_catalog, s3_bucket
 from tests.servers import find_postgres
+from tests.staged import read_manifest
 
 SETTINGS = SAMPLE_SETTINGS
 

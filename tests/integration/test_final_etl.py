@@ -13,8 +13,9 @@ from phasewise.lake.publications import list_tables, open_reader
 from phasewise.project.config import Project
 from phasewise.publishing.publish import publish_batch
 from phasewise.publishing.rollback import rollback_batch
-from phasewise.staging.batch import begin_batch, find_batch_folder, give_up_tables
+from phasewise.staging.batch import begin_batch, give_up_tables
 from phasewise.staging.extract import extract_table
+from phasewise.staging.manifest import batch_folder
 from phasewise.testing.projects import SAMPLE_SETTINGS, change_source, stage_batch, write_project
 
 SOURCE = "create table t (id integer primary key, n decimal(10,2)); insert into t values (1, 1.25);"
@@ -80,7 +81,7 @@ def test_an_unpublished_batch_older_than_the_published_one_is_not_taken(project:
     stage_batch(project, batch="forgotten")
     stage_batch(project, batch="b1")
     final_etl("b1")
-    find_batch_folder(project, "b1").rename(project.root / "cleaned up")
+    batch_folder(project, "b1").rename(project.root / "cleaned up")
 
     assert final_etl()["batch_id"] == "b1"
 
@@ -113,7 +114,7 @@ def test_a_file_that_changed_after_its_audit_leaves_a_report_and_what_to_do(
 ):
     change_source(project.root, "update t set n = 7.5")
     stage_batch(project, batch="b1")
-    [file] = find_batch_folder(project, "b1").glob("t/*.parquet")
+    [file] = batch_folder(project, "b1").glob("t/*.parquet")
 
     def flip_then_publish(*args: object) -> object:
         content = bytearray(file.read_bytes())

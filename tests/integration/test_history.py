@@ -35,10 +35,7 @@ async def test_the_duration_of_an_item_is_the_median_of_its_last_three_runs_that
     durations = await anyio.to_thread.run_sync(read_durations, "timed-etl")
 
     newest = [run.total_run_time.total_seconds() for run in people[1:]]
-    assert durations == {
-        "people": statistics.median(newest),
-        "parks/part 1": parks.total_run_time.total_seconds(),
-    }
+    assert durations == {"people": statistics.median(newest), "parks/part 1": parks.total_run_time.total_seconds()}
     assert all(seconds > 0 for seconds in durations.values())
 
 

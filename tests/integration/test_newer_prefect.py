@@ -36,10 +36,7 @@ RUNNER = {
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize(
     ("changes", "skipped"),
-    [
-        (TARGETS, ["insert-rows", "own-heartbeats", "known-result-storage"]),
-        (RUNNER, ["fork-runs"]),
-    ],
+    [(TARGETS, ["insert-rows", "own-heartbeats", "known-result-storage"]), (RUNNER, ["fork-runs"])],
     ids=["patches", "runner"],
 )
 async def test_a_newer_prefect_with_other_names_runs_flows(

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from phasewise.cli.example import DEMO_FILE, build_demo_source
+from examples.baseball.lahman import build_demo_source
 from phasewise.lake.marts import read_mart
 from phasewise.lake.publications import diff_batches, open_reader
 from phasewise.lake.session import preload_extensions
@@ -32,7 +32,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     root = tmp_path_factory.mktemp("baseball")
     shutil.copy(checkout / "examples" / "baseball" / "phasewise.toml", root)
     shutil.copytree(checkout / "examples" / "baseball" / "marts", root / "marts")
-    build_demo_source(root / DEMO_FILE)
+    build_demo_source(root / "data" / "lahman.sqlite")
     return load_project(root)
 
 
@@ -57,7 +57,8 @@ def test_the_audits_find_what_is_known_about_the_data(project: Project, batch: s
 
 def test_every_table_equals_its_source(project: Project, batch: str):
     with open_reader(project, SETTINGS) as connection:
-        connection.execute(f"attach '{project.root / DEMO_FILE}' as source (type sqlite, read_only)")
+        source = project.root / "data" / "lahman.sqlite"
+        connection.execute(f"attach '{source}' as source (type sqlite, read_only)")
         tables = [row[0] for row in connection.execute("select name from (show tables from source)").fetchall()]
         for table in tables:
             for one, other in (("lake.main", "source"), ("source", "lake.main")):

@@ -232,11 +232,7 @@ table = "t"
 severity = "quarantine"
 sql = "from t where generation < 0"
 """
-MODES = {
-    "full": "",
-    "append": 'mode = "append"\ncursor = "at"',
-    "merge": 'mode = "merge"\ncursor = "at"',
-}
+MODES = {"full": "", "append": 'mode = "append"\ncursor = "at"', "merge": 'mode = "merge"\ncursor = "at"'}
 
 
 def stage_increment(project: Project, generation: int) -> str:

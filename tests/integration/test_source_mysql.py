@@ -133,10 +133,7 @@ def test_values_arrive_as_they_are(make: Make):
     types, rows = read(project, "t")
 
     assert types == [*[kind for _, _, kind in columns.values()], "INTEGER"]
-    assert rows == [
-        (*[expected for _, expected, _ in columns.values()], 2),
-        (2, *[None] * (len(columns) - 1), 4),
-    ]
+    assert rows == [(*[expected for _, expected, _ in columns.values()], 2), (2, *[None] * (len(columns) - 1), 4)]
 
 
 @pytest.mark.parametrize(

@@ -27,11 +27,12 @@ from phasewise.settings import Settings
 from phasewise.sources import check_project, list_project_tables, open_source
 from phasewise.staging.batch import begin_batch, new_batch_id
 from phasewise.staging.extract import extract_table
-from phasewise.staging.manifest import list_manifests, read_manifest, staged_files
+from phasewise.staging.manifest import list_manifests, staged_files
 from phasewise.staging.source_snapshot import open_snapshot
 from phasewise.testing.projects import publish_sample
 from phasewise.testing.source_contract import PASSWORD, ROWS, SourceContract
 from tests.servers import find_postgres, postgres_database, psql, psql_command
+from tests.staged import read_manifest
 
 SETTINGS = Settings(threads=2, memory_limit="512MB", connect_timeout=2)
 POSTGRES = find_postgres()

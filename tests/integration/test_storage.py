@@ -22,9 +22,9 @@ from phasewise.publishing.maintenance import maintain_lake
 from phasewise.publishing.publish import publish_batch
 from phasewise.publishing.rollback import rollback_batch
 from phasewise.publishing.staging_cleanup import remove_finished_staging
-from phasewise.staging.batch import begin_batch, find_batch_folder
+from phasewise.staging.batch import begin_batch
 from phasewise.staging.extract import extract_table
-from phasewise.staging.manifest import list_manifests, staged_files, staged_key_files
+from phasewise.staging.manifest import batch_folder, list_manifests, staged_files, staged_key_files
 from phasewise.staging.partition_plan import plan_partitions
 from phasewise.staging.replication import remove_shared
 from phasewise.staging.source_snapshot import open_snapshot
@@ -132,7 +132,7 @@ def test_cleanup_keeps_what_is_staged_and_deletes_what_nothing_names(project: Pr
     publish_sample(project, SETTINGS, stage_batch(project))
     given_up, open_batch = stage_batch(project), stage_batch(project)
     orphans = list_staged(project, given_up)
-    remove_shared(project, find_batch_folder(project, given_up))
+    remove_shared(project, batch_folder(project, given_up))
 
     done = maintain_lake(project, SETTINGS, orphan_grace=timedelta(0))
 
@@ -165,7 +165,7 @@ def test_cleanup_keeps_the_parts_of_a_table_that_lacks_one(tmp_path: Path, bucke
 def test_a_file_that_was_just_uploaded_may_still_get_its_manifest(project: Project):
     publish_sample(project, SETTINGS, stage_batch(project))
     batch = stage_batch(project)
-    shutil.rmtree(find_batch_folder(project, batch) / "t")
+    shutil.rmtree(batch_folder(project, batch) / "t")
 
     assert maintain_lake(project, SETTINGS).deleted_files == 0
 
@@ -228,7 +228,7 @@ def test_a_publisher_killed_before_its_commit_leaves_the_batch_to_the_next(
 def test_a_staged_file_that_is_gone_is_not_published(project: Project):
     publish_sample(project, SETTINGS, stage_batch(project))
     audited = audit_sample(project, stage_batch(project))
-    remove_shared(project, find_batch_folder(project, audited.batch.id))
+    remove_shared(project, batch_folder(project, audited.batch.id))
     maintain_lake(project, SETTINGS, orphan_grace=timedelta(0))
 
     with pytest.raises(PublishConflict, match='"t" are not those that were audited: .* is missing.* Start a new batch'):

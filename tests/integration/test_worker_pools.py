@@ -308,10 +308,7 @@ async def test_an_environment_that_uv_makes_for_a_run_is_one_of_a_new_python(
     # In place of `uv run`, which would download the dependencies: the script that comes after its own options.
     uv.write_text(f'#!/bin/sh\nwhile [ "${{1%.py}}" = "$1" ]; do shift; done\nexec {other_python} "$@"\n')
     uv.chmod(0o755)
-    env = {
-        "PREFECT_RUNNER_AUTO_INSTALL_DEPENDENCIES": "true",
-        "PATH": f"{uv.parent}{os.pathsep}{os.environ['PATH']}",
-    }
+    env = {"PREFECT_RUNNER_AUTO_INSTALL_DEPENDENCIES": "true", "PATH": f"{uv.parent}{os.pathsep}{os.environ['PATH']}"}
     deployment = await runs.deploy("surroundings", folder=tmp_path, job_variables={"env": env})
 
     run = await runs.client.create_flow_run_from_deployment(deployment, parameters={"file": str(file)})

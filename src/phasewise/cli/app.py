@@ -7,6 +7,7 @@ which server they talk to is known.
 from __future__ import annotations
 
 import os
+import runpy
 import signal
 import sys
 from collections.abc import Callable, Coroutine
@@ -309,9 +310,8 @@ def _make_demo_source(root: Path) -> bool:
     target = (root / url.removeprefix("sqlite:///")).resolve()
     if target != checkout / "examples" / "baseball" / "data" / "lahman.sqlite":
         return False
-    from phasewise.cli.example import build_demo_source
-
-    source = build_demo_source(target)
+    # The example's own code is of the checkout, and no part of the package.
+    source = runpy.run_path(str(checkout / "examples" / "baseball" / "lahman.py"))["build_demo_source"](target)
     if source.was_built:
         text = f"Made the example database: {source.tables} tables, {source.rows:,} rows in {source.path}"
         print(text, file=sys.stderr)  # what deploy writes to standard output is fixed

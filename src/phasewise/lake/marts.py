@@ -71,26 +71,22 @@ def find_buildable(connection: duckdb.DuckDBPyConnection, project: Project, tabl
     return buildable
 
 
-def build_marts(
-    connection: duckdb.DuckDBPyConnection, project: Project, *, schema: str, only: Sequence[Mart] | None = None
-) -> tuple[str, ...]:
-    """Build every mart of *project*, or *only* some, as a table of *schema*, such as ``lake.marts``.
+def build_marts(connection: duckdb.DuckDBPyConnection, marts: Sequence[Mart]) -> None:
+    """Build *marts*, which ``order_marts`` has ordered, as tables of the attached lake, in place of those that it has.
 
-    Returns their names. Runs in the caller's transaction and sees its uncommitted tables. In a mart's SQL a bare
-    name is a published table or, where no table has that name, another mart.
+    Runs in the caller's transaction and sees its uncommitted tables. In a mart's SQL a bare name is a published table
+    or, where no table has that name, another mart.
 
     Raises:
         ProjectError: the SQL of a mart fails; the message names its file and says what DuckDB said.
     """
-    ordered = order_marts(project.marts) if only is None else only
-    catalog, _, _ = schema.rpartition(".")
-    _drop_others(connection, schema, keep=[mart.name for mart in ordered])
+    schema = f"lake.{MARTS_SCHEMA}"
+    _drop_others(connection, schema, keep=[mart.name for mart in marts])
     before = connection.execute("select current_setting('search_path')").fetchone()
-    connection.execute(f"set search_path = {quote_literal(f'{catalog}.main,{schema}')}")
-    for mart in ordered:
+    connection.execute(f"set search_path = {quote_literal(f'lake.main,{schema}')}")
+    for mart in marts:
         _build_mart(connection, mart, schema)
     connection.execute(f"set search_path = {quote_literal(str(before[0]) if before else '')}")
-    return tuple(mart.name for mart in ordered)
 
 
 def read_mart(connection: duckdb.DuckDBPyConnection, mart: Mart, limit: int = 1000) -> MartData:

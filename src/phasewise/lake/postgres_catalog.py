@@ -110,14 +110,16 @@ def tell_server(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
 
 def has_catalog(connection: duckdb.DuckDBPyConnection, url: str) -> bool:
     """Tell whether DuckLake has its tables in the catalog *url*, whose server is attached."""
-    # DuckLake creates all of them in one transaction.
-    name = f"{quote_identifier(find_schema(url))}.ducklake_snapshot"
-    return ask_server(connection, f"SELECT to_regclass({quote_literal(name)}) IS NOT NULL")[0][0] is True
+    return _has_table(connection, url, "ducklake_snapshot")  # DuckLake creates all of them in one transaction
 
 
 def has_staging(connection: duckdb.DuckDBPyConnection, url: str) -> bool:
     """Tell whether ``prepare_catalog`` has made the table of staging."""
-    name = f"{quote_identifier(find_schema(url))}.{STAGING_TABLE}"
+    return _has_table(connection, url, STAGING_TABLE)
+
+
+def _has_table(connection: duckdb.DuckDBPyConnection, url: str, table: str) -> bool:
+    name = f"{quote_identifier(find_schema(url))}.{table}"
     return ask_server(connection, f"SELECT to_regclass({quote_literal(name)}) IS NOT NULL")[0][0] is True
 
 
@@ -152,10 +154,9 @@ def prepare_catalog(connection: duckdb.DuckDBPyConnection, url: str, *, format_n
 
 def read_format(connection: duckdb.DuckDBPyConnection, url: str) -> int | None:
     """Return the format that ``prepare_catalog`` noted; None where it did not, as for a plain DuckLake."""
-    name = f"{quote_identifier(find_schema(url))}.{_FORMAT}"
-    if ask_server(connection, f"SELECT to_regclass({quote_literal(name)}) IS NULL")[0][0]:
+    if not _has_table(connection, url, _FORMAT):
         return None
-    rows = ask_server(connection, f"SELECT max(format) FROM {name}")
+    rows = ask_server(connection, f"SELECT max(format) FROM {quote_identifier(find_schema(url))}.{_FORMAT}")
     return int(str(rows[0][0])) if rows[0][0] is not None else None
 
 

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Literal
 
 import duckdb
+from pydantic import TypeAdapter
 
 from phasewise.errors import LakeError, PublishConflict
 from phasewise.lake.queries import fetch_int
 from phasewise.lake.quoting import quote_identifier
 from phasewise.lake.session import open_session
 from phasewise.lake.warehouse import attach_lake, list_extensions, list_snapshots
-from phasewise.project.config import Mode, Project, rename_mode
+from phasewise.project.config import Mode, Project
 from phasewise.settings import Settings
 
 #: How a snapshot came to carry its batch: published, published again by a rollback, its marts built again, or rows that
@@ -56,10 +57,6 @@ class TableState:
     #: The batch that was the last to load the table.
     batch: str
 
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> TableState:
-        return cls(**{**data, "mode": rename_mode(data["mode"]), "key": tuple(data["key"])})
-
 
 @dataclass(frozen=True, kw_only=True)
 class Publication:
@@ -90,6 +87,9 @@ class Publication:
         return json.dumps(data, default=datetime.isoformat)
 
 
+_ADAPTER = TypeAdapter(Publication)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TableDiff:
     """How one table differs between two batches, in rows."""
@@ -107,18 +107,18 @@ class TableDiff:
         return not (self.added or self.removed or self.changed or self.added_columns or self.removed_columns)
 
 
-def list_publications(connection: duckdb.DuckDBPyConnection, name: str = "lake") -> list[Publication]:
+def list_publications(connection: duckdb.DuckDBPyConnection) -> list[Publication]:
     """Return the publications that the attached lake still has a snapshot of, oldest first."""
-    return list(_read_publications(connection, name, order="asc"))
+    return list(_read_publications(connection, order="asc"))
 
 
-def find_publication(connection: duckdb.DuckDBPyConnection, batch: str, name: str = "lake") -> Publication:
+def find_publication(connection: duckdb.DuckDBPyConnection, batch: str) -> Publication:
     """Return the newest publication of *batch*.
 
     Raises:
         PublishConflict: no snapshot of the attached lake carries it.
     """
-    publications = list_publications(connection, name)
+    publications = list_publications(connection)
     for publication in reversed(publications):
         if publication.batch == batch:
             return publication
@@ -200,36 +200,16 @@ def list_columns(connection: duckdb.DuckDBPyConnection, table: str) -> dict[str,
 
 
 def _read_publications(
-    connection: duckdb.DuckDBPyConnection, name: str, *, order: Literal["asc", "desc"]
+    connection: duckdb.DuckDBPyConnection, *, order: Literal["asc", "desc"]
 ) -> Iterator[Publication]:
-    rows = connection.execute(
-        "select snapshot_id, snapshot_time, commit_extra_info "
-        f"from {quote_identifier(name)}.snapshots() order by 1 {order}"
-    ).fetchall()
+    query = f"select snapshot_id, snapshot_time, commit_extra_info from lake.snapshots() order by 1 {order}"
+    rows = connection.execute(query).fetchall()
     # One after the other: what a publication says of thousands of tables takes milliseconds to read.
     for row in rows:
-        publication = _read_publication(int(row[0]), row[1], row[2])
-        if publication is not None:
-            yield publication
-
-
-def _read_publication(snapshot: int, at: datetime, extra_info: str | None) -> Publication | None:
-    try:
-        data: dict[str, Any] = json.loads(extra_info or "null")
-        tables = tuple(PublishedTable(**{**table, "key": tuple(table["key"])}) for table in data["tables"])
-        return Publication(
-            batch=data["batch"],
-            snapshot=snapshot,
-            at=at.astimezone(UTC),
-            staged_at=datetime.fromisoformat(data["staged_at"]),
-            tables=tables,
-            marts=tuple(data["marts"]),
-            kind=data["kind"],
-            states=tuple(TableState.from_json(state) for state in data.get("states", ())),
-            keys={table: tuple(key) for table, key in data.get("keys", {}).items()},
-        )
-    except (ValueError, KeyError, TypeError):
-        return None  # maintenance, or a commit that somebody else made in the lake
+        # Maintenance, and commits that somebody else made in the lake, carry none.
+        with suppress(ValueError, TypeError):
+            data = json.loads(row[2] or "null")
+            yield _ADAPTER.validate_python({**data, "snapshot": int(row[0]), "at": row[1].astimezone(UTC)})
 
 
 def list_keys(connection: duckdb.DuckDBPyConnection) -> dict[str, tuple[str, ...]]:
@@ -260,7 +240,10 @@ def _diff_table(connection: duckdb.DuckDBPyConnection, table: str, key: tuple[st
             f"except all select {selected} from {second}.main.{target}"
         )
     removed, added = (fetch_int(connection, f"select count(*) from {name}") for name in ("gone", "come"))
-    changed = _count_changed(connection, key) if key and set(key) <= set(shared) else 0
+    changed = 0
+    if key and set(key) <= set(shared):
+        same = ", ".join(map(quote_identifier, key))
+        changed = fetch_int(connection, f"select count(*) from gone semi join come using ({same})")
     return TableDiff(
         name=table,
         added=added - changed,
@@ -269,11 +252,6 @@ def _diff_table(connection: duckdb.DuckDBPyConnection, table: str, key: tuple[st
         added_columns=tuple(column for column in new if column not in old),
         removed_columns=tuple(column for column in old if column not in new),
     )
-
-
-def _count_changed(connection: duckdb.DuckDBPyConnection, key: tuple[str, ...]) -> int:
-    columns = ", ".join(map(quote_identifier, key))
-    return fetch_int(connection, f"select count(*) from gone semi join come using ({columns})")
 
 
 def _columns_or_none(connection: duckdb.DuckDBPyConnection, table: str) -> Mapping[str, str]:
@@ -286,7 +264,7 @@ def _columns_or_none(connection: duckdb.DuckDBPyConnection, table: str) -> Mappi
 
 def latest_publication(connection: duckdb.DuckDBPyConnection) -> Publication | None:
     """Return the publication that readers of the attached lake see; None when nothing was published."""
-    return next(_read_publications(connection, "lake", order="desc"), None)
+    return next(_read_publications(connection, order="desc"), None)
 
 
 def require_publication(connection: duckdb.DuckDBPyConnection, project: Project) -> Publication:

@@ -16,11 +16,8 @@ import duckdb
 
 from phasewise.errors import LakeError, ProjectError
 from phasewise.lake.object_store import File
-from phasewise.lake.postgres_catalog import (
-    attach_server,
-)
-from phasewise.lake.quoting import quote_identifier as quote_identifier
-from phasewise.lake.quoting import quote_literal as quote_literal
+from phasewise.lake.postgres_catalog import attach_server
+from phasewise.lake.quoting import quote_literal
 from phasewise.settings import Settings
 
 #: What a session of the data plane may need; the warm worker preloads them all.

@@ -35,8 +35,7 @@ from phasewise.lake.postgres_catalog import (
     prepare_catalog,
     read_format,
 )
-from phasewise.lake.quoting import quote_identifier as quote_identifier
-from phasewise.lake.quoting import quote_literal as quote_literal
+from phasewise.lake.quoting import quote_identifier, quote_literal
 from phasewise.lake.session import load_extension, open_server, open_session
 from phasewise.project.config import Project
 from phasewise.settings import Settings
@@ -60,7 +59,6 @@ class Snapshot:
     at: datetime
     #: The batch that was published as this snapshot; None for maintenance and the empty first one.
     batch: str | None
-    message: str | None
 
 
 def list_extensions(project: Project) -> tuple[str, ...]:
@@ -171,13 +169,12 @@ def prepare_lake(project: Project, settings: Settings) -> None:
         )
 
 
-def list_snapshots(connection: duckdb.DuckDBPyConnection, name: str = "lake") -> list[Snapshot]:
+def list_snapshots(connection: duckdb.DuckDBPyConnection) -> list[Snapshot]:
     """Return the snapshots that the attached lake still has, oldest first."""
     rows = connection.execute(
-        "SELECT snapshot_id, snapshot_time, commit_message, commit_extra_info "
-        f"FROM {quote_identifier(name)}.snapshots() ORDER BY snapshot_id"
+        "SELECT snapshot_id, snapshot_time, commit_extra_info FROM lake.snapshots() ORDER BY snapshot_id"
     ).fetchall()
-    return [Snapshot(id=row[0], at=row[1], batch=_find_batch(row[3]), message=row[2]) for row in rows]
+    return [Snapshot(id=row[0], at=row[1], batch=_find_batch(row[2])) for row in rows]
 
 
 @contextmanager
@@ -219,37 +216,27 @@ def _lock_folder(project: Project, timeout: float) -> Iterator[None]:
 def _prepare_warehouse(project: Project) -> None:
     """Create what of the warehouse is missing: its folders, or the schema of its catalog."""
     if not project.is_stored:
-        _make_folder(Path(project.data_path))
+        with _explaining_writes(Path(project.data_path)) as folder:
+            folder.mkdir(parents=True, exist_ok=True)
     if project.catalog is not None:
         with open_server(project.catalog) as server:
             prepare_catalog(server, project.catalog, format_number=WAREHOUSE_FORMAT)
     else:
-        _make_folder(project.warehouse)
-        _write_marker(project.warehouse)
+        with _explaining_writes(project.warehouse) as folder:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not (folder / _MARKER).exists():
+                write_atomically(folder / _MARKER, json.dumps({"format": WAREHOUSE_FORMAT}))
 
 
-def _make_folder(folder: Path) -> None:
+@contextmanager
+def _explaining_writes(folder: Path) -> Iterator[Path]:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
     except OSError as exc:
-        raise _explain_folder(folder, exc) from exc
-
-
-def _write_marker(warehouse: Path) -> None:
-    marker = warehouse / _MARKER
-    if marker.exists():
-        return
-    try:
-        write_atomically(marker, json.dumps({"format": WAREHOUSE_FORMAT}))
-    except OSError as exc:
-        raise _explain_folder(warehouse, exc) from exc
-
-
-def _explain_folder(folder: Path, exc: OSError) -> LakeError:
-    return LakeError(
-        f"The warehouse {folder} cannot be written: {exc.strerror}.",
-        hint="Check the folder's permissions and free space, or change [warehouse] path.",
-    )
+        raise LakeError(
+            f"The warehouse {folder} cannot be written: {exc.strerror}.",
+            hint="Check the folder's permissions and free space, or change [warehouse] path.",
+        ) from exc
 
 
 def _try_storage(project: Project, settings: Settings) -> None:

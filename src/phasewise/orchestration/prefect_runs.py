@@ -23,14 +23,7 @@ from phasewise.errors import DeploymentMissing, OrchestrationError, ServerUnreac
 from phasewise.orchestration.cancel import cancel_runs
 from phasewise.orchestration.fan_out_link import FanOutLink, find_fan_outs, group_of, link_to_parent
 from phasewise.orchestration.flow_runs import LOCAL_RUN, FlowRuns, RunRequest
-from phasewise.orchestration.run_reads import (
-    ITEM_LABEL,
-    PHASE_LABEL,
-    STEP_LABEL,
-    describe_run,
-    read_by_key,
-    read_runs,
-)
+from phasewise.orchestration.run_reads import ITEM_LABEL, PHASE_LABEL, STEP_LABEL, describe_run, read_by_key, read_runs
 from phasewise.orchestration.watch import _listen, watch_runs
 from phasewise.outcomes import StepOutcome
 
@@ -62,11 +55,7 @@ class PrefectFlowRuns:
     """
 
     def __init__(
-        self,
-        *,
-        poll_seconds: float = 15.0,
-        patience_seconds: float = 90.0,
-        environment: Mapping[str, str] = _NOTHING,
+        self, *, poll_seconds: float = 15.0, patience_seconds: float = 90.0, environment: Mapping[str, str] = _NOTHING
     ) -> None:
         self._poll_seconds = poll_seconds
         self._patience_seconds = patience_seconds

@@ -115,7 +115,6 @@ def _final_events(run_ids: Sequence[str]) -> EventFilter:
     return EventFilter(
         event=EventNameFilter(prefix=["prefect.flow-run."]),
         resource=EventResourceFilter(
-            id=[f"prefect.flow-run.{run_id}" for run_id in run_ids],
-            labels={"prefect.state-type": list(FINAL_TYPES)},
+            id=[f"prefect.flow-run.{run_id}" for run_id in run_ids], labels={"prefect.state-type": list(FINAL_TYPES)}
         ),
     )

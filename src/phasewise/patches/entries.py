@@ -92,9 +92,7 @@ VALID_VARIABLES = Patch(
 SKIP_PARENT_STATES = Patch(
     name="skip-parent-states",
     process="server",
-    targets={
-        "prefect.server.orchestration.global_policy:UpdateSubflowParentTask.after_transition": "(self, context)",
-    },
+    targets={"prefect.server.orchestration.global_policy:UpdateSubflowParentTask.after_transition": "(self, context)"},
     needs={"prefect.server.models.task_runs:read_task_run": "(db, session, task_run_id)"},
     why="Prefect copies each state of a child to the task run of its parent, also those that say nothing of it.",
     gain="16 % of the server",
@@ -217,7 +215,7 @@ HEAR_SUSPENSION = Patch(
     process="run",
     targets={
         "prefect.flow_engine:observe_flow_run_suspension": "(flow_run_id, suspension_request, "
-        "polling_interval=10) 370d4094",
+        "polling_interval=10) 370d4094"
     },
     needs={
         "prefect._flow_run_suspension:is_suspended_flow_run_state": "(state)",
@@ -257,10 +255,7 @@ KNOWN_RELATED = Patch(
 DESCRIBE_FLOWS_LAZILY = Patch(
     name="describe-flows-lazily",
     process="run",
-    targets={
-        "prefect.flows:parameter_schema": "(fn)",
-        "prefect.flows:ValidatedFunction": "(function, config=None)",
-    },
+    targets={"prefect.flows:parameter_schema": "(fn)", "prefect.flows:ValidatedFunction": "(function, config=None)"},
     why="Prefect makes a model and a schema for each flow of a file, also for those that this run does not call.",
     gain="12 % of the process of a run, for a file with seven flows",
     until="Prefect makes them on first use",

@@ -35,9 +35,9 @@ import tomllib
 from collections.abc import Mapping
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from phasewise.errors import ProjectError, ProjectNotFound, UnknownTable
 from phasewise.project.urls import redact_url
@@ -64,13 +64,12 @@ class Reference(_Record):
         return self
 
 
-#: How a table is loaded: whole, by new rows, by new and changed rows, or with its history.
-Mode = Literal["full", "append", "merge", "history"]
-
-
-def rename_mode(mode: Any) -> Any:
-    """Return *mode* by its name of today: ``history`` was called ``snapshot``, also in warehouses of that time."""
-    return "history" if mode == "snapshot" else mode
+#: How a table is loaded: whole, by new rows, by new and changed rows, or with its history, which was called
+#: ``snapshot``, also in warehouses of that time.
+Mode = Annotated[
+    Literal["full", "append", "merge", "history"],
+    BeforeValidator(lambda mode: "history" if mode == "snapshot" else mode),
+]
 
 
 #: What happens when columns of the source change.
@@ -107,11 +106,6 @@ class Table(_Record):
     quarantine: tuple[Literal["key", "references"], ...] = ()
     #: Rows that a batch may set aside: a number, or a share of those that it read, such as "1%". More of them stop it.
     quarantine_limit: int | str = "1%"
-
-    @field_validator("mode", mode="before")
-    @classmethod
-    def _mode_has_its_name_of_today(cls, mode: object) -> object:
-        return rename_mode(mode)
 
     @model_validator(mode="after")
     def _mode_makes_sense(self) -> Table:
@@ -319,8 +313,7 @@ def find_project(settings: Settings, *, start: Path | None = None) -> Path:
     if example is not None and (example / PROJECT_FILE).is_file():
         return example
     raise ProjectNotFound(
-        f"No {PROJECT_FILE} in {here} or above it.",
-        hint="Change into a project's folder, or set PHASEWISE_PROJECT.",
+        f"No {PROJECT_FILE} in {here} or above it.", hint="Change into a project's folder, or set PHASEWISE_PROJECT."
     )
 
 

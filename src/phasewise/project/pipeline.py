@@ -125,10 +125,7 @@ SUB_ETL = Step(
 FINAL_ETL = Step(**_built_in("final_etl", "final-etl-job", "orchestrators"))
 
 #: The built-in pipeline of ``main_etl``.
-PHASES: tuple[Phase, ...] = (
-    Phase(name="load", steps=(PRE_ETL, SUB_ETL)),
-    Phase(name="publish", steps=(FINAL_ETL,)),
-)
+PHASES: tuple[Phase, ...] = (Phase(name="load", steps=(PRE_ETL, SUB_ETL)), Phase(name="publish", steps=(FINAL_ETL,)))
 #: The flow that a batch is a run of.
 MAIN_ETL = replace(Step(**_built_in("main_etl", "main-etl-job", "orchestrators")), parameters={}, phases=PHASES)
 

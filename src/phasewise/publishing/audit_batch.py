@@ -10,14 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from phasewise.project.config import Audit, Project, count_share
-from phasewise.publishing.audits import (
-    AuditResult,
-    audit_tables,
-    list_row_audits,
-    run_audit,
-    show_staged,
-    skip_audit,
-)
+from phasewise.publishing.audits import AuditResult, audit_tables, list_row_audits, run_audit, show_staged, skip_audit
 from phasewise.publishing.quarantine import (
     Pool,
     SetAside,

@@ -176,9 +176,7 @@ def _audit_row_count(session: WarehouseSession, table: str, parts: Sequence[Mani
 def _audit_staged_types(session: WarehouseSession, table: str, parts: Sequence[Manifest], files: str) -> AuditResult:
     """The files have the columns and types of the manifest."""
     expected = {column.name: column.type for column in parts[0].columns}
-    return _compare_types(
-        session, table, expected, name="columns", promised_by="manifest", is_complete=True, relation=files
-    )
+    return _compare_types(session, table, expected, "manifest", files=files)
 
 
 def _audit_cursor(table: str, part: Manifest, files: str) -> list[Audit]:
@@ -204,9 +202,7 @@ def _audit_table(
     declared = session.project.find_table(table)
     results: list[AuditResult] = []
     if declared.columns:
-        compare = partial(
-            _compare_types, session, table, declared.columns, name="contract", promised_by="contract", of=declared
-        )
+        compare = partial(_compare_types, session, table, declared.columns, "contract", of=declared)
         results.append(_guard("contract", table, compare))
     is_history = declared.mode == "history" and session.list_columns(quote_identifier(table)).keys() >= HISTORY.keys()
     audits = list_row_audits(session.project, table, key, is_history=is_history)
@@ -258,11 +254,7 @@ def skip_audit(session: WarehouseSession, audit: Audit, present: Collection[str]
 
 def _not_null(table: str, key: Sequence[str], rows: str) -> Audit:
     is_null = " or ".join(f"{quote_identifier(column)} is null" for column in key)
-    return Audit(
-        name=f"not_null({', '.join(key)})",
-        table=table,
-        sql=f"from {rows} where {is_null}",
-    )
+    return Audit(name=f"not_null({', '.join(key)})", table=table, sql=f"from {rows} where {is_null}")
 
 
 def _unique(table: str, key: Sequence[str], rows: str) -> Audit:
@@ -307,11 +299,7 @@ def run_audit(session: WarehouseSession, audit: Audit) -> AuditResult:
     except PhasewiseError as exc:
         return replace(result, severity="blocking", error=str(exc), seconds=perf_counter() - started)
     return replace(
-        result,
-        bad_rows=count,
-        sample=rows.as_records(),
-        columns=rows.columns,
-        seconds=perf_counter() - started,
+        result, bad_rows=count, sample=rows.as_records(), columns=rows.columns, seconds=perf_counter() - started
     )
 
 
@@ -329,26 +317,25 @@ def _compare_types(
     session: WarehouseSession,
     table: str,
     expected: Mapping[str, str],
-    *,
-    name: str,
     promised_by: str,
-    is_complete: bool = False,
-    relation: str | None = None,
+    *,
+    files: str | None = None,
     of: Table | None = None,
 ) -> AuditResult:
-    """Compare the table's columns with *expected*; with *is_complete* there must be no others.
+    """Compare the table's columns with *expected*; of its *files*, where they are given, there must be no others.
 
     With *of*, what the project says of the table, it is said where the warehouse keeps a type that it has.
     """
-    actual = session.list_columns(relation or quote_identifier(table))
+    actual = session.list_columns(files or quote_identifier(table))
     problems = [
         f'column "{column}" is {actual.get(column, "missing")}, its {promised_by} says {type_}'
         + (_explain_kept_type(table, of, actual.get(column), type_) if of else "")
         for column, type_ in expected.items()
         if actual.get(column) != _canonical_type(type_)
     ]
-    if is_complete:
+    if files:
         problems += [f'column "{column}" is not in its {promised_by}' for column in actual if column not in expected]
+    name = "columns" if files else "contract"
     return AuditResult(name=name, table=table, bad_rows=len(problems), detail="; ".join(problems))
 
 

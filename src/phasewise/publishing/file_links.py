@@ -108,8 +108,7 @@ def _refuse(part: Manifest, file: File, problem: str) -> PublishConflict:
 def _list_files(links: Sequence[_Link], table: str) -> TableFiles:
     own = [link for link in links if link.part.table == table]
     return TableFiles(
-        rows=tuple(link.file for link in own if not link.is_key),
-        keys=tuple(link.file for link in own if link.is_key),
+        rows=tuple(link.file for link in own if not link.is_key), keys=tuple(link.file for link in own if link.is_key)
     )
 
 

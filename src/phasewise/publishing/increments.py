@@ -99,10 +99,6 @@ class Increment:
         return self.keeps_columns or not self.load.is_replaced
 
     @property
-    def has_key(self) -> bool:
-        return bool(self.load.key)
-
-    @property
     def read(self) -> str:
         """All rows that were read, as they are staged."""
         return self.source or read_parquet(self.files)
@@ -160,7 +156,7 @@ def describe_increment(
         PublishConflict: the lake's table is not the one that the batch began with.
     """
     table, load, rule = parts[0].table, parts[0].load, session.project.find_table(parts[0].table).drift
-    is_there = session.has_table(table)
+    is_there = table.casefold() in session.folded
     now = session.states.get(table.casefold()) if is_there else None
     is_published = not load.is_replaced and _is_in_lake(parts[0], now)
     files = linked or TableFiles.staged(session.project, parts)
@@ -191,7 +187,7 @@ def select_result(session: WarehouseSession, increment: Increment) -> str:
         return f"select * from {increment.lake}"
     if increment.load.is_replaced:
         return select_replacement(increment)
-    if increment.has_key:
+    if increment.load.key:
         find_touched(session.connection, increment)
     return _preview(increment)
 
@@ -206,7 +202,7 @@ def select_pool(increment: Increment) -> str:
     columns = select_columns(increment.drift.columns, increment.staged, "s") if increment.is_cast else "s.*"
     history = f", {_begin_history(increment)}" if increment.load.mode == "history" else ""
     rows = f'select {columns}{history}, s.filename as "{FILE}", s.file_row_number as "{ROW}" from {increment.kept}'
-    if increment.load.is_replaced or not increment.has_key:
+    if increment.load.is_replaced or not increment.load.key:
         return rows
     return f"select * from ({rows}) d where {_is_touched(increment, 'd', _NEW)}"
 
@@ -254,7 +250,7 @@ def find_touched(connection: duckdb.DuckDBPyConnection, increment: Increment) ->
 
 def _preview(increment: Increment) -> str:
     columns = _names(increment.drift.columns)
-    if not increment.has_key:
+    if not increment.load.key:
         return f"{increment.select_present()} union all {increment.select_staged()}"
     new = f"select {columns} from ({increment.select_staged()}) d where {_is_touched(increment, 'd', _NEW)}"
     if increment.load.mode == "append":
@@ -281,19 +277,17 @@ def apply_increment(session: WarehouseSession, increment: Increment) -> Changes:
     connection = session.connection
     _refuse_unclear_keys(connection, increment)
     _change_columns(connection, increment)
-    if not increment.has_key:
+    if not increment.load.key:
         return Changes(added=_add_all(connection, increment))
     find_touched(connection, increment)
-    changes = Changes(
-        added=_count(connection, increment, "added"),
-        changed=_count(connection, increment, "changed"),
-        removed=_count(connection, increment, "gone"),
-    )
+    kinds = dict(connection.execute(f"select {_CHANGE}, count(*) from {increment.touched} group by 1").fetchall())
+    added, changed, removed = (int(kinds.get(kind, 0)) for kind in ("added", "changed", "gone"))
+    changes = Changes(added=added, changed=changed, removed=removed)
     if changes.changed or changes.removed:
         _retire(connection, increment)
     new = changes.added + changes.changed
     if new and new == fetch_int(connection, f"select count(*) from {increment.read}") and _can_register(increment):
-        _register(connection, increment)
+        register_files(connection, increment.table, increment.files, ", allow_missing => true")
     elif new:
         _insert(connection, increment)
     return changes
@@ -398,12 +392,8 @@ def _is_touched(increment: Increment, alias: str, kinds: Iterable[str]) -> str:
     return f"exists (select 1 from {increment.touched} t where {where})"
 
 
-def _count(connection: duckdb.DuckDBPyConnection, increment: Increment, kind: str) -> int:
-    return fetch_int(connection, f"select count(*) from {increment.touched} where {_CHANGE} = {quote_literal(kind)}")
-
-
 def _refuse_unclear_keys(connection: duckdb.DuckDBPyConnection, increment: Increment) -> None:
-    if not increment.has_key:
+    if not increment.load.key:
         return
     keys = _names(increment.load.key)
     is_null = " or ".join(f"{quote_identifier(name)} is null" for name in increment.load.key)
@@ -452,17 +442,18 @@ def _can_register(increment: Increment) -> bool:
 def _add_all(connection: duckdb.DuckDBPyConnection, increment: Increment) -> int:
     count = fetch_int(connection, f"select count(*) from {increment.kept}")
     if count and _can_register(increment):
-        _register(connection, increment)
+        register_files(connection, increment.table, increment.files, ", allow_missing => true")
     elif count:
         connection.execute(f"insert into {increment.lake} by name {increment.select_staged()}")
     return count
 
 
-def _register(connection: duckdb.DuckDBPyConnection, increment: Increment) -> None:
-    paths = ", ".join(quote_literal(str(file)) for file in increment.files)
+def register_files(connection: duckdb.DuckDBPyConnection, table: str, files: Iterable[File], more: str = "") -> None:
+    """Make *files* part of *table* of the lake, as they are; *more* are further arguments of DuckLake's function."""
+    paths = ", ".join(quote_literal(str(file)) for file in files)
     connection.execute(
-        f"call ducklake_add_data_files('lake', {quote_literal(increment.table)}, [{paths}], "
-        "schema => 'main', hive_partitioning => false, allow_missing => true)"
+        f"call ducklake_add_data_files('lake', {quote_literal(table)}, [{paths}], "
+        f"schema => 'main', hive_partitioning => false{more})"
     )
 
 

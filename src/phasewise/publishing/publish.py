@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 import duckdb
 
 from phasewise.errors import LakeError, NothingStaged, PublishConflict
-from phasewise.lake.marts import MARTS_SCHEMA, build_marts, find_buildable, order_marts
+from phasewise.lake.marts import build_marts, find_buildable, order_marts
 from phasewise.lake.object_store import File
 from phasewise.lake.publications import Publication, PublishedTable, TableState, find_publication, list_keys
 from phasewise.lake.quoting import quote_identifier, quote_literal
@@ -28,6 +28,7 @@ from phasewise.publishing.increments import (
     apply_increment,
     describe_increment,
     find_last,
+    register_files,
     select_replacement,
 )
 from phasewise.publishing.quarantine import publish_quarantine, remove_registered, take_out
@@ -73,7 +74,7 @@ def renew_marts(project: Project, settings: Settings) -> Publication:
         only = find_buildable(session.connection, project, session.tables)
         renewed = replace(session.require_latest(), kind="marts", marts=tuple(mart.name for mart in only))
         with session.change(renewed, "Build the marts again"):
-            build_marts(session.connection, project, schema=f"lake.{MARTS_SCHEMA}", only=only)
+            build_marts(session.connection, only)
         return session.require_latest()
 
 
@@ -100,7 +101,7 @@ def _publish(session: WarehouseSession, audited: AuditedBatch) -> Publication:
         states, keys = _find_states(session, batch), list_keys(session.connection)
         with session.change(planned, message):
             tables = [_load_table(session, audited, table, files[table.name], planned) for table in planned.tables]
-            build_marts(session.connection, project, schema=f"lake.{MARTS_SCHEMA}", only=only)
+            build_marts(session.connection, only)
             keys |= {table.name: table.key for table in tables}
             known = {table: key for table, key in keys.items() if key}
             session.sign(replace(planned, tables=tuple(tables), states=states, keys=known), message)
@@ -215,13 +216,9 @@ def publish_table(session: WarehouseSession, table: str, files: Sequence[File], 
     """
     session.expect(Stage.CHANGING)
     name = f"lake.main.{quote_identifier(table)}"
-    paths = ", ".join(quote_literal(str(file)) for file in files)
     try:
         session.connection.execute(f"create or replace table {name} as from {read_parquet(files)} limit 0")
-        session.connection.execute(
-            f"call ducklake_add_data_files('lake', {quote_literal(table)}, [{paths}], "
-            "schema => 'main', hive_partitioning => false)"
-        )
+        register_files(session.connection, table, files)
         found = session.count(name)
     except duckdb.Error as exc:
         raise LakeError(

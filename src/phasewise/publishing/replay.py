@@ -7,13 +7,8 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 
 from phasewise.errors import NothingStaged
-from phasewise.lake.marts import MARTS_SCHEMA, build_marts, find_buildable
-from phasewise.lake.publications import (
-    Publication,
-    PublishedTable,
-    TableState,
-    list_keys,
-)
+from phasewise.lake.marts import build_marts, find_buildable
+from phasewise.lake.publications import Publication, PublishedTable, TableState, list_keys
 from phasewise.lake.quoting import quote_identifier
 from phasewise.project.config import Audit, Project
 from phasewise.publishing.audit_batch import isolate
@@ -75,7 +70,7 @@ def replay_quarantine(project: Project, settings: Settings, tables: Collection[s
                 for replay in replays:
                     apply_increment(session, pools[replay.table].increment)
                     drop_put_back(session, replay.table)
-                build_marts(session.connection, project, schema=f"lake.{MARTS_SCHEMA}", only=only)
+                build_marts(session.connection, only)
         return replays
 
 

@@ -101,12 +101,9 @@ class WarehouseSession:
         """What the lake remembers of its tables, by casefolded name."""
         return {state.table.casefold(): state for state in (self.latest.states if self.latest else ())}
 
-    def has_table(self, table: str) -> bool:
-        """Tell whether *table* is published, under a name that the lake takes for the same."""
-        return table.casefold() in self._folded
-
     @cached_property
-    def _folded(self) -> frozenset[str]:
+    def folded(self) -> frozenset[str]:
+        """Their names as the lake compares them: without regard to case."""
         return frozenset(table.casefold() for table in self.tables)
 
     def show(self, table: str, query: str) -> None:
@@ -188,7 +185,7 @@ class WarehouseSession:
     def _forget(self) -> None:
         """Ask again for what a transaction may have changed."""
         self.stage = Stage.OPENED
-        for name in ("tables", "quarantined", "latest", "states", "_folded"):
+        for name in ("tables", "quarantined", "latest", "states", "folded"):
             self.__dict__.pop(name, None)
 
 

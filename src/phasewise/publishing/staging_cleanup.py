@@ -13,7 +13,8 @@ from phasewise.errors import StagingError
 from phasewise.project.config import Project
 from phasewise.publishing.maintenance import list_tree
 from phasewise.settings import Settings
-from phasewise.staging.batch import Batch, find_batch_folder, list_batches
+from phasewise.staging.batch import Batch, list_batches
+from phasewise.staging.manifest import batch_folder
 from phasewise.staging.replication import forget_batch
 
 #: A batch that is removed gets a name that no batch can have, first, so that a half-removed one is none.
@@ -46,7 +47,7 @@ def remove_finished_staging(project: Project, settings: Settings, *, keep: Colle
             kept.append(batch.id)
         else:
             forget_batch(project, batch.id)
-            freed_bytes += _remove_batch(find_batch_folder(project, batch.id))
+            freed_bytes += _remove_batch(batch_folder(project, batch.id))
             removed.append(batch.id)
     return StagingCleanup(removed=tuple(removed), kept=tuple(kept), freed_bytes=freed_bytes)
 

@@ -201,10 +201,7 @@ def _draw_bars(chart: Chart, width: int) -> tuple[Markup, int]:
         x_low=low, x_high=high if high > low else low + 1, y_low=0, y_high=1,
     )  # fmt: skip
     zero = frame.x(0)
-    parts = [
-        _text(0, 12, _fit(chart.x_label, width * 0.4), "axis-label"),
-        _text(zero, 12, chart.y_label, "axis-label"),
-    ]
+    parts = [_text(0, 12, _fit(chart.x_label, width * 0.4), "axis-label"), _text(zero, 12, chart.y_label, "axis-label")]
     for place, (point, name, value) in enumerate(zip(chart.points, names, values, strict=True)):
         y = top + place * pitch
         start, end = sorted((zero, frame.x(point.y)))

@@ -16,15 +16,7 @@ from phasewise.project.config import Project
 from phasewise.project.urls import redact_url
 from phasewise.publishing.audits import AuditResult
 from phasewise.publishing.quarantine import SetAside
-from phasewise.report import (
-    AuditReport,
-    BatchReport,
-    MartReport,
-    ReportFiles,
-    RunSpan,
-    TableReport,
-    write_report,
-)
+from phasewise.report import AuditReport, BatchReport, MartReport, ReportFiles, RunSpan, TableReport, write_report
 from phasewise.staging.manifest import Manifest
 
 

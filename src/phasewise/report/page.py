@@ -14,14 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from phasewise.report.charts import Chart, Drawing, draw_chart, plan_chart, strip_tips
-from phasewise.report.figures import (
-    format_bytes,
-    format_count,
-    format_moment,
-    format_seconds,
-    format_value,
-    is_number,
-)
+from phasewise.report.figures import format_bytes, format_count, format_moment, format_seconds, format_value, is_number
 from phasewise.report.records import AuditReport, BatchReport, MartReport, RunSpan, TableReport
 from phasewise.report.timeline import lay_out_timeline
 from phasewise.report.timing import TimeSaved, measure_time_saved, run_seconds, seconds_between
@@ -101,11 +94,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        bytes=format_bytes,
-        count=format_count,
-        moment=format_moment,
-        seconds=format_seconds,
-        value=format_value,
+        bytes=format_bytes, count=format_count, moment=format_moment, seconds=format_seconds, value=format_value
     )
     environment.tests["numeric"] = is_number
     return environment

@@ -203,10 +203,7 @@ def _measure_phase(name: str, nodes: Sequence[RunNode], now: datetime) -> PhaseS
     starts = [min(run.started_at, run.expected_start or run.started_at) for run in runs if run.started_at]
     ends = [_end(run, now) for run in runs if run.started_at]
     return PhaseSpan(
-        name=name,
-        nodes=tuple(nodes),
-        started_at=min(starts, default=None),
-        ended_at=max(ends, default=None),
+        name=name, nodes=tuple(nodes), started_at=min(starts, default=None), ended_at=max(ends, default=None)
     )
 
 

@@ -82,10 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     spare_statements(on_sqlite=url.get_backend_name() == "sqlite")
     app = create_app(final=True)
     config = uvicorn.Config(
-        app,
-        timeout_keep_alive=settings.server.api.keepalive_timeout,
-        timeout_graceful_shutdown=3,
-        log_level="warning",
+        app, timeout_keep_alive=settings.server.api.keepalive_timeout, timeout_graceful_shutdown=3, log_level="warning"
     )
     # What is imported lives as long as the server; to walk all of it at each full collection took 7 % of its CPU time.
     gc.collect()

@@ -1,4 +1,4 @@
-"""What the databases on a server share: a scanner of DuckDB attaches them, and hands queries on to them."""
+"""What sources share: DuckDB reads them all, and for databases on a server a scanner hands queries on to them."""
 
 from __future__ import annotations
 
@@ -8,24 +8,19 @@ from contextlib import contextmanager
 import duckdb
 
 from phasewise.errors import PhasewiseError, SourceError, SourceUnavailable, UnfaithfulValue
+from phasewise.lake.queries import fetch_int
 from phasewise.lake.quoting import quote_literal
 from phasewise.lake.refusals import explain_refusal
 from phasewise.lake.session import open_session
 from phasewise.project.urls import redact_url
 from phasewise.settings import Settings
-from phasewise.sources.protocol import SnapshotToken, SourceTable
+from phasewise.sources.protocol import SnapshotToken, SourceTable, StagedRows
 
 
-class ServerSource:
-    """The part of a ``Source`` that is the same for every server."""
+class DuckdbReader:
+    """The part of a ``Source`` that is the same for all that DuckDB reads."""
 
-    #: As people call it.
-    kind: str
-    extensions: tuple[str, ...]
-    #: DuckDB's function that hands a query on.
-    query_function: str
-    #: Part of a refused login's reason → what to do then.
-    advice: Mapping[str, str]
+    extensions: tuple[str, ...] = ()
 
     def __init__(self, url: str, settings: Settings) -> None:
         self._url = url
@@ -40,23 +35,33 @@ class ServerSource:
         with self._open():
             pass
 
+    def attach(self, connection: duckdb.DuckDBPyConnection, snapshot: SnapshotToken | None = None) -> None:
+        raise NotImplementedError
+
+    def begin(
+        self, connection: duckdb.DuckDBPyConnection, table: SourceTable, snapshot: SnapshotToken | None = None
+    ) -> None:
+        connection.execute("BEGIN TRANSACTION")
+
+    def count_rows(
+        self, connection: duckdb.DuckDBPyConnection, table: SourceTable, staged: StagedRows | None = None
+    ) -> int:
+        return fetch_int(connection, f"SELECT count(*) FROM {self._read(table)}{table.where()}")
+
     def explain(self, connection: duckdb.DuckDBPyConnection, table: SourceTable, error: Exception) -> PhasewiseError:
         try:
             found = self._find_unfaithful(connection, table)
         except duckdb.Error:
-            if not self._answers(connection):
-                return SourceUnavailable(
-                    f"The {self.kind} database {self.url} stopped answering: {error}", hint="Retry once it is back."
-                )
-            found = None
+            found = None  # such as for a condition that the source does not understand
         return found or SourceError(f'Table "{table.name}" of {self.url} cannot be read: {error}')
 
-    def attach(self, connection: duckdb.DuckDBPyConnection, snapshot: SnapshotToken | None = None) -> None:
+    def _read(self, table: SourceTable) -> str:
+        """Return the relation of all rows of *table*, where DuckDB counts them."""
         raise NotImplementedError
 
     def _find_unfaithful(self, connection: duckdb.DuckDBPyConnection, table: SourceTable) -> UnfaithfulValue | None:
         """Return the error for the first column with values that would change; None: there is none."""
-        raise NotImplementedError
+        return None
 
     @contextmanager
     def _open(self) -> Iterator[duckdb.DuckDBPyConnection]:
@@ -67,6 +72,25 @@ class ServerSource:
             self.attach(connection)
             self._attached = None
             yield connection
+
+
+class ServerSource(DuckdbReader):
+    """The part of a ``Source`` that is the same for every server."""
+
+    #: As people call it.
+    kind: str
+    #: DuckDB's function that hands a query on.
+    query_function: str
+    #: Part of a refused login's reason → what to do then.
+    advice: Mapping[str, str]
+
+    def explain(self, connection: duckdb.DuckDBPyConnection, table: SourceTable, error: Exception) -> PhasewiseError:
+        found = super().explain(connection, table, error)
+        if isinstance(found, UnfaithfulValue) or self._answers(connection):
+            return found
+        return SourceUnavailable(
+            f"The {self.kind} database {self.url} stopped answering: {error}", hint="Retry once it is back."
+        )
 
     def _query(self, sql: str) -> str:
         """Return the query for the rows of *sql*, which the server answers."""

@@ -7,6 +7,7 @@ fails there, and the search for the row to name in the message.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from phasewise.errors import UnfaithfulValue
 from phasewise.lake.quoting import quote_identifier, quote_literal
@@ -36,14 +37,18 @@ def fail_where_null(decoded: str, value: str, type_name: str) -> str:
 
 
 def explain_unfaithful(
-    table: str, column: Column, *, count: int, value: str, where: str, other: str = "VARCHAR"
+    table: str, column: Column, key: Sequence[str], sample: Sequence[object], *, count: int, other: str = "VARCHAR"
 ) -> UnfaithfulValue:
-    """Return the error for *count* values of *column*; *where* and *value* show the first, *other* is a way out."""
+    """Return the error for *count* values of *column*; *other* is a way out.
+
+    The first of them is the first of *sample*; the rest of it are the values of *key* in its row.
+    """
+    where = ", ".join(f"{name} = {shown}" for name, shown in zip(key, sample[1:], strict=True))
     rows = "1 row holds a value" if count == 1 else f"{count} rows hold values"
     first = f"the first ({where})" if where else "the first"
     name = column.name if re.fullmatch(r"[A-Za-z0-9_-]+", column.name) else quote_identifier(column.name)
     return UnfaithfulValue(
         f'Table "{table}", column "{column.name}" ({column.source_type or "no declared type"}): {rows} that '
-        f"{column.type} cannot hold unchanged; {first} is {value}.",
+        f"{column.type} cannot hold unchanged; {first} is {sample[0]}.",
         hint=f'Fix the source, or carry the column as {other}: [table."{table}"] columns = {{ {name} = "{other}" }}.',
     )

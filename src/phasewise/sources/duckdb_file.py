@@ -13,12 +13,12 @@ from pathlib import Path
 
 import duckdb
 
-from phasewise.errors import PhasewiseError, SourceError, SourceUnavailable, TableMissing
+from phasewise.errors import SourceUnavailable, TableMissing
 from phasewise.lake.quoting import quote_identifier, quote_literal
-from phasewise.lake.session import open_session
-from phasewise.project.urls import find_local_path, read_options, redact_url
+from phasewise.project.urls import find_local_path, read_options
 from phasewise.settings import Settings
-from phasewise.sources.protocol import Column, SnapshotToken, SourceTable, StagedRows
+from phasewise.sources.databases import DuckdbReader
+from phasewise.sources.protocol import Column, SnapshotToken, SourceTable
 from phasewise.sources.ranges import divide, find_bounds
 
 _PLAIN = re.compile(
@@ -30,7 +30,7 @@ _PLAIN = re.compile(
 BLOCK_ROWS = 2048
 
 
-def find_lake_type(declared: str) -> tuple[str, str | None]:
+def _find_lake_type(declared: str) -> tuple[str, str | None]:
     """Return the lake's type for a type of DuckDB, and a note where the column is carried as text."""
     if _PLAIN.fullmatch(declared):
         return declared, None
@@ -44,32 +44,13 @@ def compare_typed(value: str, type_name: str, operator: str, mark: str) -> str:
     return f"{value} {operator}" + ("" if operator == "IS NULL" else f" CAST({quote_literal(mark)} AS {type_name})")
 
 
-def list_types() -> list[Column]:
-    """Return one column for each kind of type, for the reference (docs/reference/types.md)."""
-    declared = "BOOLEAN|TINYINT|BIGINT|UBIGINT|FLOAT|DOUBLE|DECIMAL(18,4)|VARCHAR|BLOB|UUID|DATE|TIME|TIMESTAMP"
-    declared += "|TIMESTAMP WITH TIME ZONE|JSON|HUGEINT|INTERVAL|TIME WITH TIME ZONE|TIMESTAMP_NS|BIT|INTEGER[]"
-    declared += "|STRUCT(a INTEGER)|MAP(VARCHAR, INTEGER)|ENUM('a', 'b')"
-    return [_describe_column(name, name, True) for name in declared.split("|")]
-
-
-class DuckdbSource:
+class DuckdbSource(DuckdbReader):
     """One schema of a DuckDB file."""
 
-    extensions: tuple[str, ...] = ()
-
     def __init__(self, url: str, root: Path, settings: Settings) -> None:
-        self._url = url
+        super().__init__(url, settings)
         self._path = find_local_path(url, root)
         self._schema = read_options(url).get("schema", "main")
-        self._settings = settings
-
-    @property
-    def url(self) -> str:
-        return redact_url(self._url)
-
-    def check(self) -> None:
-        with self._open():
-            pass
 
     def list_tables(self) -> list[str]:
         sql = (
@@ -94,7 +75,7 @@ class DuckdbSource:
             tables = ", ".join(self.list_tables()[:40])
             raise TableMissing(name, hint=f"Looked in {self.url}. It has: {tables}.")
         return SourceTable(
-            name=name, columns=tuple(_describe_column(*row) for row in found), key=tuple(key[0]) if key else ()
+            name=name, columns=tuple(describe_column(*row) for row in found), key=tuple(key[0]) if key else ()
         )
 
     def can_carry(self, column: Column, type_name: str) -> bool:
@@ -122,27 +103,15 @@ class DuckdbSource:
                 hint="Close the program that writes to it, or check that it is a database of this version.",
             ) from exc
 
-    def begin(
-        self, connection: duckdb.DuckDBPyConnection, table: SourceTable, snapshot: SnapshotToken | None = None
-    ) -> None:
-        connection.execute("BEGIN TRANSACTION")
-
     def select(self, table: SourceTable) -> str:
         columns = ", ".join(
             f"CAST({quote_identifier(column.name)} AS {column.type}) AS {quote_identifier(column.name)}"
             for column in table.columns
         )
-        return f"SELECT {columns} FROM {self._qualify(table)}{table.where()}"
+        return f"SELECT {columns} FROM {self._read(table)}{table.where()}"
 
     def compare_cursor(self, column: Column, operator: str, mark: str) -> str:
         return compare_typed(quote_identifier(column.name), column.type, operator, mark)
-
-    def count_rows(
-        self, connection: duckdb.DuckDBPyConnection, table: SourceTable, staged: StagedRows | None = None
-    ) -> int:
-        row = connection.execute(f"SELECT count(*) FROM {self._qualify(table)}{table.where()}").fetchone()
-        assert row is not None  # an aggregate has a row
-        return int(row[0])
 
     def split(self, connection: duckdb.DuckDBPyConnection, table: SourceTable, limit: int) -> list[str]:
         """Divide by rowid, of which a scan skips the row groups that are not asked for; a view has none."""
@@ -155,13 +124,10 @@ class DuckdbSource:
             return []
         # Deleted rows leave gaps: the rows of each stretch are counted.
         blocks = connection.execute(
-            f"SELECT rowid // {BLOCK_ROWS} * {BLOCK_ROWS}, count(*) FROM {self._qualify(table)}{table.where()} "
+            f"SELECT rowid // {BLOCK_ROWS} * {BLOCK_ROWS}, count(*) FROM {self._read(table)}{table.where()} "
             "GROUP BY 1 ORDER BY 1"
         ).fetchall()
         return divide(["rowid"], [[str(start)] for start in find_bounds(blocks, limit)])
-
-    def explain(self, connection: duckdb.DuckDBPyConnection, table: SourceTable, error: Exception) -> PhasewiseError:
-        return SourceError(f'Table "{table.name}" of {self.url} cannot be read: {error}')
 
     def _fingerprint(self) -> str:
         # What was committed and not yet moved into the file lies next to it.
@@ -169,16 +135,10 @@ class DuckdbSource:
         stats = [path.stat() for path in (self._path, wal) if path.exists()]
         return "-".join(f"{stat.st_ino:x}-{stat.st_size:x}-{stat.st_mtime_ns:x}" for stat in stats)
 
-    def _qualify(self, table: SourceTable) -> str:
+    def _read(self, table: SourceTable) -> str:
         return f"source.{quote_identifier(self._schema)}.{quote_identifier(table.name)}"
 
-    @contextmanager
-    def _open(self) -> Iterator[duckdb.DuckDBPyConnection]:
-        with open_session(self._settings, extensions=()) as connection:
-            self.attach(connection)
-            yield connection
 
-
-def _describe_column(name: str, declared: str, is_nullable: bool) -> Column:
-    lake_type, note = find_lake_type(declared)
+def describe_column(name: str, declared: str, is_nullable: bool) -> Column:
+    lake_type, note = _find_lake_type(declared)
     return Column(name=name, source_type=declared, type=lake_type, nullable=is_nullable, note=note)

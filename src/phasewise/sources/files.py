@@ -21,15 +21,15 @@ from pathlib import Path
 
 import duckdb
 
-from phasewise.errors import PhasewiseError, ProjectError, SourceError, SourceUnavailable, TableMissing, UnfaithfulValue
+from phasewise.errors import ProjectError, SourceUnavailable, TableMissing, UnfaithfulValue
 from phasewise.lake.object_store import create_storage_secret, is_stored, list_stored
 from phasewise.lake.quoting import quote_identifier, quote_literal
-from phasewise.lake.session import open_session
 from phasewise.project.urls import find_local_path, redact_url
 from phasewise.settings import Settings
+from phasewise.sources.databases import DuckdbReader
 from phasewise.sources.decoding import MOMENTS, decode_text, explain_unfaithful, fail_where_null
-from phasewise.sources.duckdb_file import BLOCK_ROWS, compare_typed, find_lake_type
-from phasewise.sources.protocol import Column, SnapshotToken, SourceTable, StagedRows
+from phasewise.sources.duckdb_file import BLOCK_ROWS, compare_typed, describe_column
+from phasewise.sources.protocol import Column, SnapshotToken, SourceTable
 from phasewise.sources.ranges import divide, find_bounds
 
 _NAME = re.compile(r"(?P<table>.+?)\.(?P<kind>csv|tsv|parquet|json|ndjson|jsonl)(?:\.(?:gz|zst))?", re.IGNORECASE)
@@ -58,22 +58,16 @@ class _Files:
     entries: tuple[_Entry, ...]
 
 
-class FilesSource:
+class FilesSource(DuckdbReader):
     """A folder, or a pattern, of files: local ones, or on S3."""
 
     def __init__(self, url: str, root: Path, settings: Settings) -> None:
-        self._url = url
-        self._settings = settings
-        self._attached: duckdb.DuckDBPyConnection | None = None
+        super().__init__(url, settings)
         #: A path, or a URL on S3.
         self._place = url.rstrip("/") if is_stored(url) else str(find_local_path(url, root))
-        self.extensions: tuple[str, ...] = ("httpfs",) if is_stored(url) else ()
+        self.extensions = ("httpfs",) if is_stored(url) else ()
         if is_stored(url) and not re.match(r"s3://[^/?#@:]+($|/)", url):
             raise ProjectError(f'"{redact_url(url)}" names no bucket.', hint="Write s3://bucket/folder.")
-
-    @property
-    def url(self) -> str:
-        return redact_url(self._url)
 
     def check(self) -> None:
         self._find_tables()
@@ -111,11 +105,6 @@ class FilesSource:
                 f"The files of {self.url} have changed since the batch began.", hint="Start a new batch."
             )
 
-    def begin(
-        self, connection: duckdb.DuckDBPyConnection, table: SourceTable, snapshot: SnapshotToken | None = None
-    ) -> None:
-        connection.execute("BEGIN TRANSACTION")
-
     def select(self, table: SourceTable) -> str:
         columns = ", ".join(f"{_decode_or_fail(column)} AS {quote_identifier(column.name)}" for column in table.columns)
         return f"SELECT {columns} FROM {self._read(table)}{table.where()}"
@@ -125,13 +114,6 @@ class FilesSource:
         # What is no such value counts as NULL, is read, and fails there.
         value = f"TRY_CAST({name} AS {column.type})" if column.source_type in {"csv", "json"} else name
         return compare_typed(value, column.type, operator, mark)
-
-    def count_rows(
-        self, connection: duckdb.DuckDBPyConnection, table: SourceTable, staged: StagedRows | None = None
-    ) -> int:
-        row = connection.execute(f"SELECT count(*) FROM {self._read(table)}{table.where()}").fetchone()
-        assert row is not None  # an aggregate has a row
-        return int(row[0])
 
     def split(self, connection: duckdb.DuckDBPyConnection, table: SourceTable, limit: int) -> list[str]:
         """Divide Parquet: several files by their names, one by the numbers of its rows; no others.
@@ -154,13 +136,6 @@ class FilesSource:
         bounds = find_bounds([(number, rows) for number, (_, rows) in enumerate(counted)], limit)
         return divide([by], [[quote_literal(str(counted[number][0]))] for number in bounds])
 
-    def explain(self, connection: duckdb.DuckDBPyConnection, table: SourceTable, error: Exception) -> PhasewiseError:
-        try:
-            found = self._find_unfaithful(connection, table)
-        except duckdb.Error:
-            found = None
-        return found or SourceError(f'Table "{table.name}" of {self.url} cannot be read: {error}')
-
     def _find_unfaithful(self, connection: duckdb.DuckDBPyConnection, table: SourceTable) -> UnfaithfulValue | None:
         keys = [quote_identifier(name) for name in table.key]
         for column in table.columns:
@@ -172,8 +147,7 @@ class FilesSource:
             if row and row[0]:
                 sample = connection.execute(f"SELECT {', '.join([value, *keys])} {bad} LIMIT 1").fetchone()
                 assert sample is not None  # it was counted above
-                where = ", ".join(f"{name} = {shown}" for name, shown in zip(table.key, sample[1:], strict=True))
-                return explain_unfaithful(table.name, column, count=row[0], value=f"'{sample[0]}'", where=where)
+                return explain_unfaithful(table.name, column, table.key, (f"'{sample[0]}'", *sample[1:]), count=row[0])
         return None
 
     def _read(self, table: SourceTable) -> str:
@@ -222,16 +196,6 @@ class FilesSource:
                     _Entry(names=names, location=file.url, mark=f"{item.size_bytes} {item.modified_at.isoformat()}")
                 )
         return found
-
-    @contextmanager
-    def _open(self) -> Iterator[duckdb.DuckDBPyConnection]:
-        if self._attached is not None:  # an extraction describes its table in the session that it has
-            yield self._attached
-            return
-        with open_session(self._settings, extensions=self.extensions) as connection:
-            if self.extensions:
-                create_storage_secret(connection)
-            yield connection
 
     def _fingerprint(self) -> str:
         digest = hashlib.sha256()
@@ -290,11 +254,7 @@ def _list_columns(connection: duckdb.DuckDBPyConnection, files: _Files) -> list[
     described = connection.execute(f"DESCRIBE SELECT * FROM {_read_files(files, [])}").fetchall()
     if files.kind == "csv":
         return [_describe_text(row[0], "csv") for row in described]
-    columns = []
-    for name, declared, *_ in described:
-        lake_type, note = find_lake_type(declared)
-        columns.append(Column(name=name, source_type=declared, type=lake_type, nullable=True, note=note))
-    return columns
+    return [describe_column(name, declared, True) for name, declared, *_ in described]
 
 
 def _describe_text(name: str, kind: str) -> Column:

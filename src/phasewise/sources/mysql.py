@@ -15,7 +15,7 @@ import platform
 import re
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from urllib.parse import quote
@@ -24,6 +24,7 @@ import duckdb
 
 from phasewise.errors import ProjectError, SourceUnavailable, TableMissing, UnfaithfulValue
 from phasewise.lake.credentials import lend_password
+from phasewise.lake.queries import fetch_int
 from phasewise.lake.quoting import quote_identifier, quote_literal
 from phasewise.lake.refusals import find_reason
 from phasewise.lake.session import use_one_thread
@@ -36,7 +37,7 @@ from phasewise.sources.protocol import Column, SnapshotToken, SourceTable, Stage
 from phasewise.sources.ranges import Dialect, divide_by_values
 
 #: MySQL's type name → the lake's type; integers have an unsigned sister (``U`` before the name).
-_PLAIN = {
+PLAIN = {
     "tinyint": "TINYINT",
     "smallint": "SMALLINT",
     "mediumint": "INTEGER",
@@ -111,7 +112,7 @@ class MysqlSource(ServerSource):
         key = sorted((position, column) for column, *_, position in rows if position)
         return SourceTable(
             name=name,
-            columns=tuple(_describe_column(*row[:4]) for row in rows),
+            columns=tuple(describe_column(*row[:4]) for row in rows),
             key=tuple(column for _, column in key),
             row_estimate=int(estimates[name]) if estimates[name] >= 0 else None,
         )
@@ -124,9 +125,11 @@ class MysqlSource(ServerSource):
     @contextmanager
     def open_snapshot(self, folder: Path) -> Iterator[SnapshotToken | None]:
         """Hold the moment with as many connections as tables are read at the same time."""
+        seconds = self._settings.source_snapshot_hours * 3600
+        lent = lend_snapshot(self._login, connections=self._settings.table_concurrency, idle_seconds=seconds)
         with ExitStack() as stack:
             try:
-                token = _describe_snapshot(stack.enter_context(self._lend_snapshot()))
+                token = _describe_snapshot(stack.enter_context(lent))
             except NoSnapshot as exc:
                 token = {"id": None, "remark": f"no moment of the source could be held for all tables: {exc}"}
             yield token
@@ -154,7 +157,7 @@ class MysqlSource(ServerSource):
     def begin(
         self, connection: duckdb.DuckDBPyConnection, table: SourceTable, snapshot: SnapshotToken | None = None
     ) -> None:
-        connection.execute("BEGIN TRANSACTION")
+        super().begin(connection, table)
         self._count_before = None if snapshot else self._count(connection, table)
 
     def select(self, table: SourceTable) -> str:
@@ -207,38 +210,21 @@ class MysqlSource(ServerSource):
             keys = [f"c{names.index(name)}" for name in table.key]
             sample = connection.execute(f"SELECT {', '.join([value, *keys])} {bad} LIMIT 1").fetchone()
             assert sample is not None  # it was counted above
-            where = ", ".join(f"{name} = {shown}" for name, shown in zip(table.key, sample[1:], strict=True))
-            return explain_unfaithful(table.name, column, count=counted[0], value=str(sample[0]), where=where)
+            return explain_unfaithful(table.name, column, table.key, sample, count=counted[0])
         return None
 
     def _count(self, connection: duckdb.DuckDBPyConnection, table: SourceTable) -> int:
         query = f"SELECT count(*) AS n FROM {_quote_name(table.name)}{table.where()}"
-        row = connection.execute(self._query(query)).fetchone()
-        assert row is not None  # an aggregate has a row
-        return int(row[0])
+        return fetch_int(connection, self._query(query))
 
     def _read_printed(self, table: SourceTable) -> str:
         """Return a relation with the columns c0, c1, …, printed by the server where only text is faithful."""
         printed = ", ".join(f"{_print(column)} AS c{index}" for index, column in enumerate(table.columns))
         return self._query(f"SELECT {printed} FROM {_quote_name(table.name)}{table.where()}")
 
-    def _lend_snapshot(self) -> AbstractContextManager[LentSnapshot]:
-        return lend_snapshot(
-            self._login,
-            connections=self._settings.table_concurrency,
-            idle_seconds=self._settings.source_snapshot_hours * 3600,
-        )
-
     def _name_lent(self, socket: str) -> str:
         # Where the socket does not answer the scanner tries 127.0.0.1 instead, which would be another moment: port 1.
         return f"mysql://localhost:1/{quote(self._login.database, safe='')}?socket={quote(socket, safe='')}"
-
-
-def list_types() -> list[Column]:
-    """Return one column for each kind of type, for the reference (docs/reference/types.md)."""
-    declared = [*_PLAIN, "bigint unsigned", "tinyint(1)", "decimal(18,4)", "decimal(65,30)", "bit(1)", "bit(8)", "time"]
-    declared += ["enum('a','b')", "set('a','b')", "inet6", "point"]
-    return [_describe_column(name, name, re.split(r"[( ]", name)[0], 1) for name in declared]
 
 
 def _read_url(url: str, timeout: float) -> tuple[str, Login]:
@@ -286,7 +272,7 @@ def _print_literal(column: Column, value: str) -> str:
     return str(value) if _EXACT.fullmatch(column.type) else _quote_text(str(value))
 
 
-def _describe_column(name: str, declared: str, type_name: str, is_nullable: int) -> Column:
+def describe_column(name: str, declared: str, type_name: str, is_nullable: int) -> Column:
     lake_type, note = _find_type(declared, type_name)
     return Column(name=name, source_type=declared, type=lake_type, nullable=bool(is_nullable), note=note)
 
@@ -295,9 +281,9 @@ def _find_type(declared: str, type_name: str) -> tuple[str, str | None]:
     """Return the lake's type for a type of MySQL, and a note where it is not of the same kind."""
     type_name = type_name.lower()
     if type_name in _INTEGERS:
-        return ("U" if "unsigned" in declared else "") + _PLAIN[type_name], None
-    if type_name in _PLAIN:
-        return _PLAIN[type_name], None
+        return ("U" if "unsigned" in declared else "") + PLAIN[type_name], None
+    if type_name in PLAIN:
+        return PLAIN[type_name], None
     if match := re.match(r"decimal\((\d+),(\d+)\)", declared):
         if int(match[1]) <= 38:
             return f"DECIMAL({match[1]},{match[2]})", None

@@ -103,7 +103,7 @@ def lend_snapshot(login: Login, *, connections: int, idle_seconds: float) -> Ite
         NoSnapshot: the login failed.
     """
     with ExitStack() as stack:
-        with _explaining():
+        try:
             control = _connect(login, idle_seconds)
             stack.callback(control.close)
             without = _list_without_transactions(control)
@@ -111,6 +111,9 @@ def lend_snapshot(login: Login, *, connections: int, idle_seconds: float) -> Ite
             for one in held:
                 stack.callback(one.close)
             problem = _begin_together(control, held)
+        except (pymysql.err.MySQLError, OSError, ValueError) as exc:
+            reason = exc.args[-1] if exc.args else exc
+            raise NoSnapshot(f"its connections could not be opened together ({reason})") from exc
         # The path of a socket has at most 107 bytes, which that of a batch's folder may exceed.
         _remove_leftovers()
         folder = Path(tempfile.mkdtemp(prefix=_FOLDER))
@@ -118,14 +121,6 @@ def lend_snapshot(login: Login, *, connections: int, idle_seconds: float) -> Ite
         lender = _Lender(control, held[:1] if problem else held, folder / "mysql.sock")
         stack.callback(lender.close)
         yield LentSnapshot(socket=folder / "mysql.sock", without=without, slowed_by=problem)
-
-
-@contextmanager
-def _explaining() -> Iterator[None]:
-    try:
-        yield
-    except (pymysql.err.MySQLError, OSError, ValueError) as exc:
-        raise NoSnapshot(f"its connections could not be opened together ({exc.args[-1] if exc.args else exc})") from exc
 
 
 def _remove_leftovers() -> None:

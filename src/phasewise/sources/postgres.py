@@ -1,7 +1,7 @@
 """PostgreSQL as a source: ``postgresql://user:password@host:5432/database?schema=sales``.
 
 The parameters are libpq's, and ``schema`` (default ``public``), which is ours. Tables of plain columns are scanned
-in parallel, by ranges of pages. Any other table (see ``_PLAIN``), a partitioned one and a view are read through one
+in parallel, by ranges of pages. Any other table (see ``PLAIN``), a partitioned one and a view are read through one
 query, in which the server prints what has no faithful type. Values that the binary scan would change without a word
 (a numeric NaN arrives as 0, a timestamp after 294246 wraps) are counted by the server at the same snapshot.
 """
@@ -30,7 +30,7 @@ from phasewise.sources.protocol import Column, SnapshotToken, SourceTable, Stage
 from phasewise.sources.ranges import Dialect, divide, divide_by_values, find_bounds
 
 #: PostgreSQL's internal type name → the lake's type, where the binary scan keeps every value.
-_PLAIN = {
+PLAIN = {
     "int2": "SMALLINT",
     "int4": "INTEGER",
     "int8": "BIGINT",
@@ -50,7 +50,7 @@ _PLAIN = {
 }
 _CURSOR_MOMENTS = {"DATE", "TIMESTAMP", "TIMESTAMP WITH TIME ZONE"}
 #: Types that are text by nature: printed by the server, and nothing to remark.
-_TEXTS = {"json", "jsonb", "xml", "citext"}
+TEXTS = {"json", "jsonb", "xml", "citext"}
 _DECIMAL = re.compile(r"(?:numeric|DECIMAL)\((\d+),(-?\d+)\)")
 
 # Everything is printed as text, so that no catalogue type meets the scanner's own mapping.
@@ -316,19 +316,7 @@ class PostgresSource(ServerSource):
         )
         query = f"SELECT {shown} FROM {self._qualify(table)}{table.where(test)} LIMIT 1"
         sample = connection.execute(self._query(query)).fetchone() or (None,) * (len(names) + 1)
-        where = ", ".join(f"{name} = {value}" for name, value in zip(names, sample[1:], strict=True))
-        return explain_unfaithful(table.name, column, count=count, value=str(sample[0]), where=where)
-
-
-def list_types() -> list[Column]:
-    """Return one column for each kind of type, for the reference (docs/reference/types.md)."""
-    numerics = ["numeric(18,4)", "numeric", "numeric(50,10)", "numeric(5,-2)"]
-    others = ["interval", "timetz", "integer[]", "money", "bit(3)", "inet", "int4range", "point", "tsvector", "oid"]
-    kinds = [(name, name, name) for name in [*_PLAIN, *sorted(_TEXTS), *others]]
-    kinds += [("numeric", name, name) for name in numerics]
-    found = [(declared, *_find_type(type_name, base, declared)) for type_name, base, declared in kinds]
-    found.append(("an enum", *_find_type("mood", "mood", "mood", is_enum=True)))
-    return [Column(name=name, source_type=name, type=kind, nullable=True, note=note) for name, kind, note in found]
+        return explain_unfaithful(table.name, column, names, sample, count=count)
 
 
 def _execute(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
@@ -351,7 +339,7 @@ def _describe_relation(name: str, rows: list[dict[str, object]]) -> _Relation:
         is_partition=bool(rows[0]["is_partition"]),
         has_children=bool(rows[0]["has_children"]),
         is_plain=all(
-            row["is_base"] and (row["type_name"] in _PLAIN or column.type != "VARCHAR")
+            row["is_base"] and (row["type_name"] in PLAIN or column.type != "VARCHAR")
             for row, column in zip(columns, table.columns, strict=True)
         ),
     )
@@ -359,16 +347,16 @@ def _describe_relation(name: str, rows: list[dict[str, object]]) -> _Relation:
 
 def _describe_column(row: dict[str, object]) -> Column:
     declared, type_name = str(row["declared"]), str(row["type_name"])
-    lake_type, note = _find_type(type_name, str(row["base"]), declared, is_enum=row["type_kind"] == "e")
+    lake_type, note = find_type(type_name, str(row["base"]), declared, is_enum=row["type_kind"] == "e")
     is_nullable = not row["is_required"]
     return Column(name=str(row["name"]), source_type=declared, type=lake_type, nullable=is_nullable, note=note)
 
 
-def _find_type(type_name: str, base: str, declared: str, *, is_enum: bool = False) -> tuple[str, str | None]:
+def find_type(type_name: str, base: str, declared: str, *, is_enum: bool = False) -> tuple[str, str | None]:
     """Return the lake's type for a type of PostgreSQL, and a note where the column is printed as text."""
-    if type_name in _PLAIN:
-        return _PLAIN[type_name], None
-    if type_name in _TEXTS:
+    if type_name in PLAIN:
+        return PLAIN[type_name], None
+    if type_name in TEXTS:
         return "VARCHAR", None
     if type_name == "numeric":
         if match := _DECIMAL.fullmatch(base):

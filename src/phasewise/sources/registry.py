@@ -31,23 +31,13 @@ def open_source(project: Project, settings: Settings) -> Source:
     """
     url = project.source.url
     scheme = url.partition(":")[0].lower()
-    return _find_factory(scheme, url)(url, project.root, settings)
-
-
-def _find_factory(scheme: str, url: str) -> SourceFactory:
     if scheme in BUILT_IN:
         module, _, name = BUILT_IN[scheme].partition(":")
         factory: SourceFactory = getattr(importlib.import_module(module), name)
-        return factory
-    found = metadata.entry_points(group="phasewise.sources", name=scheme)
-    for entry_point in found:
-        loaded: SourceFactory = entry_point.load()
-        return loaded
-    raise ProjectError(
-        f'No source serves the URL "{redact_url(url)}".',
-        hint=f"Known schemes: {', '.join(sorted({*BUILT_IN, *_list_added()}))}.",
-    )
-
-
-def _list_added() -> list[str]:
-    return [entry_point.name for entry_point in metadata.entry_points(group="phasewise.sources")]
+        return factory(url, project.root, settings)
+    added = metadata.entry_points(group="phasewise.sources")
+    for entry_point in added.select(name=scheme):
+        factory = entry_point.load()
+        return factory(url, project.root, settings)
+    known = ", ".join(sorted({*BUILT_IN, *added.names}))
+    raise ProjectError(f'No source serves the URL "{redact_url(url)}".', hint=f"Known schemes: {known}.")

@@ -23,16 +23,17 @@ import duckdb
 from phasewise.errors import (
     PhasewiseError,
     ProjectError,
-    SourceError,
     SourceUnavailable,
     StagingError,
     TableMissing,
     UnfaithfulValue,
 )
+from phasewise.lake.queries import fetch_int
 from phasewise.lake.quoting import quote_identifier, quote_literal
 from phasewise.lake.session import use_one_thread
-from phasewise.project.urls import find_local_path, redact_url
+from phasewise.project.urls import find_local_path
 from phasewise.settings import Settings
+from phasewise.sources.databases import DuckdbReader
 from phasewise.sources.decoding import MOMENTS
 from phasewise.sources.protocol import Column, SnapshotToken, SourceTable, StagedRows
 from phasewise.sources.ranges import divide, query_bounds
@@ -46,7 +47,6 @@ from phasewise.sources.sqlite_values import (
     is_unfaithful,
     read_tagged,
     scan_column,
-    show_tagged,
 )
 from phasewise.system.files import replace_whole
 
@@ -59,7 +59,7 @@ _NUMBERS = {"BIGINT", "DOUBLE", "BOOLEAN"}
 _SCAN_ROWS = 122_880
 
 
-class SqliteSource:
+class SqliteSource(DuckdbReader):
     """A SQLite database file.
 
     Questions about the schema go through Python's ``sqlite3``, rows through DuckDB's scanner: two libraries. When
@@ -67,23 +67,16 @@ class SqliteSource:
     asks here never runs between ``begin`` and the end of the transaction.
     """
 
-    extensions: tuple[str, ...] = ("sqlite_scanner",)
+    extensions = ("sqlite_scanner",)
 
     def __init__(self, url: str, root: Path, settings: Settings) -> None:
-        self._url = url
+        super().__init__(url, settings)
         self._path = find_local_path(url, root)
-        self._timeout = settings.connect_timeout
-        self._threads = settings.threads
-        self._attached: duckdb.DuckDBPyConnection | None = None
         #: Whether the file is the batch's own copy, which nobody writes to.
         self._is_copy = False
 
-    @property
-    def url(self) -> str:
-        return redact_url(self._url)
-
     def check(self) -> None:
-        with self._open() as connection:
+        with self._open_file() as connection:
             connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
 
     def list_tables(self) -> list[str]:
@@ -92,11 +85,11 @@ class SqliteSource:
             "SELECT name FROM pragma_table_list WHERE schema = 'main' AND type = 'table' "
             "AND name NOT LIKE 'sqlite\\_%' ESCAPE '\\'"
         )
-        with self._open() as connection:
+        with self._open_file() as connection:
             return sorted(row[0] for row in connection.execute(sql))
 
     def describe_table(self, name: str) -> SourceTable:
-        with self._open() as connection:
+        with self._open_file() as connection:
             kind = connection.execute(
                 "SELECT name FROM pragma_table_list WHERE schema = 'main' AND name = ?", (name,)
             ).fetchone()
@@ -110,7 +103,7 @@ class SqliteSource:
         key = sorted((pk, column) for column, _, _, pk, _ in columns if pk)
         return SourceTable(
             name=name,
-            columns=tuple(_describe_column(*column) for column in columns),
+            columns=tuple(describe_column(*column) for column in columns),
             key=tuple(column for _, column in key),
             row_estimate=rows,
         )
@@ -153,14 +146,9 @@ class SqliteSource:
         # Two scan threads saw two states of the database within one transaction.
         connection.execute("SET sqlite_disable_multithreaded_scans = true")
         use_one_thread(connection)
-        milliseconds = int(self._timeout * 1000)
+        milliseconds = int(self._settings.connect_timeout * 1000)
         connection.execute(f"ATTACH {path} AS source (TYPE sqlite, READ_ONLY, BUSY_TIMEOUT {milliseconds})")
         self._attached = connection
-
-    def begin(
-        self, connection: duckdb.DuckDBPyConnection, table: SourceTable, snapshot: SnapshotToken | None = None
-    ) -> None:
-        connection.execute("BEGIN TRANSACTION")
 
     def select(self, table: SourceTable) -> str:
         scanned = [(scan_column(column), quote_identifier(column.name)) for column in table.columns]
@@ -185,7 +173,8 @@ class SqliteSource:
             )
         if column.type == "TIMESTAMP":  # 26 characters: "T" or space, with or without a fraction
             padded = f"substr(replace({name}, 'T', ' ') || iif(length({name}) > 19, '', '.') || '000000', 1, 26)"
-            return f"({padded} {operator} {quote_literal(_pad_moment(mark))} OR typeof({name}) <> 'text')"
+            moment = f"{mark}{'' if len(mark) > 19 else '.'}000000"[:26]
+            return f"({padded} {operator} {quote_literal(moment)} OR typeof({name}) <> 'text')"
         if column.type == "DATE":
             return f"({name} COLLATE BINARY {operator} {quote_literal(mark)} OR typeof({name}) <> 'text')"
         if column.type == "VARCHAR":
@@ -197,9 +186,7 @@ class SqliteSource:
     ) -> int:
         use_one_thread(connection)
         inner = quote_literal(f"SELECT count(*) FROM {quote_identifier(table.name)}{table.where()}")
-        row = connection.execute(f"SELECT columns(*)::BIGINT FROM sqlite_query('source', {inner})").fetchone()
-        assert row is not None  # an aggregate has a row
-        return int(row[0])
+        return fetch_int(connection, f"SELECT columns(*)::BIGINT FROM sqlite_query('source', {inner})")
 
     def split(self, connection: duckdb.DuckDBPyConnection, table: SourceTable, limit: int) -> list[str]:
         """Divide by rowid, which a SELECT finds without reading the rows before; WITHOUT ROWID by the primary key."""
@@ -215,11 +202,7 @@ class SqliteSource:
     def explain(self, connection: duckdb.DuckDBPyConnection, table: SourceTable, error: Exception) -> PhasewiseError:
         if "database is locked" in str(error):
             return self._unavailable("is locked by another program", "Close it, or retry later.")
-        try:
-            found = self._find_unfaithful(connection, table)
-        except duckdb.Error:
-            found = None  # such as for a condition that SQLite does not understand
-        return found or SourceError(f'Table "{table.name}" of {self.url} cannot be read: {error}')
+        return super().explain(connection, table, error)
 
     def _find_unfaithful(self, connection: duckdb.DuckDBPyConnection, table: SourceTable) -> UnfaithfulValue | None:
         rowid = ["rowid"] if not table.key and self._has_rowid(table.name) else []
@@ -237,8 +220,7 @@ class SqliteSource:
             f"SELECT {', '.join([f'c{index}', *keys])} FROM {tagged} WHERE {bad[index]} LIMIT 1"
         ).fetchone()
         assert sample is not None  # it was counted above
-        where = [f"{name} = {show_tagged(value)}" for name, value in zip(table.key or rowid, sample[1:], strict=True)]
-        return explain_tagged(table, table.columns[index], counts[index], sample[0], where)
+        return explain_tagged(table, table.columns[index], table.key or rowid, sample, count=counts[index])
 
     def _scan(self, table: SourceTable) -> str:
         """Return the scanner's relation for *table*, in the way that costs less where both see the same rows."""
@@ -248,7 +230,7 @@ class SqliteSource:
         # its own.
         if self._is_copy and self._attached and self._find_range_columns(self._attached, table)[:1] == ["rowid"]:
             if (table.row_estimate or 0) > _SCAN_ROWS:
-                self._attached.execute(f"SET threads = {self._threads}")
+                self._attached.execute(f"SET threads = {self._settings.threads}")
             return f"sqlite_scan({quote_literal(str(self._path))}, {quote_literal(table.name)})"
         return f"source.{quote_identifier(table.name)}"
 
@@ -281,7 +263,7 @@ class SqliteSource:
         return [column for _, column in key]
 
     def _has_rowid(self, name: str) -> bool:
-        with self._open() as connection:
+        with self._open_file() as connection:
             row = connection.execute(
                 "SELECT type = 'table' AND NOT wr FROM pragma_table_list WHERE schema = 'main' AND name = ?", (name,)
             ).fetchone()
@@ -297,7 +279,7 @@ class SqliteSource:
             _check_space(self._path, target.parent)
             with (
                 replace_whole(target) as draft,
-                self._open() as connection,
+                self._open_file() as connection,
                 closing(sqlite3.connect(draft)) as copy,
             ):
                 connection.backup(copy)
@@ -310,7 +292,7 @@ class SqliteSource:
             ) from exc
 
     @contextmanager
-    def _open(self) -> Iterator[sqlite3.Connection]:
+    def _open_file(self) -> Iterator[sqlite3.Connection]:
         """Open read-only, for questions about the schema; a missing file is never created."""
         if not self._path.exists():
             raise self._unavailable(
@@ -321,7 +303,7 @@ class SqliteSource:
             raise self._unavailable("is not a file", "Check [source] url in phasewise.toml.")
         try:
             uri = f"file:{quote(str(self._path))}?mode=ro"
-            with closing(sqlite3.connect(uri, uri=True, timeout=self._timeout)) as connection:
+            with closing(sqlite3.connect(uri, uri=True, timeout=self._settings.connect_timeout)) as connection:
                 connection.text_factory = lambda value: value.decode("utf-8", "surrogateescape")
                 yield connection
         except sqlite3.DatabaseError as exc:
@@ -339,17 +321,6 @@ class SqliteSource:
         return SourceUnavailable(f"The SQLite database {self._path} {what}.", hint=hint)
 
 
-def list_types() -> list[Column]:
-    """Return one column for each kind of declared type, for the reference (docs/reference/types.md)."""
-    declared = "INTEGER|BIGINT|REAL|DOUBLE PRECISION|TEXT|VARCHAR(40)|BLOB|BOOLEAN|DATE|DATETIME|TIMESTAMP|TIME"
-    declared += "|DECIMAL(10,2)|NUMERIC|DECIMAL(40,2)|JSON||ANY"
-    return [_describe_column(name or "(none)", name, 0, 0, 0) for name in declared.split("|")]
-
-
-def _pad_moment(mark: str) -> str:
-    return f"{mark}{'' if len(mark) > 19 else '.'}000000"[:26]
-
-
 def _estimate_rows(connection: sqlite3.Connection, name: str) -> int | None:
     """Return the largest rowid, which one look at the end of the table finds; None for tables without one."""
     try:
@@ -359,7 +330,7 @@ def _estimate_rows(connection: sqlite3.Connection, name: str) -> int | None:
     return row[0] if isinstance(row[0], int) and row[0] >= 0 else None
 
 
-def _describe_column(name: str, declared: str, not_null: int, pk: int, hidden: int) -> Column:
+def describe_column(name: str, declared: str, not_null: int, pk: int, hidden: int) -> Column:
     type_name, note = find_type(declared)
     if hidden and not note:
         note = "generated by the source"

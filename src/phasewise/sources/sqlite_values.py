@@ -10,6 +10,7 @@ the type of the value, and each value is decoded and checked in DuckDB.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from phasewise.errors import UnfaithfulValue
 from phasewise.lake.quoting import quote_identifier, quote_literal
@@ -247,19 +248,16 @@ def _decode(column: Column, tagged: str) -> str:
     return decode_text(type_name, f"({text})")
 
 
-def explain_tagged(table: SourceTable, column: Column, count: int, tagged: str, where: list[str]) -> UnfaithfulValue:
-    kind = {"i": "integer", "r": "real", "x": "text", "t": "text", "b": "blob"}[tagged[0]]
-    return explain_unfaithful(
-        table.name,
-        column,
-        count=count,
-        value=f"the {kind} {show_tagged(tagged)}",
-        where=", ".join(where),
-        other="BLOB" if column.type == "VARCHAR" else "VARCHAR",
-    )
+def explain_tagged(
+    table: SourceTable, column: Column, key: Sequence[str], tagged: Sequence[str], *, count: int
+) -> UnfaithfulValue:
+    kind = {"i": "integer", "r": "real", "x": "text", "t": "text", "b": "blob"}[tagged[0][0]]
+    value, *shown = map(_show_tagged, tagged)
+    other = "BLOB" if column.type == "VARCHAR" else "VARCHAR"
+    return explain_unfaithful(table.name, column, key, (f"the {kind} {value}", *shown), count=count, other=other)
 
 
-def show_tagged(tagged: str | None) -> str:
+def _show_tagged(tagged: str | None) -> str:
     if tagged is None:
         return "NULL"
     kind, value = tagged[0], tagged[1:]

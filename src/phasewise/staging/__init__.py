@@ -7,7 +7,7 @@
     staging/<batch>/<table>/manifest.json          written last; without it the folder counts for nothing
     staging/<batch>/published.json                 the snapshot that the batch became
 
-``extract`` stages one table: ``extraction`` reads its rows, ``parquet`` writes them, the manifest comes last.
+``extract`` stages one table: ``extraction`` reads its rows into Parquet, the manifest comes last.
 
 Never reaches Prefect. ``publishing``, ``report``, ``flows`` and ``cli`` may import it. It runs in the processes of
 ``pre_etl``, ``sub_etl`` and ``process_table_etl``, and for reading in ``final_etl`` and commands.

@@ -13,6 +13,9 @@ from datetime import UTC, datetime
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
 
 from phasewise.errors import StagingError
 from phasewise.lake.object_store import StoredFile
@@ -20,8 +23,8 @@ from phasewise.project.config import Project
 from phasewise.settings import Settings
 from phasewise.staging.load_plan import LakeView, read_lake
 from phasewise.staging.manifest import Manifest, batch_folder, list_staged_manifests
-from phasewise.staging.replication import fetch_staging, write_shared, write_shared_once
-from phasewise.staging.write_errors import explain_os_error
+from phasewise.staging.replication import fetch_staging, read_shared, write_shared, write_shared_once
+from phasewise.staging.write_errors import explaining_writes
 
 _PLAN = "batch.json"
 _PUBLISHED = "published.json"
@@ -96,12 +99,10 @@ def prepare_staging(project: Project, settings: Settings) -> None:
         StagingError: it has not; the message names the folder and the free bytes.
     """
     probe = project.staging / f".probe-{uuid.uuid4().hex}"
-    try:
+    with explaining_writes(project.staging):
         project.staging.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"phasewise")
         probe.unlink()
-    except OSError as exc:
-        raise explain_os_error(project.staging, exc) from exc
     free_bytes = shutil.disk_usage(project.staging).free
     if free_bytes < settings.min_free_bytes:
         raise StagingError(
@@ -118,11 +119,9 @@ def begin_batch(project: Project, batch: str, tables: Sequence[str]) -> BatchPla
     """
     folder = batch_folder(project, batch)
     plan = BatchPlan(batch=batch, tables=tuple(tables), created_at=datetime.now(UTC))
-    try:
+    with explaining_writes(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        write_shared_once(project, folder / _PLAN, json.dumps(asdict(plan), default=datetime.isoformat))
-    except OSError as exc:
-        raise explain_os_error(folder, exc) from exc
+    write_shared_once(project, folder / _PLAN, json.dumps(asdict(plan), default=datetime.isoformat))
     stored = read_plan(project, batch)
     assert stored is not None  # it was written just now, or before
     return stored
@@ -134,18 +133,7 @@ def read_plan(project: Project, batch: str) -> BatchPlan | None:
     Raises:
         StagingError: it is damaged.
     """
-    path = batch_folder(project, batch) / _PLAN
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        return BatchPlan(
-            batch=data["batch"],
-            tables=tuple(data["tables"]),
-            created_at=datetime.fromisoformat(data["created_at"]),
-        )
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as exc:
-        raise StagingError(f"{path} is damaged.", hint=f"Remove {path.parent} and start a new batch.") from exc
+    return read_shared(batch_folder(project, batch) / _PLAN, TypeAdapter(BatchPlan).validate_json)
 
 
 def remember_lake(project: Project, settings: Settings, batch: str) -> LakeView:
@@ -156,14 +144,11 @@ def remember_lake(project: Project, settings: Settings, batch: str) -> LakeView:
         StagingError: staging cannot be written, or what was written cannot be read.
     """
     path = batch_folder(project, batch) / _LAKE
-    try:
-        if not path.exists():
-            write_shared_once(project, path, read_lake(project, settings).to_json())
-        return LakeView.from_json(path.read_text(encoding="utf-8"))
-    except OSError as exc:
-        raise explain_os_error(path.parent, exc) from exc
-    except (ValueError, KeyError, TypeError) as exc:
-        raise StagingError(f"{path} is damaged.", hint=f"Remove {path.parent} and start a new batch.") from exc
+    if not path.exists():
+        write_shared_once(project, path, json.dumps(asdict(read_lake(project, settings))))
+    view = read_shared(path, TypeAdapter(LakeView).validate_json)
+    assert view is not None  # it was written just now, or before
+    return view
 
 
 def give_up_tables(project: Project, batch: str, reasons: Mapping[str, str]) -> None:
@@ -172,11 +157,7 @@ def give_up_tables(project: Project, batch: str, reasons: Mapping[str, str]) -> 
     Raises:
         StagingError: staging cannot be written.
     """
-    folder = batch_folder(project, batch)
-    try:
-        write_shared(project, folder / _GIVEN_UP, json.dumps(dict(reasons)))
-    except OSError as exc:
-        raise explain_os_error(folder, exc) from exc
+    write_shared(project, batch_folder(project, batch) / _GIVEN_UP, json.dumps(dict(reasons)))
 
 
 def read_batch(project: Project, batch: str) -> Batch:
@@ -219,12 +200,8 @@ def mark_published(project: Project, batch: str, snapshot: int) -> None:
     Raises:
         StagingError: staging cannot be written.
     """
-    folder = batch_folder(project, batch)
     marker = json.dumps({"snapshot": snapshot, "at": datetime.now(UTC).isoformat()})
-    try:
-        write_shared(project, folder / _PUBLISHED, marker)
-    except OSError as exc:
-        raise explain_os_error(folder, exc) from exc
+    write_shared(project, batch_folder(project, batch) / _PUBLISHED, marker)
 
 
 def advise_again(file: Path | StoredFile) -> str:
@@ -232,15 +209,6 @@ def advise_again(file: Path | StoredFile) -> str:
     if isinstance(file, Path):
         return f"Remove {file.parent} and resume the batch: the table is extracted again."
     return "Start a new batch."  # the manifest is elsewhere, perhaps on several machines
-
-
-def find_batch_folder(project: Project, batch: str) -> Path:
-    """Return the folder of *batch*, which need not exist.
-
-    Raises:
-        StagingError: *batch* cannot be the name of a folder.
-    """
-    return batch_folder(project, batch)
 
 
 def _read_batch(project: Project, batch: str) -> Batch:
@@ -253,21 +221,14 @@ def _read_batch(project: Project, batch: str) -> Batch:
         plan=plan,
         manifests=manifests,
         # One that ended after all, before anybody looked, is part of the batch.
-        given_up={table: reason for table, reason in _read_given_up(folder).items() if table not in staged},
-        snapshot=_read_snapshot(folder),
+        given_up={table: why for table, why in _read_json(folder / _GIVEN_UP).items() if table not in staged},
+        snapshot=_read_json(folder / _PUBLISHED).get("snapshot"),
     )
 
 
-def _read_given_up(folder: Path) -> dict[str, str]:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        reasons: dict[str, str] = json.loads((folder / _GIVEN_UP).read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return reasons
-
-
-def _read_snapshot(folder: Path) -> int | None:
-    try:
-        return int(json.loads((folder / _PUBLISHED).read_text(encoding="utf-8"))["snapshot"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    return found if isinstance(found, dict) else {}

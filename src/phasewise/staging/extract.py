@@ -18,31 +18,12 @@ from phasewise.sources import SnapshotToken, describe_project_table, find_snapsh
 from phasewise.staging.batch import begin_batch, read_plan, remember_lake
 from phasewise.staging.digests import digest_file
 from phasewise.staging.extraction import find_key_table, read_rows
-from phasewise.staging.load_plan import (
-    LakeView,
-    drop_new_columns,
-    find_mark,
-    plan_load,
-    select_new_rows,
-)
-from phasewise.staging.manifest import (
-    MANIFEST,
-    Manifest,
-    batch_folder,
-    folder_name,
-    name_in_manifest,
-    read_complete,
-)
-from phasewise.staging.partitions import (
-    Partition,
-    SplitTable,
-    find_partition,
-    name_item,
-    read_splits,
-)
+from phasewise.staging.load_plan import LakeView, drop_new_columns, find_mark, plan_load, select_new_rows
+from phasewise.staging.manifest import MANIFEST, Manifest, batch_folder, folder_name, name_in_manifest, read_complete
+from phasewise.staging.partitions import Partition, SplitTable, find_partition, name_item, read_splits
 from phasewise.staging.replication import fetch_staging, write_shared
 from phasewise.staging.source_snapshot import check_age, read_token
-from phasewise.staging.write_errors import explain_os_error
+from phasewise.staging.write_errors import explaining_writes
 from phasewise.system.locks import LockHeld, lock_file
 
 
@@ -149,10 +130,7 @@ def _extract(
         key_files=tuple(map(name_in_manifest, files[1:])),
         digests=digests,
     )
-    try:
-        write_shared(project, folder / MANIFEST, manifest.to_json())
-    except OSError as exc:
-        raise explain_os_error(folder, exc) from exc
+    write_shared(project, folder / MANIFEST, manifest.to_json())
     return manifest
 
 
@@ -172,13 +150,12 @@ def _hold_folder(folder: Path, table: str) -> Iterator[None]:
     """Create the folder of *table* and be its one writer; the lock ends with this process, however that ends."""
     with ExitStack() as held:
         try:
-            held.enter_context(lock_file(folder / ".lock"))
+            with explaining_writes(folder):
+                held.enter_context(lock_file(folder / ".lock"))
         except LockHeld as exc:
             raise StagingError(
                 f'Another process is extracting table "{table}" into {folder}.', hint="Wait for it, then try again."
             ) from exc
-        except OSError as exc:
-            raise explain_os_error(folder, exc) from exc
         yield
 
 

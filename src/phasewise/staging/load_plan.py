@@ -8,12 +8,10 @@ written into its folder once, when it begins: a resumed batch reads the same ran
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from decimal import Decimal
-from typing import Any
 
 import duckdb
 
@@ -22,7 +20,7 @@ from phasewise.lake.publications import TableState, latest_publication, list_col
 from phasewise.lake.quoting import quote_identifier, quote_literal
 from phasewise.lake.session import open_session
 from phasewise.lake.warehouse import attach_lake, has_lake, list_extensions
-from phasewise.project.config import Mode, Project, Table, rename_mode
+from phasewise.project.config import Mode, Project, Table
 from phasewise.settings import Settings
 from phasewise.sources import Source, SourceTable
 from phasewise.staging.schema_drift import Drift, compare_columns, find_lowest, is_integer, refuse_drift
@@ -93,16 +91,6 @@ class Load:
             batch=batch,
         )
 
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Load:
-        base = TableState.from_json(data["base"]) if data.get("base") else None
-        renamed = {"mode": rename_mode(data["mode"]), "key": tuple(data["key"]), "drift": tuple(data["drift"])}
-        return cls(**{**data, **renamed, "base": base})
-
-
-#: How a table is loaded that the project says nothing about.
-FULL_LOAD = Load()
-
 
 @dataclass(frozen=True, kw_only=True)
 class LakeView:
@@ -113,20 +101,6 @@ class LakeView:
     def find(self, table: str) -> LakeTable | None:
         return self.tables.get(table.casefold())
 
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> LakeView:
-        """Raises: ValueError, KeyError or TypeError when *text* is none."""
-        tables = {
-            name: LakeTable(
-                columns=table["columns"], state=TableState.from_json(table["state"]) if table["state"] else None
-            )
-            for name, table in json.loads(text)["tables"].items()
-        }
-        return cls(tables=tables)
-
 
 def read_lake(project: Project, settings: Settings) -> LakeView:
     """Return the tables of the lake as they are now; none while there is no lake."""
@@ -134,22 +108,13 @@ def read_lake(project: Project, settings: Settings) -> LakeView:
         return LakeView()
     with open_session(settings, extensions=list_extensions(project)) as connection:
         attach_lake(connection, project, read_only=True)
-        return describe_lake(connection)
-
-
-def describe_lake(connection: duckdb.DuckDBPyConnection) -> LakeView:
-    """Return the tables of the attached lake."""
-    latest = latest_publication(connection)
-    states = {state.table.casefold(): state for state in (latest.states if latest else ())}
-    return LakeView(
-        tables={
-            name.casefold(): LakeTable(
-                columns=list_columns(connection, f"lake.main.{quote_identifier(name)}"),
-                state=states.get(name.casefold()),
-            )
+        latest = latest_publication(connection)
+        states = {state.table.casefold(): state for state in (latest.states if latest else ())}
+        columns = {
+            name.casefold(): list_columns(connection, f"lake.main.{quote_identifier(name)}")
             for name in list_tables(connection, "lake.main")
         }
-    )
+    return LakeView(tables={name: LakeTable(columns=found, state=states.get(name)) for name, found in columns.items()})
 
 
 def plan_load(contract: Table, table: SourceTable, lake: LakeTable | None) -> Load:

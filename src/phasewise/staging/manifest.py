@@ -9,21 +9,20 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from phasewise.errors import NothingStaged, StagingError
+from pydantic import TypeAdapter
+
+from phasewise.errors import StagingError
 from phasewise.lake.object_store import StoredFile, is_stored
 from phasewise.project.config import Project
 from phasewise.sources import Column
-from phasewise.staging.load_plan import FULL_LOAD, Load
+from phasewise.staging.load_plan import Load
 from phasewise.staging.partitions import name_item, read_splits
 from phasewise.staging.replication import fetch_staging
-
-#: Layout of manifest.json; a manifest of another version is extracted again.
-MANIFEST_VERSION = 2
 
 MANIFEST = "manifest.json"
 
@@ -59,12 +58,13 @@ class Manifest:
     #: Why the table was staged whole, where it may have more rows than its limit and could not be split.
     split_note: str | None = None
     #: Which rows were read, and what the publishing does with them.
-    load: Load = FULL_LOAD
+    load: Load = field(default_factory=Load)
     #: Files with all keys of the source, where deleted rows are found by them.
     key_files: tuple[str, ...] = ()
     #: The digest of each of ``files``, then of each of ``key_files``, as they were written.
     digests: tuple[str, ...] = ()
-    version: int = MANIFEST_VERSION
+    #: Of the layout; a manifest of another one is extracted again.
+    version: Literal[2] = 2
 
     @property
     def seconds(self) -> float:
@@ -75,33 +75,14 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
-        """Raises: ValueError, KeyError or TypeError when *text* is no manifest of this version."""
-        data: dict[str, Any] = json.loads(text)
-        if data["version"] != MANIFEST_VERSION:
-            raise ValueError(f"manifest version {data['version']}")
-        data["columns"] = tuple(Column(**column) for column in data["columns"])
-        data["key"], data["files"] = tuple(data["key"]), tuple(data["files"])
-        data["key_files"], data["digests"] = tuple(data["key_files"]), tuple(data["digests"])
-        if len(data["digests"]) != len(data["files"]) + len(data["key_files"]):
+        """Raises: ValueError when *text* is no manifest of this version."""
+        manifest = _ADAPTER.validate_json(text)
+        if len(manifest.digests) != len(manifest.files) + len(manifest.key_files):
             raise ValueError("a digest is missing")
-        data["load"] = Load.from_json(data["load"])
-        data["started_at"] = datetime.fromisoformat(data["started_at"])
-        data["ended_at"] = datetime.fromisoformat(data["ended_at"])
-        return cls(**data)
+        return manifest
 
 
-def read_manifest(project: Project, batch: str, table: str, partition: str | None = None) -> Manifest:
-    """Return the manifest of a staged table, or of a part of it.
-
-    Raises:
-        NothingStaged: the table is not staged, or not completely.
-    """
-    folder = batch_folder(project, batch) / folder_name(name_item(table, partition))
-    fetch_staging(project, batch, folder=folder.name)
-    manifest = read_complete(folder)
-    if manifest is None:
-        raise NothingStaged(f'Table "{table}" is not staged in batch {batch}.', hint="Extract it first.")
-    return manifest
+_ADAPTER = TypeAdapter(Manifest)
 
 
 def list_manifests(project: Project, batch: str) -> list[Manifest]:
@@ -141,18 +122,21 @@ def read_manifests(folder: Path) -> list[Manifest]:
 
 def staged_files(project: Project, manifest: Manifest) -> list[Path | StoredFile]:
     """Return the Parquet files of a staged table, or of a part of it."""
-    folder = batch_folder(project, manifest.batch) / folder_name(name_item(manifest.table, manifest.partition))
-    return [StoredFile(name) if is_stored(name) else folder / name for name in manifest.files]
-
-
-def name_in_manifest(file: Path | StoredFile) -> str:
-    return file.name if isinstance(file, Path) else file.url
+    return _locate(project, manifest, manifest.files)
 
 
 def staged_key_files(project: Project, manifest: Manifest) -> list[Path | StoredFile]:
     """Return the Parquet files with the keys of the source; none where deleted rows need none."""
-    folder = batch_folder(project, manifest.batch) / folder_name(name_item(manifest.table, manifest.partition))
-    return [StoredFile(name) if is_stored(name) else folder / name for name in manifest.key_files]
+    return _locate(project, manifest, manifest.key_files)
+
+
+def _locate(project: Project, manifest: Manifest, names: tuple[str, ...]) -> list[Path | StoredFile]:
+    folder = (project.staging / name_manifest(manifest)).parent
+    return [StoredFile(name) if is_stored(name) else folder / name for name in names]
+
+
+def name_in_manifest(file: Path | StoredFile) -> str:
+    return file.name if isinstance(file, Path) else file.url
 
 
 def name_manifest(manifest: Manifest) -> str:
@@ -173,6 +157,11 @@ def summarize(manifest: Manifest) -> dict[str, Any]:
 
 
 def batch_folder(project: Project, batch: str) -> Path:
+    """Return the folder of *batch*, which need not exist.
+
+    Raises:
+        StagingError: *batch* cannot be the name of a folder.
+    """
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}", batch):
         raise StagingError(f'"{batch}" cannot be the id of a batch.', hint="Use letters, digits, - _ and dots.")
     return project.staging / batch
@@ -199,6 +188,6 @@ def read_complete(folder: Path) -> Manifest | None:
         size_bytes = sum((folder / name).stat().st_size for name in manifest.files)
         for name in manifest.key_files:
             (folder / name).stat()
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError):
         return None
     return manifest if size_bytes == manifest.size_bytes else None

@@ -11,20 +11,11 @@ from phasewise.project.config import Project
 from phasewise.settings import Settings
 from phasewise.sources import SnapshotToken, Source, describe_project_table, open_source
 from phasewise.staging.batch import read_plan, remember_lake
-from phasewise.staging.load_plan import (
-    LakeView,
-    plan_load,
-)
+from phasewise.staging.load_plan import LakeView, plan_load
 from phasewise.staging.manifest import batch_folder, folder_name, list_manifests
-from phasewise.staging.partitions import (
-    SplitTable,
-    name_item,
-    read_splits,
-    split_tables,
-    write_splits,
-)
+from phasewise.staging.partitions import SplitTable, name_item, read_splits, split_tables, write_splits
 from phasewise.staging.replication import remove_shared
-from phasewise.staging.write_errors import explain_os_error
+from phasewise.staging.write_errors import explaining_writes
 
 
 def plan_partitions(
@@ -59,13 +50,11 @@ def plan_partitions(
     source = open_source(project, settings)
     large = [table for table in open_tables if _reads_all(project, source, table, view)]
     splits = {**before, **whole, **split_tables(project, settings, large, snapshot, before=before)}
-    try:
-        if splits != before:
-            write_splits(project, folder, splits)
+    if splits != before:
+        write_splits(project, folder, splits)
+    with explaining_writes(folder):
         for item in (name_item(table, name) for table in whole for name in before[table].list_names()):
             remove_shared(project, folder / folder_name(item))
-    except OSError as exc:
-        raise explain_os_error(folder, exc) from exc
     return {table: split for table, split in splits.items() if split.partitions or split.note}
 
 

@@ -16,13 +16,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import duckdb
+from pydantic import TypeAdapter
 
 from phasewise.errors import PhasewiseError, SourceUnavailable, StagingError
 from phasewise.lake.session import open_session
 from phasewise.project.config import Project
 from phasewise.settings import Settings
 from phasewise.sources import SnapshotToken, Source, SourceTable, describe_project_table, find_snapshot, open_source
-from phasewise.staging.replication import write_shared
+from phasewise.staging.replication import read_shared, write_shared
 
 _FILE = "partitions.json"
 
@@ -69,26 +70,15 @@ def read_splits(folder: Path) -> dict[str, SplitTable]:
     Raises:
         StagingError: the file is damaged.
     """
-    path = folder / _FILE
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        return {
-            split["table"]: SplitTable(
-                **{**split, "partitions": tuple(Partition(**part) for part in split["partitions"])}
-            )
-            for split in data
-        }
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except (OSError, ValueError, KeyError, TypeError) as exc:
-        raise StagingError(f"{path} is damaged.", hint=f"Remove {folder} and start a new batch.") from exc
+    splits = read_shared(folder / _FILE, TypeAdapter(list[SplitTable]).validate_json)
+    return {split.table: split for split in splits or ()}
 
 
 def write_splits(project: Project, folder: Path, splits: Mapping[str, SplitTable]) -> None:
     """Write down how the tables of the batch in *folder* are split.
 
     Raises:
-        OSError: it cannot be written.
+        StagingError: it cannot be written.
     """
     write_shared(project, folder / _FILE, json.dumps([asdict(split) for split in splits.values()], indent=1))
 
@@ -148,7 +138,12 @@ def split_tables(
         for table in _list_candidates(project, source, limits):
             split = _split(connection, source, table, limits[table.name], snapshot, before.get(table.name))
             found |= {table.name: split} if split else {}
-    return {table: split for table, split in found.items() if not _is_named_like_another(split, tables)}
+    # There is one name for a flow run: no part may have that of a table.
+    return {
+        table: split
+        for table, split in found.items()
+        if not any(name_item(table, part.name) in tables for part in split.partitions)
+    }
 
 
 def _find_limit(project: Project, settings: Settings, table: str, snapshot: SnapshotToken | None) -> int:
@@ -211,11 +206,6 @@ def _shorten(error: Exception) -> str:
     """Return the message of *error* on one line: its beginning, and its end, where the server's words are."""
     text = " ".join(str(error).split())
     return text if len(text) <= 500 else f"{text[:200]} … {text[-300:]}"
-
-
-def _is_named_like_another(split: SplitTable, tables: Sequence[str]) -> bool:
-    """Tell whether a part of the table would have the name of one of *tables*: there is one name for a flow run."""
-    return any(name_item(split.table, part.name) in tables for part in split.partitions)
 
 
 def _narrow(table: SourceTable) -> SourceTable:

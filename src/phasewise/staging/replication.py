@@ -8,10 +8,13 @@ machine, or in one that all machines reach, nothing is replicated, and the files
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import duckdb
 
+from phasewise.errors import StagingError
 from phasewise.lake.postgres_catalog import (
     STAGING_TABLE,
     ask_server,
@@ -25,10 +28,13 @@ from phasewise.lake.quoting import quote_identifier, quote_literal
 from phasewise.lake.session import open_server
 from phasewise.lake.warehouse import WAREHOUSE_FORMAT
 from phasewise.project.config import Project
+from phasewise.staging.write_errors import explaining_writes
 from phasewise.system.files import write_atomically, write_once
 
 #: Files of these names are replicated; locks and what a source keeps belong to one machine.
 _PATTERN = "[!.]*.json"
+
+T = TypeVar("T")
 
 _KEYS = ("batch", "folder", "name")
 
@@ -38,7 +44,7 @@ def write_shared(project: Project, path: Path, text: str) -> None:
 
     Raises:
         LakeError: the catalog does not answer.
-        OSError: the folder cannot be written.
+        StagingError: the folder cannot be written.
     """
     if project.is_replicated:
         # Stored first: who fetches in between on this machine would remove a file that is not stored.
@@ -47,7 +53,8 @@ def write_shared(project: Project, path: Path, text: str) -> None:
             f"INSERT INTO {_table(project)} VALUES ({_list_values(project, path, text)}) "
             "ON CONFLICT (batch, folder, name) DO UPDATE SET content = EXCLUDED.content",
         )
-    write_atomically(path, text)
+    with explaining_writes(path.parent):
+        write_atomically(path, text)
 
 
 def write_shared_once(project: Project, path: Path, text: str) -> None:
@@ -55,14 +62,29 @@ def write_shared_once(project: Project, path: Path, text: str) -> None:
 
     Raises:
         LakeError: the catalog does not answer.
-        OSError: the folder cannot be written.
+        StagingError: the folder cannot be written.
     """
     if not project.is_replicated:
-        write_once(path, text)
+        with explaining_writes(path.parent):
+            write_once(path, text)
         return
     values = _list_values(project, path, text)
     _tell(project, f"INSERT INTO {_table(project)} VALUES ({values}) ON CONFLICT DO NOTHING")
     fetch_staging(project, path.relative_to(project.staging).parts[0])
+
+
+def read_shared(path: Path, parse: Callable[[str], T]) -> T | None:
+    """Return what *parse* makes of the file *path* of a batch's folder; None where there is none.
+
+    Raises:
+        StagingError: it is damaged.
+    """
+    try:
+        return parse(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as exc:
+        raise StagingError(f"{path} is damaged.", hint=f"Remove {path.parent} and start a new batch.") from exc
 
 
 def remove_shared(project: Project, path: Path) -> None:

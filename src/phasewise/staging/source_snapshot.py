@@ -14,8 +14,8 @@ from phasewise.project.config import Project
 from phasewise.settings import Settings
 from phasewise.sources import SnapshotToken, Source, open_source
 from phasewise.staging.manifest import batch_folder
-from phasewise.staging.replication import remove_shared, write_shared
-from phasewise.staging.write_errors import explain_os_error
+from phasewise.staging.replication import read_shared, remove_shared, write_shared
+from phasewise.staging.write_errors import explaining_writes
 
 _SNAPSHOT = "snapshot.json"
 
@@ -38,11 +38,9 @@ def open_snapshot(project: Project, settings: Settings, batch: str) -> Iterator[
     with open_source(project, settings).open_snapshot(folder / ".source") as held:
         # A source that found an earlier moment again says when that was.
         token = {"taken_at": datetime.now(UTC).isoformat(), **held} if held is not None else None
-        try:
+        with explaining_writes(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            write_shared(project, folder / _SNAPSHOT, json.dumps(token))
-        except OSError as exc:
-            raise explain_os_error(folder, exc) from exc
+        write_shared(project, folder / _SNAPSHOT, json.dumps(token))
         try:
             yield token
         finally:
@@ -64,8 +62,4 @@ def forget_snapshot(project: Project, batch: str) -> None:
 
 
 def read_token(folder: Path) -> SnapshotToken | None:
-    try:
-        token: SnapshotToken | None = json.loads((folder / _SNAPSHOT).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    return token
+    return read_shared(folder / _SNAPSHOT, json.loads)

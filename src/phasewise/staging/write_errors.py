@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from phasewise.errors import StagingError
 
 
-def explain_os_error(folder: Path, exc: OSError) -> StagingError:
-    """Return the error for a write to *folder* that the system refused; it names the free bytes."""
-    return explain_write(folder, exc.strerror or str(exc))
+@contextmanager
+def explaining_writes(folder: Path) -> Iterator[None]:
+    """Raise StagingError, which names the free bytes, where the system refuses a write to *folder*."""
+    try:
+        yield
+    except OSError as exc:
+        raise explain_write(folder, exc.strerror or str(exc)) from exc
 
 
 def explain_write(folder: Path, text: str) -> StagingError:

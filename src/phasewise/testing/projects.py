@@ -52,20 +52,6 @@ def stage_batch(project: Project, settings: Settings = SAMPLE_SETTINGS, *, batch
     return batch
 
 
-def change_project(project: Project, old: str, new: str) -> Project:
-    """Replace *old* in the file of *project*; return the project as it is then.
-
-    Raises:
-        ValueError: *old* is not there.
-    """
-    path = project.root / "phasewise.toml"
-    text = path.read_text(encoding="utf-8")
-    if old not in text:
-        raise ValueError(f"{path} does not say {old!r}.")
-    path.write_text(text.replace(old, new), encoding="utf-8")
-    return load_project(project.root)
-
-
 def audit_sample(
     project: Project, batch: str, settings: Settings = SAMPLE_SETTINGS, *, is_partial: bool = False
 ) -> AuditedBatch:

@@ -12,7 +12,9 @@ and no table ``contract_missing``. pytest finds the tests by their names; nothin
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import duckdb
 
@@ -32,6 +34,8 @@ from phasewise.staging.source_snapshot import open_snapshot
 ROWS = [(1, "plain"), (2, ""), (3, None), (4, 'ü "quoted" \\ \' 😀\nnext line')]
 #: A password that ``make_url`` may put into its URL: it must not come back.
 PASSWORD = "contract-secret"  # noqa: S105 - the tests look for it in what must not show it
+
+E = TypeVar("E", bound=Exception)
 
 
 class SourceContract:
@@ -72,14 +76,7 @@ class SourceContract:
     def test_a_missing_table_is_named(self, tmp_path: Path) -> None:
         _, source = self._open(tmp_path)
 
-        try:
-            source.describe_table("contract_missing")
-        except TableMissing as exc:
-            missing: str | None = exc.table
-        else:
-            missing = None
-
-        assert missing == "contract_missing"
+        assert _catch(TableMissing, lambda: source.describe_table("contract_missing")).table == "contract_missing"
 
     def test_rows_arrive_as_they_are_in_the_types_described(self, tmp_path: Path) -> None:
         project, _ = self._open(tmp_path)
@@ -113,14 +110,8 @@ class SourceContract:
     ) -> None:
         project, _ = self._open(tmp_path, '[table.contract]\nwhere = "id >"\n')
 
-        try:
-            extract_table(project, self.settings, batch="b1", table="contract")
-        except SourceError as exc:
-            raised: SourceError | None = exc
-        else:
-            raised = None
+        raised = _catch(SourceError, lambda: extract_table(project, self.settings, batch="b1", table="contract"))
 
-        assert raised is not None
         assert not isinstance(raised, SourceUnavailable)
         assert '"contract"' in str(raised)
 
@@ -156,12 +147,7 @@ class SourceContract:
             if attached.fetchone() == (0,):
                 return  # files, which are only ever read
 
-            try:
-                connection.execute("CREATE TABLE source.contract_written (a INTEGER)")
-            except duckdb.Error:
-                pass
-            else:
-                raise AssertionError("the source is attached so that it can be written to")
+            _catch(duckdb.Error, lambda: connection.execute("CREATE TABLE source.contract_written (a INTEGER)"))
 
         assert "contract_written" not in open_source(project, self.settings).list_tables()
 
@@ -204,3 +190,11 @@ class SourceContract:
         (root / "phasewise.toml").write_text(text, encoding="utf-8")
         project = load_project(root)
         return project, open_source(project, self.settings)
+
+
+def _catch(kind: type[E], call: Callable[[], object]) -> E:
+    try:
+        call()
+    except kind as exc:
+        return exc
+    raise AssertionError(f"no {kind.__name__} was raised")

@@ -21,10 +21,7 @@ class Questions:
     """The questions of one worker; *ask* puts one, and takes what the server answers."""
 
     def __init__(
-        self,
-        ask: Callable[[], Awaitable[object]],
-        *,
-        logger: logging.Logger | logging.LoggerAdapter[logging.Logger],
+        self, ask: Callable[[], Awaitable[object]], *, logger: logging.Logger | logging.LoggerAdapter[logging.Logger]
     ) -> None:
         self._ask = ask
         self._logger = logger

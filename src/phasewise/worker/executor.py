@@ -21,11 +21,7 @@ from prefect.runner._cancellation_manager import CancellationManager
 from prefect.runner._control_channel import ControlChannel, ControlSignalStatus
 from prefect.runner._event_emitter import EventEmitter
 from prefect.runner._flow_run_executor import FlowRunExecutor
-from prefect.runner._process_manager import (
-    ProcessHandle,
-    ProcessManager,
-    create_isolated_termination_scope,
-)
+from prefect.runner._process_manager import ProcessHandle, ProcessManager, create_isolated_termination_scope
 from prefect.runner._state_proposer import StateProposer
 from prefect.workers.process import ProcessWorkerResult
 
@@ -199,9 +195,7 @@ class _ForkStarter:
         self._line = line
 
     async def start(
-        self,
-        flow_run: FlowRun,
-        task_status: anyio.abc.TaskStatus[ProcessHandle] = anyio.TASK_STATUS_IGNORED,
+        self, flow_run: FlowRun, task_status: anyio.abc.TaskStatus[ProcessHandle] = anyio.TASK_STATUS_IGNORED
     ) -> None:
         env = dict(self._job.env)
         with contextlib.suppress(RuntimeError):  # no loopback listener: cancelling falls back to the signal alone

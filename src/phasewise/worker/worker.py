@@ -30,10 +30,7 @@ import anyio
 import anyio.abc
 import httpx
 from prefect.client.orchestration import PrefectClient
-from prefect.client.schemas.filters import (
-    DeploymentFilter,
-    DeploymentFilterId,
-)
+from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.events import Event
 from prefect.events.clients import get_events_subscriber
@@ -240,10 +237,7 @@ class WarmProcessWorker(ProcessWorker):
             self._in_hand.discard(flow_run.id)
 
     async def _run(
-        self,
-        flow_run: FlowRun,
-        configuration: ProcessJobConfiguration,
-        task_status: anyio.abc.TaskStatus[int] | None,
+        self, flow_run: FlowRun, configuration: ProcessJobConfiguration, task_status: anyio.abc.TaskStatus[int] | None
     ) -> ProcessWorkerResult:
         reason = await self._why_not_warm(configuration)
         if reason is not None:

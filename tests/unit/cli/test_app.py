@@ -14,8 +14,7 @@ from phasewise.testing.projects import stage_batch, write_project
 
 
 @pytest.mark.parametrize(
-    ("is_published", "said"),
-    [(True, "Its tables were published before that"), (False, "Nothing was published")],
+    ("is_published", "said"), [(True, "Its tables were published before that"), (False, "Nothing was published")]
 )
 def test_a_failure_after_the_publishing_is_told_from_one_before_it(
     tmp_path: Path, is_published: bool, said: str

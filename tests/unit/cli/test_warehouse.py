@@ -12,8 +12,9 @@ from phasewise.lake.publications import query_warehouse
 from phasewise.lake.session import preload_extensions
 from phasewise.project.config import Project
 from phasewise.publishing.session import open_writer
-from phasewise.staging.batch import begin_batch, find_batch_folder, give_up_tables
+from phasewise.staging.batch import begin_batch, give_up_tables
 from phasewise.staging.extract import extract_table
+from phasewise.staging.manifest import batch_folder
 from phasewise.testing.projects import SAMPLE_SETTINGS, change_source, publish_sample, stage_batch, write_project
 
 SOURCE = "create table people (id integer, name text); insert into people values (1, 'Babe'), (2, 'Hank')"
@@ -92,7 +93,7 @@ def test_audit_does_not_take_a_batch_older_than_what_is_published(project: Proje
     audit()
     assert "Auditing the published tables." in capsys.readouterr().out
 
-    find_batch_folder(project, newer).rename(project.root / "cleaned up")
+    batch_folder(project, newer).rename(project.root / "cleaned up")
     audit()
 
     assert "Auditing the published tables." in capsys.readouterr().out

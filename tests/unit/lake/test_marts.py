@@ -94,14 +94,14 @@ def test_marts_are_tables_of_their_schema(connection: duckdb.DuckDBPyConnection)
     connection.execute("create table lake.main.t as select range as x from range(5)")
     project = project_with(doubled="select 2 * x as y from base -- twice\n;\n-- end", base="select x from t order by x")
 
-    assert build_marts(connection, project, schema="lake.marts") == ("base", "doubled")
+    build_marts(connection, order_marts(project.marts))
 
     assert connection.execute("from lake.marts.doubled").fetchall() == [(0,), (2,), (4,), (6,), (8,)]
 
 
 def test_a_mart_that_was_removed_from_the_project_goes(connection: duckdb.DuckDBPyConnection):
-    build_marts(connection, project_with(a="select 1 as x", b="select 2 as x"), schema="lake.marts")
-    build_marts(connection, project_with(b="select 3 as x"), schema="lake.marts")
+    build_marts(connection, order_marts(project_with(a="select 1 as x", b="select 2 as x").marts))
+    build_marts(connection, order_marts(project_with(b="select 3 as x").marts))
 
     tables = connection.execute("select table_name from duckdb_tables() where schema_name = 'marts'").fetchall()
     assert tables == [("b",)]
@@ -112,14 +112,14 @@ def test_large_sums_keep_every_digit(connection: duckdb.DuckDBPyConnection):
     connection.execute("create table lake.main.t as select 9007199254740993 as x from range(100)")
     project = project_with(total="select sum(x) as total, max(x) as y from t group by x -- one row\n;")
 
-    build_marts(connection, project, schema="lake.marts")
+    build_marts(connection, order_marts(project.marts))
 
     assert connection.execute("from lake.marts.total").fetchall() == [(Decimal(900719925474099300), 9007199254740993)]
 
 
 def test_rows_come_back_in_the_order_of_the_select(connection: duckdb.DuckDBPyConnection):
     project = project_with(sorted="select x from range(2000) as t(x) order by -x % 7, hash(x)")
-    build_marts(connection, project, schema="lake.marts")
+    build_marts(connection, order_marts(project.marts))
 
     data = read_mart(connection, project.marts[0], limit=50)
 
@@ -130,12 +130,12 @@ def test_rows_come_back_in_the_order_of_the_select(connection: duckdb.DuckDBPyCo
 
 def test_a_mart_that_fails_names_its_file(connection: duckdb.DuckDBPyConnection):
     with pytest.raises(ProjectError, match=r"^marts/broken\.sql failed: Catalog Error: .*nowhere"):
-        build_marts(connection, project_with(broken="from nowhere"), schema="lake.marts")
+        build_marts(connection, order_marts(project_with(broken="from nowhere").marts))
 
 
 def test_a_header_that_names_no_column_is_refused(connection: duckdb.DuckDBPyConnection):
     project = Project.model_construct(marts=(mart("a", "select 1 as x, 2 as y", x="player"),))
-    build_marts(connection, project, schema="lake.marts")
+    build_marts(connection, order_marts(project.marts))
 
     with pytest.raises(ProjectError, match=r'"x: player" names no column of the mart\. It has: x, y\.'):
         read_mart(connection, project.marts[0])

@@ -54,9 +54,7 @@ def test_reading_a_warehouse_that_does_not_exist_says_what_to_run(project: Proje
     assert not project.warehouse.exists()
 
 
-def test_a_catalog_that_a_killed_publisher_left_without_tables_is_filled_by_the_next(
-    project: Project,
-):
+def test_a_catalog_that_a_killed_publisher_left_without_tables_is_filled_by_the_next(project: Project):
     fill(project)
     catalog = project.warehouse / "catalog.sqlite"
     catalog.unlink()

@@ -94,11 +94,7 @@ def test_items_that_took_longest_start_first() -> None:
 
 
 def test_an_item_without_history_is_placed_by_its_rows() -> None:
-    order = order_longest_first(
-        ["a", "b", "new"],
-        durations={"a": 10, "b": 2},
-        sizes={"a": 1000, "b": 200, "new": 500},
-    )
+    order = order_longest_first(["a", "b", "new"], durations={"a": 10, "b": 2}, sizes={"a": 1000, "b": 200, "new": 500})
 
     assert order == ["a", "new", "b"]
 

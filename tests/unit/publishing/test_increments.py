@@ -28,16 +28,10 @@ from phasewise.staging.batch import begin_batch, list_batches, read_batch, read_
 from phasewise.staging.extract import extract_table
 from phasewise.staging.forecast import forecast_tables
 from phasewise.staging.load_plan import LakeTable, plan_load
-from phasewise.staging.manifest import list_manifests, read_manifest
+from phasewise.staging.manifest import list_manifests
 from phasewise.testing.projects import SAMPLE_SETTINGS as SETTINGS
-from phasewise.testing.projects import (
-    audit_sample,
-    change_project,
-    change_source,
-    publish_sample,
-    stage_batch,
-    write_project,
-)
+from phasewise.testing.projects import audit_sample, change_source, publish_sample, stage_batch, write_project
+from tests.staged import change_project, read_manifest
 
 SOURCE = """
 create table t (id integer primary key, v text, at integer);

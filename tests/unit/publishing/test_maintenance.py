@@ -17,9 +17,10 @@ from phasewise.project.config import Project
 from phasewise.publishing import staging_cleanup
 from phasewise.publishing.maintenance import list_expired, maintain_lake
 from phasewise.publishing.staging_cleanup import remove_finished_staging
-from phasewise.staging.batch import find_batch_folder, find_publishable_batch
-from phasewise.staging.manifest import read_manifest, staged_files
+from phasewise.staging.batch import find_publishable_batch
+from phasewise.staging.manifest import batch_folder, staged_files
 from phasewise.testing.projects import SAMPLE_SETTINGS, change_source, publish_sample, stage_batch, write_project
+from tests.staged import read_manifest
 
 SETTINGS = SAMPLE_SETTINGS
 NO_RETENTION = SETTINGS.model_copy(update={"snapshot_retention_days": 0, "batch_retention_days": 0})
@@ -39,7 +40,7 @@ def project(tmp_path: Path) -> Project:
 
 def age(project: Project, batch: str, *, days: float) -> None:
     """Let the batch have begun *days* ago."""
-    path = find_batch_folder(project, batch) / "batch.json"
+    path = batch_folder(project, batch) / "batch.json"
     plan = json.loads(path.read_text())
     plan["created_at"] = (datetime.now(UTC) - timedelta(days=days)).isoformat()
     path.write_text(json.dumps(plan))
@@ -95,7 +96,7 @@ def test_the_running_batch_stays_whatever_its_state(project: Project):
 
 def test_a_removal_that_was_killed_is_finished_by_the_next(project: Project):
     batch = stage_batch(project)
-    find_batch_folder(project, batch).rename(project.staging / f".removed-{batch}")
+    batch_folder(project, batch).rename(project.staging / f".removed-{batch}")
 
     done = remove_finished_staging(project, SETTINGS, keep=set())
 
@@ -198,7 +199,7 @@ def test_small_files_of_others_are_merged_and_their_readers_can_finish(project: 
 
 
 def snapshot(number: int, *, hours_ago: float, batch: str | None = None) -> Snapshot:
-    return Snapshot(id=number, at=NOW - timedelta(hours=hours_ago), batch=batch, message=None)
+    return Snapshot(id=number, at=NOW - timedelta(hours=hours_ago), batch=batch)
 
 
 def test_a_snapshot_expires_by_when_it_was_replaced():

@@ -19,10 +19,10 @@ from phasewise.project.config import Project
 from phasewise.publishing.maintenance import maintain_lake
 from phasewise.publishing.publish import publish_batch, renew_marts
 from phasewise.publishing.rollback import rollback_batch
-from phasewise.staging.batch import begin_batch, find_batch_folder, give_up_tables, list_batches
+from phasewise.staging.batch import begin_batch, give_up_tables, list_batches
 from phasewise.staging.digests import digest_path
 from phasewise.staging.extract import extract_table
-from phasewise.staging.manifest import read_manifest, staged_files
+from phasewise.staging.manifest import batch_folder, staged_files
 from phasewise.testing.projects import (
     SAMPLE_SETTINGS,
     audit_sample,
@@ -31,6 +31,7 @@ from phasewise.testing.projects import (
     stage_batch,
     write_project,
 )
+from tests.staged import read_manifest
 
 SETTINGS = SAMPLE_SETTINGS
 
@@ -130,7 +131,7 @@ def test_publishing_twice_changes_nothing(project: Project):
 def test_a_batch_is_known_as_published_when_its_marker_and_its_staging_are_gone(project: Project):
     batch = stage_batch(project)
     publish_sample(project, SETTINGS, batch)
-    (find_batch_folder(project, batch) / "published.json").unlink()
+    (batch_folder(project, batch) / "published.json").unlink()
 
     assert publish_sample(project, SETTINGS, batch).was_published
     assert list_batches(project)[0].is_published

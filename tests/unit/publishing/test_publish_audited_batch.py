@@ -19,9 +19,9 @@ from phasewise.publishing.audits import run_audit
 from phasewise.publishing.publish import publish_batch
 from phasewise.publishing.session import WarehouseSession, open_auditor, open_writer
 from phasewise.report.finish import finish_batch
-from phasewise.staging.batch import begin_batch, find_batch_folder, give_up_tables, read_batch
+from phasewise.staging.batch import begin_batch, give_up_tables, read_batch
 from phasewise.staging.extract import extract_table
-from phasewise.staging.manifest import staged_files, staged_key_files
+from phasewise.staging.manifest import batch_folder, staged_files, staged_key_files
 from phasewise.testing.projects import SAMPLE_SETTINGS as SETTINGS
 from phasewise.testing.projects import audit_sample, change_source, publish_sample, stage_batch, write_project
 
@@ -158,7 +158,7 @@ def test_a_table_that_is_extracted_again_after_the_audits_is_not_published_unaud
     if is_removed:
         file.unlink()
     else:  # somebody keeps the name and changes the file
-        (find_batch_folder(project, "b") / "t" / "manifest.json").unlink()
+        (batch_folder(project, "b") / "t" / "manifest.json").unlink()
     again = extract_table(project, SETTINGS, batch="b", table="t")
     if not is_removed:
         staged_files(project, again)[0].replace(file)
@@ -265,15 +265,7 @@ def test_plan_manifests_and_the_list_of_tables_are_read_once_however_many_tables
     assert statements[0][".snapshots()"] <= 8
 
 
-OWN = [
-    "audit_bad_rows",
-    "quarantine_rows",
-    "quarantine_old",
-    "quarantine_read",
-    "found",
-    "fresh",
-    "touched t",
-]
+OWN = ["audit_bad_rows", "quarantine_rows", "quarantine_old", "quarantine_read", "found", "fresh", "touched t"]
 
 
 @pytest.mark.timeout(240)

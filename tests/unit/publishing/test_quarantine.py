@@ -21,7 +21,7 @@ from phasewise.publishing.replay import Replay, replay_quarantine
 from phasewise.publishing.rollback import rollback_batch
 from phasewise.publishing.session import open_writer
 from phasewise.staging.digests import digest_path
-from phasewise.staging.manifest import read_manifest, staged_files
+from phasewise.staging.manifest import staged_files
 from phasewise.testing.projects import (
     SAMPLE_SETTINGS,
     audit_sample,
@@ -30,6 +30,7 @@ from phasewise.testing.projects import (
     stage_batch,
     write_project,
 )
+from tests.staged import read_manifest
 
 SOURCE = """
 create table customer (id integer, name text);

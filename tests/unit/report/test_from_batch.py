@@ -18,12 +18,7 @@ AT = datetime(2024, 1, 1, tzinfo=UTC)
 
 
 def manifest(
-    table: str,
-    *,
-    partition: str | None = None,
-    rows: int = 1,
-    snapshot: str | None = "moment",
-    note: str | None = None,
+    table: str, *, partition: str | None = None, rows: int = 1, snapshot: str | None = "moment", note: str | None = None
 ) -> Manifest:
     return Manifest(
         batch="b1",

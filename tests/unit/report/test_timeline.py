@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from phasewise.report import (
-    TableReport,
-    render_report,
-)
+from phasewise.report import TableReport, render_report
 from phasewise.report.timeline import lay_out_timeline
 from tests.unit.report.reports import TWO_PHASES, Page, at, make_report, make_run
 

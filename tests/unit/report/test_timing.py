@@ -5,13 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phasewise.report.timing import (
-    build_tree,
-    count_parallel,
-    find_critical_chain,
-    find_phases,
-    measure_time_saved,
-)
+from phasewise.report.timing import build_tree, count_parallel, find_critical_chain, find_phases, measure_time_saved
 from tests.unit.report.reports import PATIENTLY, TWO_PHASES, at, make_run
 
 

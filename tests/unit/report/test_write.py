@@ -11,11 +11,7 @@ from pathlib import Path
 import pytest
 
 from phasewise.errors import ReportError
-from phasewise.report import (
-    BatchReport,
-    read_report,
-    write_report,
-)
+from phasewise.report import BatchReport, read_report, write_report
 from tests.unit.report.reports import SAMPLE, make_mart, make_report
 
 

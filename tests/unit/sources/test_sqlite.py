@@ -31,8 +31,9 @@ from phasewise.sources import check_project, list_project_tables, open_source
 from phasewise.staging.batch import begin_batch, list_batches, new_batch_id
 from phasewise.staging.extract import extract_table
 from phasewise.staging.extraction import read_rows
-from phasewise.staging.manifest import Manifest, read_manifest, staged_files
+from phasewise.staging.manifest import Manifest, staged_files
 from phasewise.staging.source_snapshot import open_snapshot
+from tests.staged import read_manifest
 
 SETTINGS = Settings(threads=2, memory_limit="256MB", connect_timeout=0.2)
 

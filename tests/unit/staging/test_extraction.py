@@ -15,8 +15,8 @@ from phasewise.project.config import load_project
 from phasewise.settings import Settings
 from phasewise.sources import Column, SourceTable
 from phasewise.staging.extract import extract_table
+from phasewise.staging.extraction import fix_parquet, write_parquet
 from phasewise.staging.manifest import staged_files
-from phasewise.staging.parquet import fix_parquet, write_parquet
 
 SETTINGS = Settings(threads=2, memory_limit="256MB", min_free_bytes=0)
 

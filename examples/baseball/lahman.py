@@ -1,4 +1,7 @@
-"""The example's source database: the Lahman baseball data as a SQLite file with primary keys."""
+"""The example's source database: the Lahman baseball data as a SQLite file with primary keys.
+
+``phasewise demo-data``, ``deploy``, ``run`` and ``run-distributed`` make it in a checkout.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +21,6 @@ from phasewise.lake.quoting import quote_identifier, quote_literal
 from phasewise.lake.session import open_session, read_parquet
 from phasewise.settings import Settings
 from phasewise.system.files import replace_whole
-
-#: Where the example's phasewise.toml looks for the database, below the project's folder.
-DEMO_FILE = Path("data/lahman.sqlite")
 
 #: The primary keys that hold in the data: table → columns.
 #: awards_players has none (a player wins the same award in several weeks of one year).

@@ -10,7 +10,7 @@ from pathlib import Path
 import duckdb
 import pytest
 
-from phasewise.cli.example import KEYS, build_demo_source, find_lahman_files
+from examples.baseball.lahman import KEYS, build_demo_source, find_lahman_files
 from phasewise.errors import SourceUnavailable
 from phasewise.lake.session import open_session, preload_extensions
 from phasewise.project.config import load_project
@@ -91,7 +91,7 @@ def test_a_second_call_does_nothing(source: Path):
 def test_a_build_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     broken = tmp_path / "broken.parquet"
     broken.write_bytes(b"PAR1")
-    monkeypatch.setattr("phasewise.cli.example.find_lahman_files", lambda: {"batting": broken})
+    monkeypatch.setattr("examples.baseball.lahman.find_lahman_files", lambda: {"batting": broken})
 
     with pytest.raises(SourceUnavailable, match="cannot be written"):
         build_demo_source(tmp_path / "data" / "lahman.sqlite")
