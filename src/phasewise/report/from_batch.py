@@ -65,7 +65,7 @@ def write_batch_report(
         runs=[RunSpan.from_outcome(run) for run in data.runs],
         tables=_describe_tables(data, status),
         audits=[_describe_audit(result) for result in data.audits],
-        marts=[_describe_mart(mart) for mart in data.marts],
+        marts=[MartReport(**vars(mart)) for mart in data.marts],
         versions={name: version(name) for name in ("phasewise", "prefect", "duckdb")},
     )
     return write_report(report, data.project.reports)
@@ -160,17 +160,4 @@ def _describe_audit(result: AuditResult) -> AuditReport:
         sample=[[row.get(column) for column in result.columns] for row in result.sample],
         message=result.message,
         seconds=result.seconds,
-    )
-
-
-def _describe_mart(mart: MartData) -> MartReport:
-    return MartReport(
-        name=mart.name,
-        title=mart.title,
-        columns=mart.columns,
-        rows=mart.rows,
-        chart=mart.chart,
-        x=mart.x,
-        y=mart.y,
-        total_rows=mart.total_rows,
     )
