@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 
-from phasewise.report import BatchReport, TableReport, read_report, write_report
+from phasewise.report.records import BatchReport, TableReport
+from phasewise.report.write import read_report, write_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 SAMPLE = Path(__file__).parents[1] / "data" / "report.json"

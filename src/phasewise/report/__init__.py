@@ -5,24 +5,3 @@ out what ran when, ``timeline`` and ``charts`` draw it, ``page`` lays it out.
 
 ``flows`` and ``cli`` may import it. It runs in the process of ``final_etl``, and in commands that show a run.
 """
-
-from phasewise.report.records import (
-    AuditReport,
-    BatchReport,
-    MartReport,
-    RunSpan,
-    TableReport,
-)
-from phasewise.report.write import ReportFiles, read_report, render_report, write_report
-
-__all__ = [
-    "AuditReport",
-    "BatchReport",
-    "MartReport",
-    "ReportFiles",
-    "RunSpan",
-    "TableReport",
-    "read_report",
-    "render_report",
-    "write_report",
-]

@@ -16,15 +16,8 @@ from phasewise.project.config import Project
 from phasewise.project.urls import redact_url
 from phasewise.publishing.audits import AuditResult
 from phasewise.publishing.quarantine import SetAside
-from phasewise.report import (
-    AuditReport,
-    BatchReport,
-    MartReport,
-    ReportFiles,
-    RunSpan,
-    TableReport,
-    write_report,
-)
+from phasewise.report.records import AuditReport, BatchReport, MartReport, RunSpan, TableReport
+from phasewise.report.write import ReportFiles, write_report
 from phasewise.staging.manifest import Manifest
 
 

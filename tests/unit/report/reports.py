@@ -10,11 +10,7 @@ from typing import Any
 
 from hypothesis import HealthCheck, settings
 
-from phasewise.report import (
-    BatchReport,
-    MartReport,
-    RunSpan,
-)
+from phasewise.report.records import BatchReport, MartReport, RunSpan
 
 SAMPLE = Path(__file__).parents[2] / "data" / "report.json"
 #: A busy machine is no reason to fail.

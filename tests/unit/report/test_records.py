@@ -5,9 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 
 from phasewise.outcomes import StepOutcome
-from phasewise.report import (
-    RunSpan,
-)
+from phasewise.report.records import RunSpan
 from tests.unit.report.reports import START, at, make_run
 
 

@@ -11,11 +11,8 @@ from pathlib import Path
 import pytest
 
 from phasewise.errors import ReportError
-from phasewise.report import (
-    BatchReport,
-    read_report,
-    write_report,
-)
+from phasewise.report.records import BatchReport
+from phasewise.report.write import read_report, write_report
 from tests.unit.report.reports import SAMPLE, make_mart, make_report
 
 
