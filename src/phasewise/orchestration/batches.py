@@ -35,8 +35,6 @@ from phasewise.system.processes import identify_process
 PROJECT_LABEL = "phasewise-project"
 #: Label of a main_etl run: the process that it runs in.
 PROCESS_LABEL = "phasewise-process"
-#: Variable that tells a flow run which project it is of.
-_PROJECT_VARIABLE = "PHASEWISE_PROJECT"
 #: Seconds before it is due from which on a batch counts as one that is on its way.
 _DUE_SECONDS = 60.0
 
@@ -78,22 +76,19 @@ async def _find_project(client: PrefectClient, run: FlowRun) -> str | None:
     """Return the folder of the project that *run* is of; one that has not begun has not said so itself."""
     if (label := run.labels.get(PROJECT_LABEL)) is not None:
         return str(label)
-    if (told := read_project(_read_environment(run.job_variables))) is not None or run.deployment_id is None:
+    if (told := read_project(run.job_variables)) is not None or run.deployment_id is None:
         return told
     try:
         deployment = await client.read_deployment(run.deployment_id)
     except ObjectNotFound:
         return None
-    return read_project(_read_environment(deployment.job_variables))
+    return read_project(deployment.job_variables)
 
 
-def _read_environment(job_variables: Mapping[str, Any] | None) -> Mapping[str, str]:
-    return (job_variables or {}).get("env") or {}
-
-
-def read_project(environment: Mapping[str, str]) -> str | None:
-    """Return the folder of the project that flow runs with this environment are of."""
-    return environment.get(_PROJECT_VARIABLE)
+def read_project(job_variables: Mapping[str, Any] | None) -> str | None:
+    """Return the folder of the project that flow runs with these job variables are of."""
+    project: str | None = ((job_variables or {}).get("env") or {}).get("PHASEWISE_PROJECT")
+    return project
 
 
 async def cancel_batch(run_id: str) -> int:

@@ -64,6 +64,15 @@ async def _read_flow_names(client: PrefectClient, flow_ids: Collection[UUID]) ->
     return {flow.id: flow.name for flow in flows}
 
 
+async def has_worker(client: PrefectClient, pool: str) -> bool:
+    """Tell whether a worker of the work pool is online; False when there is no such pool."""
+    online = WorkerFilter(status=WorkerFilterStatus(any_=["ONLINE"]))
+    try:
+        return bool(await client.read_workers_for_work_pool(pool, worker_filter=online))
+    except ObjectNotFound:
+        return False
+
+
 def _find_limit(deployment: DeploymentResponse) -> int | None:
     limit = deployment.global_concurrency_limit
     return limit.limit if limit is not None and limit.active else None
@@ -89,7 +98,9 @@ async def explain_waiting(run_id: str) -> list[str]:
         if state is None or state.type not in (StateType.SCHEDULED, StateType.PENDING):
             return [*place, f"{run.name} is not waiting: it is {state.name if state else 'without a state'}."]
         if state.type is StateType.PENDING:
-            return [*place, _describe_claimed(run)]
+            worker = run.labels.get("prefect.worker.name", "A worker")
+            since = (datetime.now(UTC) - state.timestamp).total_seconds()
+            return [*place, f"{worker} took it {since:.0f} s ago and is starting its process."]
         reasons = [*_explain_time(run), *await _explain_pool(client, run), *await _explain_deployment(client, run)]
     return [*place, *(reasons or ["Nothing holds it back: the next free worker takes it."]), *_describe_late(run)]
 
@@ -97,16 +108,6 @@ async def explain_waiting(run_id: str) -> list[str]:
 def _describe_place(run: FlowRun) -> list[str]:
     one = describe_run(run)
     return [f'{one.name} is part of the step "{one.step}" in the phase "{one.phase}".'] if one.phase else []
-
-
-def _describe_claimed(run: FlowRun) -> str:
-    worker = run.labels.get("prefect.worker.name", "A worker")
-    return f"{worker} took it {_since(run):.0f} s ago and is starting its process."
-
-
-def _since(run: FlowRun) -> float:
-    assert run.state is not None  # only runs with a state are described
-    return datetime.now(UTC).timestamp() - run.state.timestamp.timestamp()
 
 
 def _explain_time(run: FlowRun) -> list[str]:
@@ -154,8 +155,7 @@ def _explain_paused(pool: WorkPool, queue: WorkQueue) -> list[str]:
 
 
 async def _explain_workers(client: PrefectClient, pool: WorkPool, queue: WorkQueue) -> list[str]:
-    online = WorkerFilter(status=WorkerFilterStatus(any_=["ONLINE"]))
-    if not await client.read_workers_for_work_pool(pool.name, worker_filter=online):
+    if not await has_worker(client, pool.name):
         return [f'No worker of the work pool "{pool.name}" is online. Start one: make start-workers N=1']
     if queue.status is WorkQueueStatus.NOT_READY:
         return [f'No worker asks for the work queue "{queue.name}". Start one that does: make start-workers N=1']
