@@ -30,8 +30,6 @@ from typing import Any, NoReturn
 from phasewise.forkserver.protocol import LENGTH, frames
 from phasewise.system.processes import die_with_parent, kill_with_descendants, load_libc, start_time
 
-# ── the forkserver's side ────────────────────────────────────────────────────────────────────────────────────────
-
 
 class _ForkserverProcess:
     def __init__(self, channel: socket.socket) -> None:
@@ -47,7 +45,9 @@ class _ForkserverProcess:
     def prepare(self, preload: Sequence[str], setup: Sequence[str]) -> None:
         problems = [problem for name in preload if (problem := _attempt(importlib.import_module, name))]
         problems += [problem for name in setup if (problem := _attempt(_call, name))]
-        watched = [*_project_files(), *_installation()]
+        # Folders whose time of change moves when a package is installed, upgraded or removed.
+        installation = {sysconfig.get_path(key) for key in ("purelib", "platlib")}
+        watched = [*_project_files(), *installation]
         self._watched = {path: stamp for path in watched if (stamp := _stamp(path))}
         # Everything imported so far lives as long as the process: keep the collector from writing to its
         # headers, which would copy those pages into every child.
@@ -212,11 +212,6 @@ def _project_files() -> list[str]:
     )
     files = [getattr(module, "__file__", None) for module in list(sys.modules.values())]
     return sorted({file for file in files if file and not str(Path(file).resolve()).startswith(installed)})
-
-
-def _installation() -> set[str]:
-    """Folders whose time of change moves when a package is installed, upgraded or removed."""
-    return {sysconfig.get_path(key) for key in ("purelib", "platlib")}
 
 
 def _stamp(path: str) -> tuple[int, int] | None:

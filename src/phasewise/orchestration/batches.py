@@ -11,13 +11,7 @@ from uuid import UUID
 
 from prefect import Flow
 from prefect.client.orchestration import PrefectClient, get_client
-from prefect.client.schemas.filters import (
-    FlowFilter,
-    FlowFilterName,
-    FlowRunFilter,
-    FlowRunFilterState,
-    FlowRunFilterStateType,
-)
+from prefect.client.schemas import filters
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import Abort, ObjectNotFound
@@ -158,10 +152,12 @@ async def is_deployed(run_id: str) -> bool:
 
 async def read_main_runs(client: PrefectClient, states: Sequence[StateType]) -> list[FlowRun]:
     """Return the newest main_etl runs, those in *states* if any are given, newest first."""
-    state_filter = FlowRunFilterState(type=FlowRunFilterStateType(any_=list(states))) if states else None
+    state_filter = (
+        filters.FlowRunFilterState(type=filters.FlowRunFilterStateType(any_=list(states))) if states else None
+    )
     return await client.read_flow_runs(
-        flow_filter=FlowFilter(name=FlowFilterName(any_=[MAIN_ETL.flow_name])),
-        flow_run_filter=FlowRunFilter(state=state_filter),
+        flow_filter=filters.FlowFilter(name=filters.FlowFilterName(any_=[MAIN_ETL.flow_name])),
+        flow_run_filter=filters.FlowRunFilter(state=state_filter),
         sort=FlowRunSort.START_TIME_DESC,
         limit=READ_SIZE,
     )

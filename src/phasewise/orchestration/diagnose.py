@@ -7,14 +7,7 @@ from datetime import UTC, datetime
 from uuid import UUID
 
 from prefect.client.orchestration import PrefectClient, get_client
-from prefect.client.schemas.filters import (
-    FlowFilter,
-    FlowFilterId,
-    WorkerFilter,
-    WorkerFilterStatus,
-    WorkPoolFilter,
-    WorkPoolFilterName,
-)
+from prefect.client.schemas import filters
 from prefect.client.schemas.objects import FlowRun, StateType, WorkPool, WorkQueue, WorkQueueStatus
 from prefect.client.schemas.responses import DeploymentResponse, FlowRunSlotSummary
 from prefect.exceptions import ObjectNotFound
@@ -41,7 +34,7 @@ async def read_limits(client: PrefectClient, pool: str) -> Limits:
     except ObjectNotFound:
         return Limits()
     queues = await client.read_work_queues(work_pool_name=pool)
-    of_pool = WorkPoolFilter(name=WorkPoolFilterName(any_=[pool]))
+    of_pool = filters.WorkPoolFilter(name=filters.WorkPoolFilterName(any_=[pool]))
     deployments = [
         deployment
         for deployment in await read_pages(client.read_deployments, work_pool_filter=of_pool)
@@ -60,13 +53,15 @@ async def read_limits(client: PrefectClient, pool: str) -> Limits:
 async def _read_flow_names(client: PrefectClient, flow_ids: Collection[UUID]) -> dict[UUID, str]:
     if not flow_ids:
         return {}
-    flows = await read_pages(client.read_flows, flow_filter=FlowFilter(id=FlowFilterId(any_=list(flow_ids))))
+    flows = await read_pages(
+        client.read_flows, flow_filter=filters.FlowFilter(id=filters.FlowFilterId(any_=list(flow_ids)))
+    )
     return {flow.id: flow.name for flow in flows}
 
 
 async def has_worker(client: PrefectClient, pool: str) -> bool:
     """Tell whether a worker of the work pool is online; False when there is no such pool."""
-    online = WorkerFilter(status=WorkerFilterStatus(any_=["ONLINE"]))
+    online = filters.WorkerFilter(status=filters.WorkerFilterStatus(any_=["ONLINE"]))
     try:
         return bool(await client.read_workers_for_work_pool(pool, worker_filter=online))
     except ObjectNotFound:
