@@ -263,8 +263,8 @@ def _run_distributed(settings: Settings, project: Project) -> int:
     # A server of the user's own may have no worker, and the run would wait for one without a word.
     asyncio.run(check_ready((), pool=_pool_name()))
     environment = {"PHASEWISE_PROJECT": str(project.root)}
-    with show_progress() as progress:
-        outcome = run_deployment(MAIN_ETL.deployment, environment=environment, show=progress.update)
+    with show_progress() as show:
+        outcome = run_deployment(MAIN_ETL.deployment, environment=environment, show=show)
     report = project.reports / f"{outcome.run_id}.html"
     if report.is_file():
         print(f"Report: {report}")
