@@ -104,7 +104,7 @@ def _find_first_failures(runs: Sequence[RunSpan]) -> list[RunSpan]:
     """Return the runs that failed or were cancelled, without those that only followed one below them."""
     failed = [run for run in runs if run.kind in ("failed", "cancelled")]
     parents = {run.parent for run in failed}
-    return [run for run in failed if run.run_id not in parents and run.name not in parents]
+    return [run for run in failed if run.run_id not in parents]
 
 
 def _sort_failed(audits: Sequence[AuditReport]) -> list[AuditReport]:

@@ -11,10 +11,10 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from phasewise.outcomes import StepOutcome
+from phasewise.project.config import Severity
 
 BatchStatus = Literal["published", "failed", "renewed"]
 RunKind = Literal["completed", "failed", "cancelled", "running", "waiting"]
-Severity = Literal["blocking", "warning", "quarantine"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class RunSpan:
     run_id: str
     #: Prefect's state name: Completed, Failed, Crashed, Cancelled, TimedOut, Running, Pending, Scheduled, …
     state: str
-    #: The run that triggered it, by run id (or by name, where names are unique); None for the first one.
+    #: Id of the run that triggered it; None for the first one.
     parent: str | None = None
     #: Phase that its pipeline declares for it; None outside of a pipeline, and for the first run.
     phase: str | None = None
