@@ -32,7 +32,6 @@ from prefect.settings import (
     get_current_settings,
     temporary_settings,
 )
-from prefect.settings import Settings as PrefectSettings
 from prefect.states import Completed, Failed
 from prefect.utilities.callables import call_with_parameters
 from prefect.utilities.importtools import load_script_as_module
@@ -98,18 +97,14 @@ def entering_flow_run(
     context = FlowRunContext.model_construct(**seen, parameters=dict(parameters or {}))
     with ExitStack() as stack:
         stack.callback(LOCAL_RUN.reset, LOCAL_RUN.set(local))
-        if _uses_server(get_current_settings()):
+        settings = get_current_settings()
+        # Where Prefect would talk to a server, or start one of its own.
+        if settings.api.url is not None or settings.logging.to_api.enabled or settings.server.ephemeral.enabled:
             stack.enter_context(temporary_settings(_WITHOUT_SERVER, restore_defaults={PREFECT_API_URL}))
         if flow is not None:
             context.task_runner = stack.enter_context(flow.task_runner.duplicate())
         stack.enter_context(context)
         yield
-
-
-def _uses_server(settings: PrefectSettings) -> bool:
-    """Return whether Prefect would talk to a server with *settings*, or start one of its own."""
-    is_logging = settings.logging.to_api.enabled
-    return settings.api.url is not None or is_logging or settings.server.ephemeral.enabled
 
 
 def describe_failure(exc: Exception) -> Ending:

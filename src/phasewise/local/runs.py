@@ -20,7 +20,7 @@ from contextlib import asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from types import MappingProxyType, TracebackType
+from types import MappingProxyType
 from typing import Any, Self
 
 from prefect import Flow
@@ -58,7 +58,6 @@ _WITHOUT_SERVER = {"PREFECT_LOGGING_TO_API_ENABLED": "false", "PREFECT_SERVER_AL
 _LINE_LIMIT = 64 * 1024 * 1024
 #: Seconds for what a process wrote before its end to be read; it matters only where something else holds its socket.
 _READ_REST_SECONDS = 1.0
-_WAIT_SECONDS = 0.5
 
 
 @dataclass(kw_only=True, eq=False)
@@ -140,9 +139,7 @@ class LocalFlowRuns:
         await self._forkservers.__aenter__()
         return self
 
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         try:
             await self.cancel(self._runs)
             await asyncio.gather(*(run.ended.wait() for run in self._runs.values() if run.task is not None))
