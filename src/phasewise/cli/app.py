@@ -340,9 +340,21 @@ def query(
 @app.command
 def doctor() -> None:
     """Show which patches of Prefect are in force here: why, what each gains, for which versions."""
-    from phasewise.cli.doctor import describe_patches
+    from importlib.metadata import version
 
-    print("\n".join(describe_patches()))
+    from phasewise.patches.entries import list_patches
+    from phasewise.patches.registry import NEWEST_TESTED
+
+    patches = list_patches()
+    patched = ("prefect", "fastapi", "jsonschema", "pydocket", "sqlalchemy")
+    print(f"Versions: {', '.join(f'{name} {version(name)}' for name in patched)}.")
+    print(f"Tested up to prefect {NEWEST_TESTED}.")
+    print(f"Patches in force: {sum(reason is None for _, reason in patches)} of {len(patches)}.")
+    for patch, reason in patches:
+        print(f"\n{patch.name} ({patch.process}): {'in force' if reason is None else f'not in force, {reason}'}")
+        print(f"  Reason: {patch.why}")
+        print(f"  Gain: {patch.gain}")
+        print(f"  Since {patch.since}, until {patch.until}{f' ({patch.upstream})' if patch.upstream else ''}.")
 
 
 add_warehouse_commands(app)
