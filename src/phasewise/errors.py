@@ -98,7 +98,7 @@ class PublishConflict(LakeError):
 
 
 class ReportError(PhasewiseError):
-    """The report of a batch cannot be written or read; what was published stays published."""
+    """The report of a batch cannot be written; what was published stays published."""
 
 
 class OrchestrationError(PhasewiseError):

@@ -50,24 +50,21 @@ def render_html(report: BatchReport, *, json_name: str) -> str:
     """Return the page of *report*; *json_name* is the file of its data, next to it."""
     saved = measure_time_saved(report.runs, report.ended_at)
     script = _read_asset("report.js")
-    return (
-        _environment()
-        .get_template("report.html.j2")
-        .render(
-            report=report,
-            json_name=json_name,
-            style=Markup(_read_asset("report.css")),  # noqa: S704 - our own file, no data in it
-            script=Markup(script),  # noqa: S704 - same
-            script_hash=_hash_script(script),
-            timeline=lay_out_timeline(report),
-            saved=saved,
-            steps=[(run.name, run_seconds(run, report.ended_at)) for run in saved.steps],
-            failed_runs=_find_first_failures(report.runs),
-            failed_audits=_sort_failed(report.audits),
-            passed_audits=[audit for audit in report.audits if audit.passed],
-            mart_columns=_share_out([_view_mart(mart) for mart in report.marts]),
-            wall=seconds_between(report.started_at, report.ended_at),
-        )
+    template = _environment().get_template("report.html.j2")
+    return template.render(
+        report=report,
+        json_name=json_name,
+        style=Markup(_read_asset("report.css")),  # noqa: S704 - our own file, no data in it
+        script=Markup(script),  # noqa: S704 - same
+        script_hash=_hash_script(script),
+        timeline=lay_out_timeline(report),
+        saved=saved,
+        steps=[(run.name, run_seconds(run, report.ended_at)) for run in saved.steps],
+        failed_runs=_find_first_failures(report.runs),
+        failed_audits=_sort_failed(report.audits),
+        passed_audits=[audit for audit in report.audits if audit.passed],
+        mart_columns=_share_out([_view_mart(mart) for mart in report.marts]),
+        wall=seconds_between(report.started_at, report.ended_at),
     )
 
 
