@@ -97,8 +97,8 @@ class Forkserver:
             ForkserverDied: it ended, or was not ready within ``timeout`` seconds.
         """
         ours, theirs = socket.socketpair()
-        command = [sys.executable, "-m", "phasewise.forkserver.server", "--channel", str(theirs.fileno())]
-        command += [f"--preload={name}" for name in preload] + [f"--setup={name}" for name in setup]
+        prepared = json.dumps({"preload": list(preload), "setup": list(setup)})
+        command = [sys.executable, "-m", "phasewise.forkserver.server", str(theirs.fileno()), prepared]
         with theirs:
             # A session of its own: Ctrl-C in the worker's terminal is for the worker to act on, not for flow runs.
             process = subprocess.Popen(  # noqa: ASYNC220 - returns as soon as the child has started

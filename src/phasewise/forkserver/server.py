@@ -7,7 +7,6 @@ preloaded is named by the worker.
 
 from __future__ import annotations
 
-import argparse
 import atexit
 import contextlib
 import gc
@@ -295,22 +294,19 @@ def _leave(code: int) -> NoReturn:
         os._exit(code)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m phasewise.forkserver.server", description="Started by a worker.")
-    parser.add_argument("--channel", type=int, required=True, help="descriptor of the Unix socket to the worker")
-    parser.add_argument("--preload", action="append", default=[], help="module to import")
-    parser.add_argument("--setup", action="append", default=[], help="module:function to call once")
-    options = parser.parse_args(argv)
+def main(argv: Sequence[str]) -> int:
+    """Serve the socket whose descriptor is the first argument; modules and callables to prepare are JSON in the second."""
     # The worker ends this process by closing the socket; signals meant for the worker's terminal or group are not.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    os.set_inheritable(options.channel, False)
-    with socket.socket(fileno=options.channel) as channel:
+    descriptor = int(argv[0])
+    os.set_inheritable(descriptor, False)
+    with socket.socket(fileno=descriptor) as channel:
         process = _ForkserverProcess(channel)
-        process.prepare(options.preload, options.setup)
+        process.prepare(**json.loads(argv[1]))
         process.serve()
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
