@@ -408,7 +408,7 @@ def _build_project(root: Path, parsed: _ProjectFile) -> Project:
         tables=parsed.tables,
         table=parsed.table,
         audits=parsed.audit,
-        marts=_load_marts(root / "marts"),
+        marts=tuple(_load_mart(path) for path in sorted((root / "marts").glob("*.sql"))),
         pipeline=parsed.pipeline,
     )
 
@@ -433,10 +433,6 @@ def _expand_environment(url: str, *, what: str) -> str:
 
 
 _MART_HEADER = re.compile(r"^--\s*(title|chart|x|y)\s*:\s*(.+?)\s*$")
-
-
-def _load_marts(folder: Path) -> tuple[Mart, ...]:
-    return tuple(_load_mart(path) for path in sorted(folder.glob("*.sql")))
 
 
 def _load_mart(path: Path) -> Mart:
