@@ -264,7 +264,7 @@ def _draw_frame(chart: Chart, width: int, *, with_zero: bool, margin: float) -> 
     height = 300 if width > 400 else 250
     y_ticks = nice_ticks(*_y_range(chart, with_zero), 5)
     y_step = y_ticks[1] - y_ticks[0]
-    y_names = [format_tick(tick, y_step, _largest(y_ticks)) for tick in y_ticks]
+    y_names = [format_tick(tick, y_step, max(map(abs, y_ticks))) for tick in y_ticks]
     left = max(text_width(name) for name in y_names) + 8
     x_low, x_high = _x_range(chart, margin)
     frame = _Frame(
@@ -318,7 +318,7 @@ def _x_ticks(chart: Chart, frame: _Frame) -> list[tuple[float, str]]:
     inside = [tick for tick in ticks if frame.x_low <= tick <= frame.x_high]
     if chart.x_is == "year":  # it has no fractions and no thousands separator
         return [(frame.x(tick), f"{tick:.0f}") for tick in inside if tick == int(tick)]
-    return [(frame.x(tick), format_tick(tick, step, _largest(ticks))) for tick in inside]
+    return [(frame.x(tick), format_tick(tick, step, max(map(abs, ticks)))) for tick in inside]
 
 
 def _name_moments(frame: _Frame, count: int) -> list[tuple[float, str]]:
@@ -326,10 +326,6 @@ def _name_moments(frame: _Frame, count: int) -> list[tuple[float, str]]:
     form = "%Y-%m-%d" if high - low > 86400 * 2 else "%m-%d %H:%M"
     places = [low + (high - low) * number / (count - 1) for number in range(count)]
     return [(frame.x(place), datetime.fromtimestamp(place, UTC).strftime(form)) for place in places]
-
-
-def _largest(ticks: Sequence[float]) -> float:
-    return max(abs(tick) for tick in ticks)
 
 
 def text_width(text: str, size: float = _FONT) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Literal
@@ -143,14 +143,5 @@ def _note_moment(parts: Sequence[Manifest], shared: str | None, *, is_alone: boo
 
 
 def _describe_audit(result: AuditResult) -> AuditReport:
-    return AuditReport(
-        name=result.name,
-        table=result.table,
-        severity=result.severity,
-        passed=result.passed,
-        bad_rows=result.bad_rows,
-        columns=list(result.columns),
-        sample=[[row.get(column) for column in result.columns] for row in result.sample],
-        message=result.message,
-        seconds=result.seconds,
-    )
+    same = {field.name: getattr(result, field.name) for field in fields(AuditReport)}
+    return AuditReport(**same | {"sample": [[row.get(column) for column in result.columns] for row in result.sample]})

@@ -16,7 +16,6 @@ from markupsafe import Markup
 from phasewise.report.charts import Chart, Drawing, draw_chart, plan_chart, strip_tips
 from phasewise.report.figures import (
     format_bytes,
-    format_count,
     format_moment,
     format_seconds,
     format_value,
@@ -79,7 +78,7 @@ def _environment() -> Environment:
     )
     environment.filters.update(
         bytes=format_bytes,
-        count=format_count,
+        count="{:,}".format,
         moment=format_moment,
         seconds=format_seconds,
         value=format_value,

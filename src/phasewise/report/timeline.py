@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from phasewise.report.figures import format_count, format_seconds, time_ticks
+from phasewise.report.figures import format_seconds, time_ticks
 from phasewise.report.records import BatchReport, RunSpan
 from phasewise.report.timing import (
     PhaseSpan,
@@ -159,12 +159,12 @@ class _Clock:
         kinds = Counter(run.kind for run in runs)
         states = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
         return Row(
-            label=f"{flow} × {format_count(len(runs))}",
+            label=f"{flow} × {len(runs):,}",
             name=f"{flow}: {states}; at most {peak} at the same time",
             kind="group",
             state=f"{peak} at once",
             duration=format_seconds(seconds_between(start, end)),
-            detail=f"{format_count(len(runs))} runs of {flow}: {states}\nat most {peak} at the same time",
+            detail=f"{len(runs):,} runs of {flow}: {states}\nat most {peak} at the same time",
             bar=self.bar(start, end),
             rows=tuple(self.row(node, prefix=f"{flow}/") for node in nodes),
             area=self.area(steps, peak),
