@@ -295,7 +295,7 @@ def _leave(code: int) -> NoReturn:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Serve the socket whose descriptor is the first argument; modules and callables to prepare are JSON in the second."""
+    """Serve the socket whose descriptor is the first argument; what to prepare is JSON in the second."""
     # The worker ends this process by closing the socket; signals meant for the worker's terminal or group are not.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

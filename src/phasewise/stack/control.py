@@ -28,14 +28,13 @@ from phasewise.settings import Settings
 from phasewise.stack.supervisor import (
     START_SECONDS,
     STOP_SECONDS,
+    StackError,
     StackSpec,
     answers,
     read_state,
     state_file,
     wait_until,
 )
-from phasewise.stack.supervisor import StackError as StackError
-from phasewise.stack.supervisor import client_environment as client_environment
 from phasewise.system.files import write_atomically
 from phasewise.system.locks import lock_file
 from phasewise.system.processes import is_same_process

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from phasewise.stack import supervisor
-from phasewise.stack.control import client_environment
-from phasewise.stack.supervisor import listen, stack_environment
+from phasewise.stack.supervisor import client_environment, listen, stack_environment
 
 
 def test_a_taken_preferred_port_is_replaced_by_a_free_one(monkeypatch: pytest.MonkeyPatch) -> None:
