@@ -161,13 +161,13 @@ def deploy_flows(settings: Settings, main: str | None = None) -> str:
     planned = list_deployments(phases, project.root, main=main)
     environment = {"PHASEWISE_PROJECT": str(project.root)}
     deploying = deploy_all(planned, pool=_pool_name(), settings=settings, phases=phases, environment=environment)
-    done = asyncio.run(deploying)
-    for deployed in done:
-        print(f"✅ Deployed: {deployed.deployment.flow_name}")
-    print(f"🎉 All {len(done)} deployments created successfully!")
-    before = done[0].environment_before.get("PHASEWISE_PROJECT", str(project.root))
+    environment_before, *_ = asyncio.run(deploying)
+    for deployment in planned:
+        print(f"✅ Deployed: {deployment.flow_name}")
+    print(f"🎉 All {len(planned)} deployments created successfully!")
+    before = environment_before.get("PHASEWISE_PROJECT", str(project.root))
     if before != str(project.root):
-        name = done[0].deployment.full_name
+        name = planned[0].full_name
         # What it writes to standard output is fixed.
         print(
             f"{name} ran {before} until now. From now on it runs {project.root}, and so do its schedules.",

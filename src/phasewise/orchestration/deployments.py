@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -70,15 +70,6 @@ def _describe_step(step: Step, root: Path) -> Deployment:
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Deployed:
-    """What ``deploy`` did to one deployment."""
-
-    deployment: Deployment
-    #: The environment that it gave to its runs until now; empty for a new one.
-    environment_before: Mapping[str, str] = field(default_factory=dict)
-
-
 async def deploy(
     deployments: Iterable[Deployment],
     *,
@@ -86,12 +77,14 @@ async def deploy(
     settings: Settings,
     phases: Sequence[Phase] = (),
     environment: Mapping[str, str] = MappingProxyType({}),
-) -> list[Deployed]:
+) -> list[Mapping[str, str]]:
     """Create or update *deployments* on the server, with the work pool and its two queues where they are missing.
 
     What is there already as it should be is left alone, so deploying twice changes nothing. *environment* is what
     the flow runs need to find their project; it must hold no secrets, since deployments are readable by everyone.
     *phases* is what ``main_etl`` will run with them.
+
+    Returns the environment that each deployment gave to its runs until now; empty where that is new, or the same.
 
     Raises:
         PipelineInvalid: with the limits of the server, *phases* could wait for themselves for ever.
@@ -169,16 +162,18 @@ async def _create_pool(client: PrefectClient, name: str) -> None:
         await client.create_work_pool(create)
 
 
-async def _apply(client: PrefectClient, deployment: Deployment, pool: str, environment: Mapping[str, str]) -> Deployed:
+async def _apply(
+    client: PrefectClient, deployment: Deployment, pool: str, environment: Mapping[str, str]
+) -> Mapping[str, str]:
     flow = _load_flow(deployment)
     wanted = _describe(deployment, flow, pool, environment)
     existing = await _read_deployment(client, deployment.full_name)
     if existing is not None and _is_like(existing, wanted):
-        return Deployed(deployment=deployment)
+        return {}
     flow_id: UUID = await client.create_flow(flow)
     await client.create_deployment(flow_id, deployment.name, **wanted)
-    before = (existing.job_variables or {}).get("env") if existing is not None else None
-    return Deployed(deployment=deployment, environment_before=before or {})
+    before: Mapping[str, str] | None = (existing.job_variables or {}).get("env") if existing is not None else None
+    return before or {}
 
 
 def _load_flow(deployment: Deployment) -> Flow[..., Any]:

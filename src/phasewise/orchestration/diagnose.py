@@ -89,7 +89,8 @@ async def explain_waiting(run_id: str) -> list[str]:
             raise OrchestrationError(
                 f"The server does not know the flow run {run_id}.", hint="Take its id from the UI or from the report."
             ) from exc
-        state, place = run.state, _describe_place(run)
+        state, one = run.state, describe_run(run)
+        place = [f'{one.name} is part of the step "{one.step}" in the phase "{one.phase}".'] if one.phase else []
         if state is None or state.type not in (StateType.SCHEDULED, StateType.PENDING):
             return [*place, f"{run.name} is not waiting: it is {state.name if state else 'without a state'}."]
         if state.type is StateType.PENDING:
@@ -98,11 +99,6 @@ async def explain_waiting(run_id: str) -> list[str]:
             return [*place, f"{worker} took it {since:.0f} s ago and is starting its process."]
         reasons = [*_explain_time(run), *await _explain_pool(client, run), *await _explain_deployment(client, run)]
     return [*place, *(reasons or ["Nothing holds it back: the next free worker takes it."]), *_describe_late(run)]
-
-
-def _describe_place(run: FlowRun) -> list[str]:
-    one = describe_run(run)
-    return [f'{one.name} is part of the step "{one.step}" in the phase "{one.phase}".'] if one.phase else []
 
 
 def _explain_time(run: FlowRun) -> list[str]:
