@@ -328,10 +328,10 @@ def _name_moments(frame: _Frame, count: int) -> list[tuple[float, str]]:
     return [(frame.x(place), datetime.fromtimestamp(place, UTC).strftime(form)) for place in places]
 
 
-def text_width(text: str, size: float = _FONT) -> float:
+def text_width(text: str) -> float:
     """Estimate the width of *text* in CSS pixels; only a browser knows it exactly."""
     wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
-    return size * (0.58 * (len(text) - wide) + 1.05 * wide)
+    return _FONT * (0.58 * (len(text) - wide) + 1.05 * wide)
 
 
 def _fit(text: str, width: float) -> str:

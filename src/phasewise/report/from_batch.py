@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from importlib.metadata import version
-from typing import Literal
 
 from phasewise.lake.marts import MartData
 from phasewise.lake.publications import Publication
@@ -16,7 +15,7 @@ from phasewise.project.config import Project
 from phasewise.project.urls import redact_url
 from phasewise.publishing.audits import AuditResult
 from phasewise.publishing.quarantine import SetAside
-from phasewise.report.records import AuditReport, BatchReport, MartReport, RunSpan, TableReport
+from phasewise.report.records import AuditReport, BatchReport, BatchStatus, MartReport, RunSpan, TableReport
 from phasewise.report.write import ReportFiles, write_report
 from phasewise.staging.manifest import Manifest
 
@@ -39,9 +38,7 @@ class BatchData:
     set_aside: Sequence[SetAside] = ()
 
 
-def write_batch_report(
-    data: BatchData, *, status: Literal["published", "failed", "renewed"], message: str = ""
-) -> ReportFiles:
+def write_batch_report(data: BatchData, *, status: BatchStatus, message: str = "") -> ReportFiles:
     """Write ``<reports>/<batch>.html`` and its data as JSON next to it."""
     now = datetime.now(UTC)
     starts = [run.started_at for run in data.runs if run.started_at] + [one.started_at for one in data.manifests]
