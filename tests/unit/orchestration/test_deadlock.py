@@ -199,7 +199,8 @@ def drawn_limits(draw: st.DrawFn, most: int) -> Limits:
     number = st.one_of(st.none(), st.integers(1, most))
     return Limits(
         queues={"orchestrators": draw(st.integers(0, most)), "tables": draw(number)},
-        pool=draw(number),
+        # The lower of two: the less is limited, the more orders of events there are to try.
+        pool=min([limit for limit in (draw(number), draw(number)) if limit is not None], default=None),
         deployments={MAIN: draw(number), "s0/s0": draw(number)},
     )
 
