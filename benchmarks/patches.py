@@ -26,7 +26,8 @@ from benchmarks.harness import meter, prefect_api, processes
 from benchmarks.harness.load import Load
 from benchmarks.systems.programs import PROGRAMS
 from phasewise.patches.entries import PATCHES
-from phasewise.stack.control import client_environment, running_stack
+from phasewise.stack.control import running_stack
+from phasewise.stack.supervisor import client_environment
 
 POOL = "bench"
 #: After completion: what is written late belongs to the run; task runs are written once a second.

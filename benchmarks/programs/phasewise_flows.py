@@ -74,11 +74,11 @@ def _run_id() -> str:
 
 
 def list_deployments() -> "list[Deployment]":
-    from phasewise.orchestration.deployments import ORCHESTRATORS, TABLES, Deployment
+    from phasewise.orchestration.deployments import Deployment
 
     file = Path(__file__)
-    queues = {"main": ORCHESTRATORS, "pre": ORCHESTRATORS, "sub": ORCHESTRATORS, "final": ORCHESTRATORS}
-    queues |= {"table": TABLES, "cleanup1": TABLES, "cleanup2": TABLES}
+    queues = dict.fromkeys(("main", "pre", "sub", "final"), "orchestrators")
+    queues |= dict.fromkeys(("table", "cleanup1", "cleanup2"), "tables")
     return [
         Deployment(
             flow_name=f"bench-{name}",

@@ -12,7 +12,8 @@ from pathlib import Path
 from benchmarks.harness import postgresql, prefect_api, processes
 from benchmarks.systems import Context, Submit
 from benchmarks.systems.programs import PROGRAMS, Program
-from phasewise.stack.control import client_environment, running_stack
+from phasewise.stack.control import running_stack
+from phasewise.stack.supervisor import client_environment
 
 POOL = "bench"
 

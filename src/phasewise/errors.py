@@ -1,32 +1,5 @@
 """The exceptions of Phasewise: one class per thing that a caller can do something about.
 
-    PhasewiseError
-    ├── ProjectError                phasewise.toml is missing, malformed or contradicts itself
-    │   ├── ProjectNotFound
-    │   └── UnknownTable
-    ├── SourceError                 the source database
-    │   ├── SourceUnavailable       it does not answer, is missing, locked or not a database
-    │   ├── TableMissing            it answers, but lacks the table
-    │   ├── SchemaDrift             a column of the contract is missing or changed its type
-    │   └── UnfaithfulValue         a value has no faithful place in the warehouse's type
-    ├── StagingError                staging cannot be written, or is not complete
-    │   └── NothingStaged
-    ├── AuditFailed                 a blocking audit found bad rows; nothing was published
-    ├── LakeError                   the warehouse
-    │   ├── WarehouseTooNew         written by a newer version
-    │   ├── WarehouseBusy           another writer holds the lock
-    │   └── PublishConflict         the batch cannot be published as asked
-    ├── ReportError                 the report cannot be written or read; what was published stays published
-    └── OrchestrationError          flow runs, deployments, work pools
-        ├── ServerUnreachable
-        ├── DeploymentMissing
-        ├── NoWorkerOnline
-        ├── PipelineInvalid         the phases cannot run as declared
-        ├── BatchRunning            another batch of the project is running
-        ├── BatchCancelled          the batch that this process ran was cancelled
-        ├── UnknownBatch            no such batch on the server
-        └── FlowRunsFailed          children that did not complete
-
 Messages say what happened, to which item, and what to do next. They never carry a password: whoever puts a URL
 into a message passes it through ``phasewise.project.urls.redact_url`` first.
 """
@@ -125,7 +98,7 @@ class PublishConflict(LakeError):
 
 
 class ReportError(PhasewiseError):
-    """The report of a batch cannot be written or read; what was published stays published."""
+    """The report of a batch cannot be written; what was published stays published."""
 
 
 class OrchestrationError(PhasewiseError):

@@ -23,7 +23,6 @@ class StepOutcome:
     #: Prefect's state name; says more than the type where the two differ, such as TimedOut.
     state_name: str
     message: str = ""
-    deployment: str | None = None
     #: When it was to start, which is when it began to wait for a worker.
     expected_at: datetime | None = None
     started_at: datetime | None = None

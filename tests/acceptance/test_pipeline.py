@@ -15,11 +15,11 @@ import pytest
 from phasewise.lake.session import find_extension, open_session
 from phasewise.lake.warehouse import attach_lake, list_snapshots
 from phasewise.project.config import Project, load_project
-from phasewise.report import read_report
 from phasewise.report.timeline import lay_out_timeline
 from phasewise.stack.control import StackInfo
 from phasewise.testing.projects import SAMPLE_SETTINGS, change_source, publish_sample, stage_batch, write_project
 from tests.acceptance.conftest import SHOP, Shell, wait_for
+from tests.unit.report.reports import read_report
 
 
 def call(stack: StackInfo, path: str, body: Any = None) -> Any:

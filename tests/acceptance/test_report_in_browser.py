@@ -17,7 +17,9 @@ from typing import Any
 
 import pytest
 
-from phasewise.report import BatchReport, TableReport, read_report, write_report
+from phasewise.report.records import BatchReport, TableReport
+from phasewise.report.write import write_report
+from tests.unit.report.reports import read_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 SAMPLE = Path(__file__).parents[1] / "data" / "report.json"

@@ -6,13 +6,14 @@ which server they talk to is known.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import runpy
 import signal
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import httpx
 from cyclopts import App, CycloptsError, Parameter
@@ -36,8 +37,6 @@ from phasewise.errors import (
 )
 from phasewise.project.config import Project, find_project, load_project
 from phasewise.settings import Settings, find_checkout, find_home
-
-R = TypeVar("R")
 
 DEFAULT_API_URL = "http://127.0.0.1:4200/api"
 
@@ -152,8 +151,7 @@ def deploy(
 
 def deploy_flows(settings: Settings, main: str | None = None) -> str:
     """Deploy, ``main_etl`` as *main*; print one line per deployment, and return the server's API URL."""
-    project = load_project(find_project(settings))
-    _make_demo_source(project.root)
+    project = _open_project(settings)
     url = check_server_answers()
     from phasewise.orchestration.deployments import deploy as deploy_all
     from phasewise.orchestration.deployments import list_deployments
@@ -163,13 +161,14 @@ def deploy_flows(settings: Settings, main: str | None = None) -> str:
     phases = load_phases(project.root, project.pipeline.phases)
     planned = list_deployments(phases, project.root, main=main)
     environment = {"PHASEWISE_PROJECT": str(project.root)}
-    done = _run_async(deploy_all(planned, pool=_pool_name(), settings=settings, phases=phases, environment=environment))
-    for deployed in done:
-        print(f"✅ Deployed: {deployed.deployment.flow_name}")
-    print(f"🎉 All {len(done)} deployments created successfully!")
-    before = done[0].environment_before.get("PHASEWISE_PROJECT", str(project.root))
+    deploying = deploy_all(planned, pool=_pool_name(), settings=settings, phases=phases, environment=environment)
+    environment_before, *_ = asyncio.run(deploying)
+    for deployment in planned:
+        print(f"✅ Deployed: {deployment.flow_name}")
+    print(f"🎉 All {len(planned)} deployments created successfully!")
+    before = environment_before.get("PHASEWISE_PROJECT", str(project.root))
     if before != str(project.root):
-        name = done[0].deployment.full_name
+        name = planned[0].full_name
         # What it writes to standard output is fixed.
         print(
             f"{name} ran {before} until now. From now on it runs {project.root}, and so do its schedules.",
@@ -198,15 +197,14 @@ def run(
 
 def run_local(settings: Settings, resume: str | None = None) -> None:
     """Run ``main_etl`` and everything below it in one process tree, without a server."""
-    project = load_project(find_project(settings))
-    _make_demo_source(project.root)
+    project = _open_project(settings)
     os.environ.pop("PREFECT_API_URL", None)
     _keep_home_clean(settings)
     os.environ["PHASEWISE_PROJECT"] = str(project.root)
     from phasewise.flows import main_etl
     from phasewise.local.batch import run_local
 
-    _run_async(run_local(main_etl, _find_staged_batch(project, resume) if resume else None))
+    asyncio.run(run_local(main_etl, _find_staged_batch(project, resume) if resume else None))
     print("The warehouse was published.")
 
 
@@ -224,19 +222,18 @@ def _find_staged_batch(project: Project, prefix: str) -> str:
 
 def run_main(settings: Settings, resume: str | None = None) -> None:
     """Check that a run could start, then run ``main_etl`` in this process, or continue the batch *resume*."""
-    project = load_project(find_project(settings))
-    _make_demo_source(project.root)
+    project = _open_project(settings)
     check_server_answers()
     from phasewise.orchestration.deployments import check_ready, list_deployments
     from phasewise.project.pipeline import load_phases
 
     planned = list_deployments(load_phases(project.root, project.pipeline.phases), project.root)
-    _run_async(check_ready(planned, pool=_pool_name()))
+    asyncio.run(check_ready(planned, pool=_pool_name()))
     os.environ["PHASEWISE_PROJECT"] = str(project.root)
     from phasewise.flows import main_etl
     from phasewise.orchestration.batches import run_here
 
-    _run_async(run_here(main_etl, resume))
+    asyncio.run(run_here(main_etl, resume))
 
 
 @app.command
@@ -248,17 +245,16 @@ def run_distributed() -> int:
     from phasewise.stack.control import running_stack
 
     settings = Settings()
-    project = load_project(find_project(settings))
-    _make_demo_source(project.root)
+    project = _open_project(settings)
     if "PREFECT_API_URL" in os.environ:
-        return _run_distributed(settings, project.root)
+        return _run_distributed(settings, project)
     with running_stack(find_home(settings), pool=_pool_name(), workers=settings.workers) as stack:
         _use_server(settings, stack.api_url)
-        return _run_distributed(settings, project.root)
+        return _run_distributed(settings, project)
 
 
-def _run_distributed(settings: Settings, root: Path) -> int:
-    os.environ["PHASEWISE_PROJECT"] = str(root)
+def _run_distributed(settings: Settings, project: Project) -> int:
+    os.environ["PHASEWISE_PROJECT"] = str(project.root)
     deploy_flows(settings)
     from phasewise.cli.console import show_progress
     from phasewise.cli.progress import run_deployment
@@ -266,11 +262,10 @@ def _run_distributed(settings: Settings, root: Path) -> int:
     from phasewise.project.pipeline import MAIN_ETL
 
     # A server of the user's own may have no worker, and the run would wait for one without a word.
-    _run_async(check_ready((), pool=_pool_name()))
-    environment = {"PHASEWISE_PROJECT": str(root)}
-    with show_progress() as progress:
-        outcome = run_deployment(MAIN_ETL.deployment, environment=environment, show=progress.update)
-    project = load_project(root)
+    asyncio.run(check_ready((), pool=_pool_name()))
+    environment = {"PHASEWISE_PROJECT": str(project.root)}
+    with show_progress() as show:
+        outcome = run_deployment(MAIN_ETL.deployment, environment=environment, show=show)
     report = project.reports / f"{outcome.run_id}.html"
     if report.is_file():
         print(f"Report: {report}")
@@ -297,17 +292,23 @@ def _describe_warehouse(project: Project, batch: str) -> str:
 def demo_data() -> None:
     """Make the source database of the example project from the Lahman files, once."""
     project = load_project(find_project(Settings()))
-    if not _make_demo_source(project.root):
+    if not _make_demo_source(project):
         raise ProjectError(f"{project.root} is not the example project, so there is no demo data for it.")
 
 
-def _make_demo_source(root: Path) -> bool:
-    """Make the example's source when the project of *root* reads it; return whether it does."""
+def _open_project(settings: Settings) -> Project:
+    project = load_project(find_project(settings))
+    _make_demo_source(project)
+    return project
+
+
+def _make_demo_source(project: Project) -> bool:
+    """Make the example's source when *project* reads it; return whether it does."""
     checkout = find_checkout()
-    url = load_project(root).source.url
+    url = project.source.url
     if checkout is None or not url.startswith("sqlite:///"):
         return False
-    target = (root / url.removeprefix("sqlite:///")).resolve()
+    target = (project.root / url.removeprefix("sqlite:///")).resolve()
     if target != checkout / "examples" / "baseball" / "data" / "lahman.sqlite":
         return False
     # The example's own code is of the checkout, and no part of the package.
@@ -339,9 +340,21 @@ def query(
 @app.command
 def doctor() -> None:
     """Show which patches of Prefect are in force here: why, what each gains, for which versions."""
-    from phasewise.cli.doctor import describe_patches
+    from importlib.metadata import version
 
-    print("\n".join(describe_patches()))
+    from phasewise.patches.entries import list_patches
+    from phasewise.patches.registry import NEWEST_TESTED
+
+    patches = list_patches()
+    patched = ("prefect", "fastapi", "jsonschema", "pydocket", "sqlalchemy")
+    print(f"Versions: {', '.join(f'{name} {version(name)}' for name in patched)}.")
+    print(f"Tested up to prefect {NEWEST_TESTED}.")
+    print(f"Patches in force: {sum(reason is None for _, reason in patches)} of {len(patches)}.")
+    for patch, reason in patches:
+        print(f"\n{patch.name} ({patch.process}): {'in force' if reason is None else f'not in force, {reason}'}")
+        print(f"  Reason: {patch.why}")
+        print(f"  Gain: {patch.gain}")
+        print(f"  Since {patch.since}, until {patch.until}{f' ({patch.upstream})' if patch.upstream else ''}.")
 
 
 add_warehouse_commands(app)
@@ -397,9 +410,3 @@ def _keep_home_clean(settings: Settings) -> None:
 
 def _pool_name() -> str:
     return os.environ.get("PREFECT_WORK_POOL", "default-pool")
-
-
-def _run_async(coroutine: Coroutine[Any, Any, R]) -> R:
-    import asyncio
-
-    return asyncio.run(coroutine)

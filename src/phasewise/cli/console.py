@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import IO, Literal, Protocol
+from typing import IO, Literal
 
 from rich import box
 from rich.console import Console, RenderableType
@@ -50,22 +50,19 @@ _MARKS: dict[RunKind, tuple[str, str]] = {
 }
 
 
-class Progress(Protocol):
-    def update(self, runs: Sequence[StepOutcome]) -> None:
-        """Show *runs*: the flow run that was started, and all that are known below it."""
-        ...
-
-
 @contextmanager
-def show_progress(console: Console | None = None) -> Iterator[Progress]:
-    """Show the progress of a run: drawn over itself in a terminal, else one line per change (logs, pipes)."""
+def show_progress(console: Console | None = None) -> Iterator[Callable[[Sequence[StepOutcome]], None]]:
+    """Yield what shows the run that was started with all that are known below it: called again, how far they are now.
+
+    In a terminal it draws over itself, elsewhere (logs, pipes) it prints one line per change.
+    """
     console = console or Console()
     if not console.is_terminal or console.is_dumb_terminal:
-        yield _ProgressLines(console)
+        yield _ProgressLines(console).update
         return
     drawing = _ProgressDrawing(console)
     with Live(get_renderable=drawing.render, console=console, refresh_per_second=5):
-        yield drawing
+        yield drawing.update
 
 
 def render_rows(

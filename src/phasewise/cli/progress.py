@@ -69,11 +69,7 @@ def _follow(client: SyncPrefectClient, run: FlowRun, show: Callable[[Sequence[St
 
 def _cancel(client: SyncPrefectClient, run: FlowRun) -> None:
     with suppress(httpx.HTTPError):  # without a server nothing can be cancelled, and the interruption continues
-        _cancel_and_wait(client, run)
-
-
-def _cancel_and_wait(client: SyncPrefectClient, run: FlowRun) -> None:
-    client.set_flow_run_state(run.id, Cancelling(message="The command that started it was interrupted."))
-    deadline = time.monotonic() + _CANCEL_SECONDS
-    while time.monotonic() < deadline and not describe_run(client.read_flow_run(run.id)).is_final:
-        time.sleep(0.2)
+        client.set_flow_run_state(run.id, Cancelling(message="The command that started it was interrupted."))
+        deadline = time.monotonic() + _CANCEL_SECONDS
+        while time.monotonic() < deadline and not describe_run(client.read_flow_run(run.id)).is_final:
+            time.sleep(0.2)

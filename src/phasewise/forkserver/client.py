@@ -23,9 +23,6 @@ from phasewise.forkserver.protocol import LENGTH, ForkRefused, ForkserverDied, f
 _NUDGE_SECONDS = 0.25
 
 
-# ── the worker's side ────────────────────────────────────────────────────────────────────────────────────────────
-
-
 @dataclass(kw_only=True, eq=False)
 class ForkedProcess:
     """A child of the forkserver, seen from the worker."""
@@ -100,8 +97,8 @@ class Forkserver:
             ForkserverDied: it ended, or was not ready within ``timeout`` seconds.
         """
         ours, theirs = socket.socketpair()
-        command = [sys.executable, "-m", "phasewise.forkserver.server", "--channel", str(theirs.fileno())]
-        command += [f"--preload={name}" for name in preload] + [f"--setup={name}" for name in setup]
+        prepared = json.dumps({"preload": list(preload), "setup": list(setup)})
+        command = [sys.executable, "-m", "phasewise.forkserver.server", str(theirs.fileno()), prepared]
         with theirs:
             # A session of its own: Ctrl-C in the worker's terminal is for the worker to act on, not for flow runs.
             process = subprocess.Popen(  # noqa: ASYNC220 - returns as soon as the child has started
@@ -175,11 +172,7 @@ class Forkserver:
         self._requests[number] = answer
         fds = [stdout, stderr] if descriptor is None else [stdout, stderr, descriptor]
         frame = {"id": number, "target": target, "arguments": arguments, "env": env, "cwd": cwd, "fds": len(fds)}
-        try:
-            async with self._writer_lock:
-                await self._send(json.dumps(frame).encode(), fds)
-        except OSError as exc:
-            raise ForkserverDied("The forkserver has ended.") from exc
+        await self._tell(frame, fds)
         return await answer
 
     async def guard(self, pid: int) -> None:
@@ -200,10 +193,10 @@ class Forkserver:
             with contextlib.suppress(ForkserverDied):
                 await self._tell({"release": pid})
 
-    async def _tell(self, message: dict[str, int]) -> None:
+    async def _tell(self, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
         try:
             async with self._writer_lock:
-                await self._send(json.dumps(message).encode(), [])
+                await self._send(json.dumps(message).encode(), list(fds))
         except OSError as exc:
             raise ForkserverDied("The forkserver has ended.") from exc
 
@@ -237,12 +230,10 @@ class Forkserver:
             self._ready.set_result(message)
         elif kind == "forked":
             process = self._children[message["pid"]] = ForkedProcess(pid=message["pid"])
-            answer = self._requests.pop(message["id"])
-            if not answer.done():
+            if not (answer := self._requests.pop(message["id"])).done():
                 answer.set_result(process)
         elif kind == "refused":
-            answer = self._requests.pop(message["id"])
-            if not answer.done():
+            if not (answer := self._requests.pop(message["id"])).done():
                 answer.set_exception(ForkRefused(message["reason"], stale=message["stale"]))
         elif kind == "exited" and (ended := self._children.pop(message["pid"], None)):
             ended._finish(os.waitstatus_to_exitcode(message["status"]), message["peak_rss_kib"] * 1024)

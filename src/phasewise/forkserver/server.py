@@ -7,7 +7,6 @@ nothing that was forked outlives the worker. It imports the standard library, ``
 
 from __future__ import annotations
 
-import argparse
 import atexit
 import contextlib
 import gc
@@ -30,8 +29,6 @@ from typing import Any, NoReturn
 from phasewise.forkserver.protocol import LENGTH, frames
 from phasewise.system.processes import die_with_parent, kill_with_descendants, load_libc, start_time
 
-# ── the forkserver's side ────────────────────────────────────────────────────────────────────────────────────────
-
 
 class _ForkserverProcess:
     def __init__(self, channel: socket.socket) -> None:
@@ -47,7 +44,9 @@ class _ForkserverProcess:
     def prepare(self, preload: Sequence[str], setup: Sequence[str]) -> None:
         problems = [problem for name in preload if (problem := _attempt(importlib.import_module, name))]
         problems += [problem for name in setup if (problem := _attempt(_call, name))]
-        watched = [*_project_files(), *_installation()]
+        # Folders whose time of change moves when a package is installed, upgraded or removed.
+        installation = {sysconfig.get_path(key) for key in ("purelib", "platlib")}
+        watched = [*_project_files(), *installation]
         self._watched = {path: stamp for path in watched if (stamp := _stamp(path))}
         # Everything imported so far lives as long as the process: keep the collector from writing to its
         # headers, which would copy those pages into every child.
@@ -214,11 +213,6 @@ def _project_files() -> list[str]:
     return sorted({file for file in files if file and not str(Path(file).resolve()).startswith(installed)})
 
 
-def _installation() -> set[str]:
-    """Folders whose time of change moves when a package is installed, upgraded or removed."""
-    return {sysconfig.get_path(key) for key in ("purelib", "platlib")}
-
-
 def _stamp(path: str) -> tuple[int, int] | None:
     try:
         status = Path(path).stat()
@@ -300,22 +294,19 @@ def _leave(code: int) -> NoReturn:
         os._exit(code)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m phasewise.forkserver.server", description="Started by a worker.")
-    parser.add_argument("--channel", type=int, required=True, help="descriptor of the Unix socket to the worker")
-    parser.add_argument("--preload", action="append", default=[], help="module to import")
-    parser.add_argument("--setup", action="append", default=[], help="module:function to call once")
-    options = parser.parse_args(argv)
+def main(argv: Sequence[str]) -> int:
+    """Serve the socket whose descriptor is the first argument; what to prepare is JSON in the second."""
     # The worker ends this process by closing the socket; signals meant for the worker's terminal or group are not.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    os.set_inheritable(options.channel, False)
-    with socket.socket(fileno=options.channel) as channel:
+    descriptor = int(argv[0])
+    os.set_inheritable(descriptor, False)
+    with socket.socket(fileno=descriptor) as channel:
         process = _ForkserverProcess(channel)
-        process.prepare(options.preload, options.setup)
+        process.prepare(**json.loads(argv[1]))
         process.serve()
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

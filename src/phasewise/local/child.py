@@ -9,7 +9,7 @@ import signal
 import socket
 from collections.abc import Coroutine
 from contextlib import suppress
-from datetime import UTC, datetime
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -85,15 +85,7 @@ class _Parent:
         return OUTCOMES.validate_json(self._file.readline())
 
     def report(self, ending: Ending) -> None:
-        self._send(
-            {
-                "kind": "ended",
-                "state_type": ending.state_type,
-                "message": ending.message,
-                "summary": dict(ending.summary or {}),
-                "at": datetime.now(UTC).isoformat(),
-            }
-        )
+        self._send({"kind": "ended", "ending": asdict(ending)})
 
     def _send(self, message: dict[str, Any]) -> None:
         self._file.write(json.dumps(message).encode() + b"\n")

@@ -12,9 +12,9 @@ import functools
 import json
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
@@ -32,14 +32,13 @@ from prefect.settings import (
     get_current_settings,
     temporary_settings,
 )
-from prefect.settings import Settings as PrefectSettings
 from prefect.states import Completed, Failed
 from prefect.utilities.callables import call_with_parameters
 from prefect.utilities.importtools import load_script_as_module
 from pydantic import TypeAdapter
 
 from phasewise.errors import OrchestrationError, PhasewiseError, PipelineInvalid
-from phasewise.orchestration.flow_runs import LOCAL_RUN, LocalRun, RunRequest, current_logger
+from phasewise.orchestration.flow_runs import LOCAL_RUN, LocalRun, current_logger
 from phasewise.outcomes import StepOutcome
 from phasewise.patches import entries
 from phasewise.patches.registry import apply, why_not
@@ -61,9 +60,10 @@ class Ending:
 
     state_type: str
     message: str = ""
-    summary: Mapping[str, Any] | None = None
+    summary: Mapping[str, Any] = field(default_factory=dict)
 
 
+@functools.cache
 def load_flow(entrypoint: str, root: Path | None) -> Flow[..., Any]:
     """Return the flow at *entrypoint*; one that names a file is relative to *root*. A file is run once a process."""
     if root is None:
@@ -97,18 +97,14 @@ def entering_flow_run(
     context = FlowRunContext.model_construct(**seen, parameters=dict(parameters or {}))
     with ExitStack() as stack:
         stack.callback(LOCAL_RUN.reset, LOCAL_RUN.set(local))
-        if _uses_server(get_current_settings()):
+        settings = get_current_settings()
+        # Where Prefect would talk to a server, or start one of its own.
+        if settings.api.url is not None or settings.logging.to_api.enabled or settings.server.ephemeral.enabled:
             stack.enter_context(temporary_settings(_WITHOUT_SERVER, restore_defaults={PREFECT_API_URL}))
         if flow is not None:
             context.task_runner = stack.enter_context(flow.task_runner.duplicate())
         stack.enter_context(context)
         yield
-
-
-def _uses_server(settings: PrefectSettings) -> bool:
-    """Return whether Prefect would talk to a server with *settings*, or start one of its own."""
-    is_logging = settings.logging.to_api.enabled
-    return settings.api.url is not None or is_logging or settings.server.ephemeral.enabled
 
 
 def describe_failure(exc: Exception) -> Ending:
@@ -124,27 +120,13 @@ class NoFlowRuns:
     def __init__(self, name: str) -> None:
         self._name = name
 
-    async def submit(self, requests: Sequence[RunRequest]) -> list[str]:
-        del requests
-        self._refuse()
-
-    def watch(self, run_ids: Sequence[str]) -> NoReturn:
-        del run_ids
-        self._refuse()
-
-    async def restart(self, run_ids: Collection[str]) -> None:
-        del run_ids
-        self._refuse()
-
-    async def cancel(self, run_ids: Collection[str]) -> None:
-        del run_ids
-        self._refuse()
-
-    def _refuse(self) -> NoReturn:
+    def _refuse(self, *_: object, **__: object) -> NoReturn:
         raise OrchestrationError(
             f"{self._name} cannot start flow runs in a local run: it has a process of its own.",
             hint='Make it an async flow, and give its step work_queue="orchestrators".',
         )
+
+    submit = watch = restart = cancel = _refuse
 
 
 # ── calls of flows and tasks ─────────────────────────────────────────────────────────────────────────────────────

@@ -20,8 +20,8 @@ from contextlib import asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from types import MappingProxyType, TracebackType
-from typing import Any, Protocol, Self
+from types import MappingProxyType
+from typing import Any, Self
 
 from prefect import Flow
 
@@ -38,6 +38,7 @@ from phasewise.local.engine import (
     install,
     load_flow,
 )
+from phasewise.orchestration.deployments import Deployment
 from phasewise.orchestration.flow_runs import LOCAL_RUN, LocalRun, RunRequest
 from phasewise.outcomes import StepOutcome
 
@@ -57,20 +58,6 @@ _WITHOUT_SERVER = {"PREFECT_LOGGING_TO_API_ENABLED": "false", "PREFECT_SERVER_AL
 _LINE_LIMIT = 64 * 1024 * 1024
 #: Seconds for what a process wrote before its end to be read; it matters only where something else holds its socket.
 _READ_REST_SECONDS = 1.0
-_WAIT_SECONDS = 0.5
-
-
-class Runnable(Protocol):
-    """What is needed of a deployment to run it here; ``phasewise.orchestration.deployments.Deployment`` has it."""
-
-    @property
-    def entrypoint(self) -> str: ...
-
-    @property
-    def work_queue(self) -> str: ...
-
-    @property
-    def root(self) -> Path | None: ...
 
 
 @dataclass(kw_only=True, eq=False)
@@ -102,7 +89,6 @@ class _Run:
             state_type=ending.state_type,
             state_name=ending.state_type.title(),
             message=ending.message,
-            deployment=self.request.deployment,
             expected_at=self.expected_at,
             started_at=self.started_at,
             ended_at=ended_at,
@@ -112,7 +98,7 @@ class _Run:
             step=self.request.step,
             item=self.request.item,
             parent_id=self.parent_id,
-            summary=ending.summary or {},
+            summary=ending.summary,
         )
 
 
@@ -128,7 +114,7 @@ class LocalFlowRuns:
 
     def __init__(
         self,
-        deployments: Mapping[str, Runnable],
+        deployments: Mapping[str, Deployment],
         *,
         table_concurrency: int = 8,
         cancel_grace_seconds: float = 10.0,
@@ -145,7 +131,6 @@ class LocalFlowRuns:
         self._forkservers = ForkserverPool(
             (*PRELOAD, *preload), setup, env={**own, **environment, **flows, **_WITHOUT_SERVER}
         )
-        self._flows: dict[str, Flow[..., Any]] = {}
         self._runs: dict[str, _Run] = {}
         self._by_key: dict[str, _Run] = {}
 
@@ -154,9 +139,7 @@ class LocalFlowRuns:
         await self._forkservers.__aenter__()
         return self
 
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         try:
             await self.cancel(self._runs)
             await asyncio.gather(*(run.ended.wait() for run in self._runs.values() if run.task is not None))
@@ -252,18 +235,13 @@ class LocalFlowRuns:
     async def _execute(self, run: _Run) -> Ending:
         deployment = self._deployments[run.request.deployment]
         if deployment.work_queue == "orchestrators":
-            flow = self._load(run.request.deployment, deployment)
+            flow = load_flow(deployment.entrypoint, deployment.root)
             if flow.isasync:
                 self._note_start(run)
                 name = run.request.name or flow.name
                 return await _run_orchestrator(flow, run.request.parameters, self._local(run), name)
         async with self._slots if deployment.work_queue == "tables" else nullcontext():
             return await self._run_process(run, deployment)
-
-    def _load(self, name: str, deployment: Runnable) -> Flow[..., Any]:
-        if name not in self._flows:
-            self._flows[name] = load_flow(deployment.entrypoint, deployment.root)
-        return self._flows[name]
 
     def _local(self, run: _Run) -> LocalRun:
         return LocalRun(run_id=run.run_id, flow_runs=self, read_runs=self.read_runs)
@@ -272,7 +250,7 @@ class LocalFlowRuns:
         run.resumed_at = datetime.now(UTC)
         run.started_at = run.started_at or run.resumed_at
 
-    async def _run_process(self, run: _Run, deployment: Runnable) -> Ending:
+    async def _run_process(self, run: _Run, deployment: Deployment) -> Ending:
         ours, theirs = socket.socketpair()
         reader, writer = await asyncio.open_connection(sock=ours, limit=_LINE_LIMIT)
         try:
@@ -288,7 +266,7 @@ class LocalFlowRuns:
         finally:
             writer.close()
 
-    async def _fork(self, run: _Run, deployment: Runnable, descriptor: int) -> ForkedProcess:
+    async def _fork(self, run: _Run, deployment: Deployment, descriptor: int) -> ForkedProcess:
         arguments = {
             "entrypoint": deployment.entrypoint,
             "root": str(deployment.root) if deployment.root else None,
@@ -326,9 +304,7 @@ class LocalFlowRuns:
             while line := await reader.readline():
                 message = json.loads(line)
                 if message["kind"] == "ended":
-                    return Ending(
-                        state_type=message["state_type"], message=message["message"], summary=message["summary"]
-                    )
+                    return Ending(**message["ending"])
                 writer.write(OUTCOMES.dump_json(self.read_runs()) + b"\n")
                 await writer.drain()
         return None
@@ -350,18 +326,14 @@ class LocalFlowRuns:
         else:
             ending = task.result()
         self._finish(run, ending)
-        if ending.state_type != "COMPLETED":
-            self._cancel_below(run)
+        if ending.state_type != "COMPLETED":  # nothing outlives its parent, however that ended
+            for child in self._runs.values():
+                if child.parent_id == run.run_id:
+                    self._cancel_one(child)
 
     def _finish(self, run: _Run, ending: Ending) -> None:
         run.outcome = run.conclude(ending, datetime.now(UTC))
         run.ended.set()
-
-    def _cancel_below(self, run: _Run) -> None:
-        """Nothing outlives its parent, however that ended."""
-        for child in self._runs.values():
-            if child.parent_id == run.run_id:
-                self._cancel_one(child)
 
 
 async def _run_orchestrator(flow: Flow[..., Any], parameters: Mapping[str, Any], local: LocalRun, name: str) -> Ending:

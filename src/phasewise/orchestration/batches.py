@@ -11,13 +11,7 @@ from uuid import UUID
 
 from prefect import Flow
 from prefect.client.orchestration import PrefectClient, get_client
-from prefect.client.schemas.filters import (
-    FlowFilter,
-    FlowFilterName,
-    FlowRunFilter,
-    FlowRunFilterState,
-    FlowRunFilterStateType,
-)
+from prefect.client.schemas import filters
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import Abort, ObjectNotFound
@@ -35,8 +29,6 @@ from phasewise.system.processes import identify_process
 PROJECT_LABEL = "phasewise-project"
 #: Label of a main_etl run: the process that it runs in.
 PROCESS_LABEL = "phasewise-process"
-#: Variable that tells a flow run which project it is of.
-_PROJECT_VARIABLE = "PHASEWISE_PROJECT"
 #: Seconds before it is due from which on a batch counts as one that is on its way.
 _DUE_SECONDS = 60.0
 
@@ -78,22 +70,19 @@ async def _find_project(client: PrefectClient, run: FlowRun) -> str | None:
     """Return the folder of the project that *run* is of; one that has not begun has not said so itself."""
     if (label := run.labels.get(PROJECT_LABEL)) is not None:
         return str(label)
-    if (told := read_project(_read_environment(run.job_variables))) is not None or run.deployment_id is None:
+    if (told := read_project(run.job_variables)) is not None or run.deployment_id is None:
         return told
     try:
         deployment = await client.read_deployment(run.deployment_id)
     except ObjectNotFound:
         return None
-    return read_project(_read_environment(deployment.job_variables))
+    return read_project(deployment.job_variables)
 
 
-def _read_environment(job_variables: Mapping[str, Any] | None) -> Mapping[str, str]:
-    return (job_variables or {}).get("env") or {}
-
-
-def read_project(environment: Mapping[str, str]) -> str | None:
-    """Return the folder of the project that flow runs with this environment are of."""
-    return environment.get(_PROJECT_VARIABLE)
+def read_project(job_variables: Mapping[str, Any] | None) -> str | None:
+    """Return the folder of the project that flow runs with these job variables are of."""
+    project: str | None = ((job_variables or {}).get("env") or {}).get("PHASEWISE_PROJECT")
+    return project
 
 
 async def cancel_batch(run_id: str) -> int:
@@ -163,10 +152,12 @@ async def is_deployed(run_id: str) -> bool:
 
 async def read_main_runs(client: PrefectClient, states: Sequence[StateType]) -> list[FlowRun]:
     """Return the newest main_etl runs, those in *states* if any are given, newest first."""
-    state_filter = FlowRunFilterState(type=FlowRunFilterStateType(any_=list(states))) if states else None
+    state_filter = (
+        filters.FlowRunFilterState(type=filters.FlowRunFilterStateType(any_=list(states))) if states else None
+    )
     return await client.read_flow_runs(
-        flow_filter=FlowFilter(name=FlowFilterName(any_=[MAIN_ETL.flow_name])),
-        flow_run_filter=FlowRunFilter(state=state_filter),
+        flow_filter=filters.FlowFilter(name=filters.FlowFilterName(any_=[MAIN_ETL.flow_name])),
+        flow_run_filter=filters.FlowRunFilter(state=state_filter),
         sort=FlowRunSort.START_TIME_DESC,
         limit=READ_SIZE,
     )

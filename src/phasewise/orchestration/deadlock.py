@@ -20,7 +20,6 @@ from phasewise.project.pipeline import MAIN_ETL, FanOut, Phase, Step, find_phase
 #: How many of the runs that hold the slots of a limit are named.
 MAX_NAMED = 5
 _POOL = "the work pool"
-_WORKERS = "all workers together"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,34 +31,22 @@ class Limits:
     pool: int | None = None
     #: By ``flow name/deployment name``.
     deployments: Mapping[str, int | None] = field(default_factory=dict)
-    #: Flow runs of all workers together. The server does not know it: a worker's ``--limit`` is its own.
-    workers: int | None = None
 
 
 def check_deadlock(
-    phases: Sequence[Phase],
-    queue_limits: Mapping[str, int | None],
-    pool_limit: int | None = None,
-    *,
-    deployment_limits: Mapping[str, int | None] | None = None,
-    worker_limit: int | None = None,
-    work_queues: Mapping[str, str] | None = None,
-    batches: int = 1,
+    phases: Sequence[Phase], limits: Limits, *, work_queues: Mapping[str, str] | None = None, batches: int = 1
 ) -> None:
     """Check that *batches* runs of ``main_etl`` with these phases can never wait for themselves.
 
-    *queue_limits* by the name of the work queue, *deployment_limits* by ``flow/deployment``; None is no limit. The
-    queue of a step is its ``work_queue``, unless *work_queues* names another one for its deployment. A fan-out without
-    items counts as any number of them. A run that crashes, or is stopped with its worker, gives its slot up and queues
-    for another while its children run on: that is counted with.
+    The queue of a step is its ``work_queue``, unless *work_queues* names another one for its deployment. A fan-out
+    without items counts as any number of them. A run that crashes, or is stopped with its worker, gives its slot up and
+    queues for another while its children run on: that is counted with.
 
     Raises:
         PipelineInvalid: they can; it names the limits, the steps that hold their slots and the step that waits, and
             the smallest limit that fixes it.
     """
-    main = replace(MAIN_ETL, phases=phases)
-    limits = Limits(queues=queue_limits, pool=pool_limit, deployments=deployment_limits or {}, workers=worker_limit)
-    root = _build_node(main, batches, work_queues or {})
+    root = _build_node(replace(MAIN_ETL, phases=phases), batches, work_queues or {})
     capacities = _list_capacities(limits)
     if stuck := _find_stuck(root, capacities):
         raise PipelineInvalid(_describe_stuck(root, stuck, capacities), hint=_advise(root, capacities))
@@ -107,7 +94,7 @@ class _Stuck:
 def _build_node(step: Step, count: int | None, work_queues: Mapping[str, str], path: tuple[str, ...] = ()) -> _Node:
     path = (*path, step.name)
     queue = work_queues.get(step.deployment, step.work_queue)
-    needs = {f'work queue "{queue}"', f'deployment "{step.deployment}"', _POOL, _WORKERS}
+    needs = {f'work queue "{queue}"', f'deployment "{step.deployment}"', _POOL}
     phases = tuple(
         tuple(_build_node(child, _count_items(child), work_queues, path) for child in phase.steps)
         for phase in find_phases(step)
@@ -122,8 +109,7 @@ def _count_items(step: Step) -> int | None:
 def _list_capacities(limits: Limits) -> dict[str, int]:
     named = {f'work queue "{name}"': limit for name, limit in limits.queues.items()}
     named |= {f'deployment "{name}"': limit for name, limit in limits.deployments.items()}
-    named |= {_POOL: limits.pool, _WORKERS: limits.workers}
-    return {name: limit for name, limit in named.items() if limit is not None}
+    return {name: limit for name, limit in {**named, _POOL: limits.pool}.items() if limit is not None}
 
 
 def _find_stuck(root: _Node, capacities: Mapping[str, int]) -> _Stuck | None:

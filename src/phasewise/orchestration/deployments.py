@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -13,15 +14,7 @@ import httpx
 from prefect import Flow
 from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate
-from prefect.client.schemas.filters import (
-    FlowFilter,
-    FlowFilterName,
-    WorkerFilter,
-    WorkerFilterStatus,
-    WorkPoolFilter,
-    WorkPoolFilterName,
-)
-from prefect.client.schemas.objects import WorkPool
+from prefect.client.schemas.filters import FlowFilter, FlowFilterName, WorkPoolFilter, WorkPoolFilterName
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from prefect.flows import load_flow_from_entrypoint
@@ -31,14 +24,12 @@ from prefect.workers.utilities import get_default_base_job_template_for_infrastr
 from phasewise.errors import DeploymentMissing, NoWorkerOnline, OrchestrationError, PipelineInvalid
 from phasewise.orchestration.batches import read_project
 from phasewise.orchestration.deadlock import check_deadlock
-from phasewise.orchestration.diagnose import read_limits
+from phasewise.orchestration.diagnose import has_worker, read_limits
 from phasewise.orchestration.run_reads import read_pages
 from phasewise.project.pipeline import MAIN_ETL, Phase, Step, list_steps
 from phasewise.settings import Settings
 
 DEFAULT_WORKER_TYPE = "warm-process"
-ORCHESTRATORS = "orchestrators"
-TABLES = "tables"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +41,6 @@ class Deployment:
     #: ``module.function``, or ``file.py:function`` below the project's folder.
     entrypoint: str
     work_queue: str
-    tags: tuple[str, ...] = ("phasewise",)
     #: Folder that a file entry point is relative to.
     root: Path | None = None
 
@@ -80,17 +70,6 @@ def _describe_step(step: Step, root: Path) -> Deployment:
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Deployed:
-    """What ``deploy`` did to one deployment."""
-
-    deployment: Deployment
-    #: False when it was on the server exactly like this before.
-    is_changed: bool
-    #: The environment that it gave to its runs until now; empty for a new one.
-    environment_before: Mapping[str, str] = field(default_factory=dict)
-
-
 async def deploy(
     deployments: Iterable[Deployment],
     *,
@@ -98,12 +77,14 @@ async def deploy(
     settings: Settings,
     phases: Sequence[Phase] = (),
     environment: Mapping[str, str] = MappingProxyType({}),
-) -> list[Deployed]:
+) -> list[Mapping[str, str]]:
     """Create or update *deployments* on the server, with the work pool and its two queues where they are missing.
 
     What is there already as it should be is left alone, so deploying twice changes nothing. *environment* is what
     the flow runs need to find their project; it must hold no secrets, since deployments are readable by everyone.
     *phases* is what ``main_etl`` will run with them.
+
+    Returns the environment that each deployment gave to its runs until now; empty where that is new, or the same.
 
     Raises:
         PipelineInvalid: with the limits of the server, *phases* could wait for themselves for ever.
@@ -126,15 +107,9 @@ async def _check_deadlock(
 ) -> None:
     limits = await read_limits(client, pool)
     # A project runs one batch at a time, but those of several projects share the slots.
-    projects = {read_project(environment)} | await _list_projects(client, pool)
-    check_deadlock(
-        phases,
-        limits.queues,
-        limits.pool,
-        deployment_limits=limits.deployments,
-        work_queues={deployment.full_name: deployment.work_queue for deployment in deployments},
-        batches=len(projects),
-    )
+    projects = {read_project({"env": environment})} | await _list_projects(client, pool)
+    work_queues = {deployment.full_name: deployment.work_queue for deployment in deployments}
+    check_deadlock(phases, limits, work_queues=work_queues, batches=len(projects))
 
 
 async def _list_projects(client: PrefectClient, pool: str) -> set[str | None]:
@@ -144,7 +119,7 @@ async def _list_projects(client: PrefectClient, pool: str) -> set[str | None]:
         flow_filter=FlowFilter(name=FlowFilterName(any_=[MAIN_ETL.flow_name])),
         work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[pool])),
     )
-    return {read_project((one.job_variables or {}).get("env") or {}) for one in found} - {None}
+    return {read_project(one.job_variables) for one in found} - {None}
 
 
 async def check_ready(deployments: Iterable[Deployment], *, pool: str) -> None:
@@ -161,54 +136,44 @@ async def check_ready(deployments: Iterable[Deployment], *, pool: str) -> None:
                 f"The server lacks {len(missing)} of {len(names)} deployments: {', '.join(missing)}.",
                 hint="Create them: make deploy-flows",
             )
-        await _check_worker(client, pool)
+        if not await has_worker(client, pool):
+            raise NoWorkerOnline(
+                f'No worker of the work pool "{pool}" is online, so nothing would start.',
+                hint="Start one: make start-workers N=1",
+            )
 
 
-async def _check_worker(client: PrefectClient, pool: str) -> None:
-    online = WorkerFilter(status=WorkerFilterStatus(any_=["ONLINE"]))
+async def _ensure_pool(client: PrefectClient, name: str, settings: Settings) -> None:
     try:
-        workers = await client.read_workers_for_work_pool(pool, worker_filter=online)
+        await client.read_work_pool(name)
     except ObjectNotFound:
-        workers = []
-    if not workers:
-        raise NoWorkerOnline(
-            f'No worker of the work pool "{pool}" is online, so nothing would start.',
-            hint="Start one: make start-workers N=1",
-        )
-
-
-async def _ensure_pool(client: PrefectClient, name: str, settings: Settings) -> WorkPool:
-    try:
-        pool = await client.read_work_pool(name)
-    except ObjectNotFound:
-        pool = await _create_pool(client, name)
-    limits = {ORCHESTRATORS: settings.orchestrator_concurrency, TABLES: settings.table_concurrency}
+        await _create_pool(client, name)
+    limits = {"orchestrators": settings.orchestrator_concurrency, "tables": settings.table_concurrency}
     queues = {queue.name for queue in await client.read_work_queues(work_pool_name=name)}
     for queue, limit in limits.items():
         if queue not in queues:
             await client.create_work_queue(queue, work_pool_name=name, concurrency_limit=limit)
-    return pool
 
 
-async def _create_pool(client: PrefectClient, name: str) -> WorkPool:
+async def _create_pool(client: PrefectClient, name: str) -> None:
     template = await get_default_base_job_template_for_infrastructure_type(DEFAULT_WORKER_TYPE)
     create = WorkPoolCreate(name=name, type=DEFAULT_WORKER_TYPE, base_job_template=template or {})
-    try:
-        return await client.create_work_pool(create)
-    except ObjectAlreadyExists:  # another deploy was faster
-        return await client.read_work_pool(name)
+    with suppress(ObjectAlreadyExists):  # another deploy was faster
+        await client.create_work_pool(create)
 
 
-async def _apply(client: PrefectClient, deployment: Deployment, pool: str, environment: Mapping[str, str]) -> Deployed:
+async def _apply(
+    client: PrefectClient, deployment: Deployment, pool: str, environment: Mapping[str, str]
+) -> Mapping[str, str]:
     flow = _load_flow(deployment)
     wanted = _describe(deployment, flow, pool, environment)
     existing = await _read_deployment(client, deployment.full_name)
     if existing is not None and _is_like(existing, wanted):
-        return Deployed(deployment=deployment, is_changed=False)
+        return {}
     flow_id: UUID = await client.create_flow(flow)
     await client.create_deployment(flow_id, deployment.name, **wanted)
-    before = (existing.job_variables or {}).get("env") if existing is not None else None
-    return Deployed(deployment=deployment, is_changed=True, environment_before=before or {})
+    before: Mapping[str, str] | None = (existing.job_variables or {}).get("env") if existing is not None else None
+    return before or {}
 
 
 def _load_flow(deployment: Deployment) -> Flow[..., Any]:
@@ -239,7 +204,7 @@ def _describe(
         "work_pool_name": pool,
         "work_queue_name": deployment.work_queue,
         "entrypoint": deployment.entrypoint,
-        "tags": list(deployment.tags),
+        "tags": ["phasewise"],
         "description": flow.description or "",
         "parameter_openapi_schema": parameter_schema(flow).model_dump_for_openapi(),
         "enforce_parameter_schema": True,
@@ -249,11 +214,8 @@ def _describe(
 
 
 def _is_like(existing: DeploymentResponse, wanted: Mapping[str, Any]) -> bool:
-    return all(_normalise(getattr(existing, key)) == _normalise(value) for key, value in wanted.items())
-
-
-def _normalise(value: object) -> object:
-    return value or None
+    # The server has None for what is empty here, or the other way round.
+    return all((getattr(existing, key) or None) == (value or None) for key, value in wanted.items())
 
 
 async def _read_deployment(client: PrefectClient, full_name: str) -> DeploymentResponse | None:

@@ -7,14 +7,7 @@ from datetime import UTC, datetime
 from uuid import UUID
 
 from prefect.client.orchestration import PrefectClient, get_client
-from prefect.client.schemas.filters import (
-    FlowFilter,
-    FlowFilterId,
-    WorkerFilter,
-    WorkerFilterStatus,
-    WorkPoolFilter,
-    WorkPoolFilterName,
-)
+from prefect.client.schemas import filters
 from prefect.client.schemas.objects import FlowRun, StateType, WorkPool, WorkQueue, WorkQueueStatus
 from prefect.client.schemas.responses import DeploymentResponse, FlowRunSlotSummary
 from prefect.exceptions import ObjectNotFound
@@ -41,7 +34,7 @@ async def read_limits(client: PrefectClient, pool: str) -> Limits:
     except ObjectNotFound:
         return Limits()
     queues = await client.read_work_queues(work_pool_name=pool)
-    of_pool = WorkPoolFilter(name=WorkPoolFilterName(any_=[pool]))
+    of_pool = filters.WorkPoolFilter(name=filters.WorkPoolFilterName(any_=[pool]))
     deployments = [
         deployment
         for deployment in await read_pages(client.read_deployments, work_pool_filter=of_pool)
@@ -60,8 +53,19 @@ async def read_limits(client: PrefectClient, pool: str) -> Limits:
 async def _read_flow_names(client: PrefectClient, flow_ids: Collection[UUID]) -> dict[UUID, str]:
     if not flow_ids:
         return {}
-    flows = await read_pages(client.read_flows, flow_filter=FlowFilter(id=FlowFilterId(any_=list(flow_ids))))
+    flows = await read_pages(
+        client.read_flows, flow_filter=filters.FlowFilter(id=filters.FlowFilterId(any_=list(flow_ids)))
+    )
     return {flow.id: flow.name for flow in flows}
+
+
+async def has_worker(client: PrefectClient, pool: str) -> bool:
+    """Tell whether a worker of the work pool is online; False when there is no such pool."""
+    online = filters.WorkerFilter(status=filters.WorkerFilterStatus(any_=["ONLINE"]))
+    try:
+        return bool(await client.read_workers_for_work_pool(pool, worker_filter=online))
+    except ObjectNotFound:
+        return False
 
 
 def _find_limit(deployment: DeploymentResponse) -> int | None:
@@ -85,28 +89,16 @@ async def explain_waiting(run_id: str) -> list[str]:
             raise OrchestrationError(
                 f"The server does not know the flow run {run_id}.", hint="Take its id from the UI or from the report."
             ) from exc
-        state, place = run.state, _describe_place(run)
+        state, one = run.state, describe_run(run)
+        place = [f'{one.name} is part of the step "{one.step}" in the phase "{one.phase}".'] if one.phase else []
         if state is None or state.type not in (StateType.SCHEDULED, StateType.PENDING):
             return [*place, f"{run.name} is not waiting: it is {state.name if state else 'without a state'}."]
         if state.type is StateType.PENDING:
-            return [*place, _describe_claimed(run)]
+            worker = run.labels.get("prefect.worker.name", "A worker")
+            since = (datetime.now(UTC) - state.timestamp).total_seconds()
+            return [*place, f"{worker} took it {since:.0f} s ago and is starting its process."]
         reasons = [*_explain_time(run), *await _explain_pool(client, run), *await _explain_deployment(client, run)]
     return [*place, *(reasons or ["Nothing holds it back: the next free worker takes it."]), *_describe_late(run)]
-
-
-def _describe_place(run: FlowRun) -> list[str]:
-    one = describe_run(run)
-    return [f'{one.name} is part of the step "{one.step}" in the phase "{one.phase}".'] if one.phase else []
-
-
-def _describe_claimed(run: FlowRun) -> str:
-    worker = run.labels.get("prefect.worker.name", "A worker")
-    return f"{worker} took it {_since(run):.0f} s ago and is starting its process."
-
-
-def _since(run: FlowRun) -> float:
-    assert run.state is not None  # only runs with a state are described
-    return datetime.now(UTC).timestamp() - run.state.timestamp.timestamp()
 
 
 def _explain_time(run: FlowRun) -> list[str]:
@@ -154,8 +146,7 @@ def _explain_paused(pool: WorkPool, queue: WorkQueue) -> list[str]:
 
 
 async def _explain_workers(client: PrefectClient, pool: WorkPool, queue: WorkQueue) -> list[str]:
-    online = WorkerFilter(status=WorkerFilterStatus(any_=["ONLINE"]))
-    if not await client.read_workers_for_work_pool(pool.name, worker_filter=online):
+    if not await has_worker(client, pool.name):
         return [f'No worker of the work pool "{pool.name}" is online. Start one: make start-workers N=1']
     if queue.status is WorkQueueStatus.NOT_READY:
         return [f'No worker asks for the work queue "{queue.name}". Start one that does: make start-workers N=1']

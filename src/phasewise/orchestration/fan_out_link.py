@@ -87,8 +87,7 @@ class FanOutLink:
         self._completed[outcome.run_id] = outcome.is_completed
         if len(self._completed) < len(self.run_ids):
             return
-        failed = list(self._completed.values()).count(False)
-        if failed:
+        if failed := list(self._completed.values()).count(False):
             await self._say(Failed(message=f"{failed} of {len(self.run_ids)} flow runs did not complete."), client)
         else:
             await self._say(Completed(message=f"All {len(self.run_ids)} flow runs completed."), client)

@@ -10,17 +10,7 @@ from uuid import UUID
 
 import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.filters import (
-    FlowFilter,
-    FlowFilterName,
-    FlowRunFilter,
-    FlowRunFilterId,
-    FlowRunFilterParentFlowRunId,
-    FlowRunFilterState,
-    FlowRunFilterStateType,
-    TaskRunFilter,
-    TaskRunFilterId,
-)
+from prefect.client.schemas import filters
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.sorting import FlowRunSort
 
@@ -42,7 +32,9 @@ def read_batch_runs(batch: str) -> list[StepOutcome]:
     if not has_server() or batch.startswith("manual-"):
         return []
     with get_client(sync_client=True) as client:
-        root = client.read_flow_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[UUID(batch)])))
+        root = client.read_flow_runs(
+            flow_run_filter=filters.FlowRunFilter(id=filters.FlowRunFilterId(any_=[UUID(batch)]))
+        )
         runs = [describe_run(run) for run in root]
         parents = [run.id for run in root]
         while parents:
@@ -72,26 +64,26 @@ def _read_completed(flow_name: str) -> Iterator[FlowRun]:
     """Yield the completed runs of a flow, those that ended last first."""
     if not has_server():
         return
-    completed = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.COMPLETED]))
+    completed = filters.FlowRunFilterState(type=filters.FlowRunFilterStateType(any_=[StateType.COMPLETED]))
     with get_client(sync_client=True) as client:
         yield from iterate_pages(
             client.read_flow_runs,
-            flow_filter=FlowFilter(name=FlowFilterName(any_=[flow_name])),
-            flow_run_filter=FlowRunFilter(state=completed),
+            flow_filter=filters.FlowFilter(name=filters.FlowFilterName(any_=[flow_name])),
+            flow_run_filter=filters.FlowRunFilter(state=completed),
             sort=FlowRunSort.END_TIME_DESC,
         )
 
 
 def _read_children(client: SyncPrefectClient, parents: Sequence[UUID]) -> list[tuple[FlowRun, str]]:
     """Return the children of *parents*, each with its parent's run id."""
-    below = FlowRunFilter(parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=list(parents)))
+    below = filters.FlowRunFilter(parent_flow_run_id=filters.FlowRunFilterParentFlowRunId(any_=list(parents)))
     order = FlowRunSort.EXPECTED_START_TIME_ASC
     children = list(iterate_pages(client.read_flow_runs, flow_run_filter=below, sort=order))
     # A flow run knows the task run that stands for it in its parent, and that task run knows the parent.
     links = sorted({run.parent_task_run_id for run in children if run.parent_task_run_id})
     parent_of: dict[UUID | None, UUID | None] = {}
     for start in range(0, len(links), READ_SIZE):
-        chunk = TaskRunFilter(id=TaskRunFilterId(any_=links[start : start + READ_SIZE]))
+        chunk = filters.TaskRunFilter(id=filters.TaskRunFilterId(any_=links[start : start + READ_SIZE]))
         parent_of |= {
             link.id: link.flow_run_id for link in client.read_task_runs(task_run_filter=chunk, limit=READ_SIZE)
         }

@@ -7,12 +7,7 @@ from typing import Any, TypeVar
 from uuid import UUID
 
 from prefect.client.orchestration import PrefectClient
-from prefect.client.schemas.filters import (
-    FlowRunFilter,
-    FlowRunFilterId,
-    FlowRunFilterIdempotencyKey,
-    FlowRunFilterParentFlowRunId,
-)
+from prefect.client.schemas import filters
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.states import Pending
@@ -53,15 +48,17 @@ def iterate_pages(read: Callable[..., list[T]], **query: Any) -> Iterator[T]:
 
 async def read_children(client: PrefectClient, parents: Sequence[UUID]) -> list[FlowRun]:
     """Return the flow runs directly below *parents*."""
-    below = FlowRunFilter(parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=list(parents)))
+    below = filters.FlowRunFilter(parent_flow_run_id=filters.FlowRunFilterParentFlowRunId(any_=list(parents)))
     return await read_pages(client.read_flow_runs, flow_run_filter=below, sort=FlowRunSort.ID_DESC)
 
 
 async def read_by_key(client: PrefectClient, keys: Sequence[str]) -> dict[str, FlowRun]:
     runs: list[FlowRun] = []
     for start in range(0, len(keys), READ_SIZE):
-        key_filter = FlowRunFilterIdempotencyKey(any_=list(keys[start : start + READ_SIZE]))
-        runs += await client.read_flow_runs(flow_run_filter=FlowRunFilter(idempotency_key=key_filter), limit=READ_SIZE)
+        key_filter = filters.FlowRunFilterIdempotencyKey(any_=list(keys[start : start + READ_SIZE]))
+        runs += await client.read_flow_runs(
+            flow_run_filter=filters.FlowRunFilter(idempotency_key=key_filter), limit=READ_SIZE
+        )
     return {run.idempotency_key: run for run in runs if run.idempotency_key}
 
 
@@ -70,8 +67,8 @@ async def read_runs(client: PrefectClient, run_ids: Collection[str] | Collection
     ids = [UUID(str(run_id)) for run_id in run_ids]
     runs: list[FlowRun] = []
     for start in range(0, len(ids), READ_SIZE):
-        id_filter = FlowRunFilterId(any_=ids[start : start + READ_SIZE])
-        runs += await client.read_flow_runs(flow_run_filter=FlowRunFilter(id=id_filter), limit=READ_SIZE)
+        id_filter = filters.FlowRunFilterId(any_=ids[start : start + READ_SIZE])
+        runs += await client.read_flow_runs(flow_run_filter=filters.FlowRunFilter(id=id_filter), limit=READ_SIZE)
     return runs
 
 

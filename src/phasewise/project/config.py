@@ -1,30 +1,4 @@
-"""The project: ``phasewise.toml``, parsed and validated into frozen records.
-
-[project]
-name = "baseball"
-
-[source]
-url = "sqlite:///data/lahman.sqlite"      # ${NAME} is taken from the environment
-
-[warehouse]
-path = "warehouse"                        # DuckLake: catalog.sqlite and data/ below it
-catalog = "postgresql://…"                # several machines: the catalog in PostgreSQL,
-data = "s3://bucket/prefix"               # the Parquet files on S3, or in a folder that all reach
-
-[tables]                                  # which tables; default: all of the source
-exclude = ["tmp_*"]
-
-[table.batting]
-key = ["playerID", "yearID", "stint"]
-columns = { playerID = "VARCHAR", yearID = "BIGINT" }
-references = [{ columns = ["playerID"], table = "people", to = ["playerID"] }]
-
-[[audit]]
-name = "no_negative_hits"
-table = "batting"
-sql = "select * from batting where H < 0"
-severity = "blocking"                     # or "warning"
-"""
+"""The project: ``phasewise.toml`` (see docs/reference/project-file.md), parsed and validated into frozen records."""
 
 from __future__ import annotations
 
@@ -427,7 +401,7 @@ def _build_project(root: Path, parsed: _ProjectFile) -> Project:
         tables=parsed.tables,
         table=parsed.table,
         audits=parsed.audit,
-        marts=_load_marts(root / "marts"),
+        marts=tuple(_load_mart(path) for path in sorted((root / "marts").glob("*.sql"))),
         pipeline=parsed.pipeline,
     )
 
@@ -452,10 +426,6 @@ def _expand_environment(url: str, *, what: str) -> str:
 
 
 _MART_HEADER = re.compile(r"^--\s*(title|chart|x|y)\s*:\s*(.+?)\s*$")
-
-
-def _load_marts(folder: Path) -> tuple[Mart, ...]:
-    return tuple(_load_mart(path) for path in sorted(folder.glob("*.sql")))
 
 
 def _load_mart(path: Path) -> Mart:

@@ -77,9 +77,12 @@ class FanOut(Step):
         """Return how many items may fail; a share is rounded down.
 
         Raises:
-            PipelineInvalid: *allow_failed* is neither a number nor a percentage.
+            PipelineInvalid: *allow_failed* is neither a number from 0 on nor a percentage from 0 to 100.
         """
-        return count_allowed(self.allow_failed, len({self.find_whole(item) for item in self.items}))
+        try:
+            return count_share(self.allow_failed, len({self.find_whole(item) for item in self.items}))
+        except ValueError as exc:
+            raise PipelineInvalid(f"allow_failed = {exc}.") from exc
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,18 +170,6 @@ def _import_file(path: Path) -> ModuleType:
     sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
-
-
-def count_allowed(allow_failed: int | str, total: int) -> int:
-    """Return how many of *total* may fail when ``allow_failed`` says so: ``2``, or ``"10%"`` (rounded down).
-
-    Raises:
-        PipelineInvalid: it is neither a number from 0 on nor a percentage from 0 to 100.
-    """
-    try:
-        return count_share(allow_failed, total)
-    except ValueError as exc:
-        raise PipelineInvalid(f"allow_failed = {exc}.") from exc
 
 
 def validate_phases(phases: Sequence[Phase]) -> None:

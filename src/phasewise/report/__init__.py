@@ -6,18 +6,3 @@ the rest knows neither Prefect nor DuckDB. ``timing`` finds out what ran when, `
 
 ``flows`` and ``cli`` may import it. It runs in the process of ``final_etl``, and in commands that show a run.
 """
-
-from phasewise.report.records import AuditReport, BatchReport, MartReport, RunSpan, TableReport
-from phasewise.report.write import ReportFiles, read_report, render_report, write_report
-
-__all__ = [
-    "AuditReport",
-    "BatchReport",
-    "MartReport",
-    "ReportFiles",
-    "RunSpan",
-    "TableReport",
-    "read_report",
-    "render_report",
-    "write_report",
-]

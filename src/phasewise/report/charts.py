@@ -6,13 +6,14 @@ a column of numbers has no chart, and the table next to the chart always has the
 
 from __future__ import annotations
 
+import math
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from decimal import Decimal
 from itertools import pairwise
-from typing import Literal, TypeVar
+from typing import Literal
 
 from markupsafe import Markup
 
@@ -36,7 +37,6 @@ _FONT = 12
 # What a datetime can hold, in seconds since 1970.
 _FIRST_MOMENT = datetime.min.replace(tzinfo=UTC).timestamp()
 _LAST_MOMENT = datetime.max.replace(tzinfo=UTC, microsecond=0).timestamp()
-_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,17 +112,15 @@ def plan_chart(mart: MartReport) -> Chart | None:
     points = [_make_point(mart.columns, row, x, y, place, x_is) for place, row in enumerate(rows)]
     if kind in ("line", "columns"):
         points.sort(key=lambda point: point.x)
-    return (
-        Chart(
-            kind=kind,
-            x_label=humanise(mart.columns[x]),
-            y_label=humanise(mart.columns[y]),
-            x_is=x_is,
-            points=tuple(points),
-            left_out=(mart.total_rows or len(mart.rows)) - len(points),
-        )
-        if points
-        else None
+    if not points:
+        return None
+    return Chart(
+        kind=kind,
+        x_label=humanise(mart.columns[x]),
+        y_label=humanise(mart.columns[y]),
+        x_is=x_is,
+        points=tuple(points),
+        left_out=(mart.total_rows or len(mart.rows)) - len(points),
     )
 
 
@@ -166,20 +164,17 @@ def _choose_kind(asked: str, x_is: str, values: Sequence[object]) -> Literal["ba
     is_unique = len(set(map(str, values))) == len(values)
     if asked == "bar":
         return "columns" if x_is in ("year", "time") and is_unique and len(values) > 2 else "bars"
-    if x_is == "place":
-        return "line" if asked == "line" and is_unique and len(values) > 1 else "bars"
     # A line through two values of the same x would zigzag.
-    return "line" if asked == "line" and is_unique and len(values) > 1 else "scatter"
+    if asked == "line" and is_unique and len(values) > 1:
+        return "line"
+    return "bars" if x_is == "place" else "scatter"
 
 
 def _make_point(columns: Sequence[str], row: Sequence[object], x: int, y: int, place: int, x_is: str) -> Point:
-    moment = to_moment(row[x])
-    if x_is == "place" or (x_is == "time" and moment is None):
-        position = float(place)
-    elif x_is == "time" and moment is not None:
+    if x_is == "time" and (moment := to_moment(row[x])) is not None:
         position = moment.timestamp()
     else:
-        position = float(str(row[x]))
+        position = float(place) if x_is == "place" else float(str(row[x]))
     lines = [f"{column}: {_shorten(format_value(value), 60)}" for column, value in zip(columns, row, strict=True)]
     more = [f"and {len(lines) - 8} more columns"] if len(lines) > 8 else []
     return Point(label=format_value(row[x]), x=position, y=float(str(row[y])), tip="\n".join(lines[:8] + more))
@@ -219,8 +214,7 @@ def _draw_bars(chart: Chart, width: int) -> tuple[Markup, int]:
 
 def _draw_columns(chart: Chart, width: int) -> tuple[Markup, int]:
     frame, parts = _draw_frame(chart, width, with_zero=True, margin=0.5)
-    gap = _smallest_gap(chart)
-    pitch = frame.x(frame.x_low + gap) - frame.x(frame.x_low) if chart.x_is != "time" else 0
+    pitch = frame.x(frame.x_low + _smallest_gap(chart)) - frame.x(frame.x_low) if chart.x_is != "time" else 0
     thickness = max(1.0, min(28.0, (pitch or (width - frame.left) / (len(chart.points) + 1)) * 0.8))
     for point in chart.points:
         top, foot = sorted((frame.y(point.y), frame.y(0)))
@@ -254,11 +248,8 @@ def _draw_line(chart: Chart, width: int) -> tuple[Markup, int]:
 def _draw_scatter(chart: Chart, width: int) -> tuple[Markup, int]:
     frame, parts = _draw_frame(chart, width, with_zero=False, margin=0.03)
     for point in chart.points:
-        parts.append(
-            Markup('<circle class="point" cx="{}" cy="{}" r="4"{}/>').format(
-                frame.x(point.x), frame.y(point.y), _tip(point.tip)
-            )
-        )
+        dot = Markup('<circle class="point" cx="{}" cy="{}" r="4"{}/>')
+        parts.append(dot.format(frame.x(point.x), frame.y(point.y), _tip(point.tip)))
     return Markup("").join(parts), int(frame.height)
 
 
@@ -270,7 +261,7 @@ def _draw_frame(chart: Chart, width: int, *, with_zero: bool, margin: float) -> 
     height = 300 if width > 400 else 250
     y_ticks = nice_ticks(*_y_range(chart, with_zero), 5)
     y_step = y_ticks[1] - y_ticks[0]
-    y_names = [format_tick(tick, y_step, _largest(y_ticks)) for tick in y_ticks]
+    y_names = [format_tick(tick, y_step, max(map(abs, y_ticks))) for tick in y_ticks]
     left = max(text_width(name) for name in y_names) + 8
     x_low, x_high = _x_range(chart, margin)
     frame = _Frame(
@@ -313,21 +304,18 @@ def _x_ticks(chart: Chart, frame: _Frame) -> list[tuple[float, str]]:
     room = frame.width - frame.left - frame.right
     if chart.x_is == "place":
         widest = max(text_width(_shorten(point.label, 14)) for point in chart.points)
-        chosen = _thin(chart.points, max(2, int(room / (widest + 16))))
-        return [(frame.x(point.x), _shorten(point.label, 14)) for point in chosen]
+        # As many as fit, evenly spread, with the first.
+        stride = math.ceil(len(chart.points) / max(2, int(room / (widest + 16))))
+        return [(frame.x(point.x), _shorten(point.label, 14)) for point in chart.points[::stride]]
     if chart.x_is == "time":
         return _name_moments(frame, max(2, int(room / 90)))
     count = max(2, int(room / 70))
     ticks = nice_ticks(frame.x_low, frame.x_high, count)
     step = ticks[1] - ticks[0]
-    # A year has no fractions and no thousands separator.
-    name: Callable[[float], str] = (
-        (lambda tick: f"{tick:.0f}")
-        if chart.x_is == "year"
-        else (lambda tick: format_tick(tick, step, _largest(ticks)))
-    )
     inside = [tick for tick in ticks if frame.x_low <= tick <= frame.x_high]
-    return [(frame.x(tick), name(tick)) for tick in inside if chart.x_is != "year" or tick == int(tick)]
+    if chart.x_is == "year":  # it has no fractions and no thousands separator
+        return [(frame.x(tick), f"{tick:.0f}") for tick in inside if tick == int(tick)]
+    return [(frame.x(tick), format_tick(tick, step, max(map(abs, ticks)))) for tick in inside]
 
 
 def _name_moments(frame: _Frame, count: int) -> list[tuple[float, str]]:
@@ -337,20 +325,10 @@ def _name_moments(frame: _Frame, count: int) -> list[tuple[float, str]]:
     return [(frame.x(place), datetime.fromtimestamp(place, UTC).strftime(form)) for place in places]
 
 
-def _largest(ticks: Sequence[float]) -> float:
-    return max(abs(tick) for tick in ticks)
-
-
-def _thin(items: Sequence[_Item], count: int) -> list[_Item]:
-    """Return at most *count* of *items*, evenly spread, with the first."""
-    stride = -(-len(items) // count)
-    return list(items[::stride])
-
-
-def text_width(text: str, size: float = _FONT) -> float:
+def text_width(text: str) -> float:
     """Estimate the width of *text* in CSS pixels; only a browser knows it exactly."""
     wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
-    return size * (0.58 * (len(text) - wide) + 1.05 * wide)
+    return _FONT * (0.58 * (len(text) - wide) + 1.05 * wide)
 
 
 def _fit(text: str, width: float) -> str:

@@ -11,10 +11,6 @@ from decimal import Decimal
 _TIME_STEPS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600)
 
 
-def format_count(value: int) -> str:
-    return f"{value:,}"
-
-
 def format_bytes(value: int) -> str:
     """Return *value* bytes in decimal units, as disks are sold: ``1.4 MB``."""
     size = float(value)

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import Any, Literal
+from typing import Any
 
 from phasewise.errors import NothingStaged, PhasewiseError
 from phasewise.lake.marts import read_mart
@@ -21,6 +21,7 @@ from phasewise.publishing.audits import AuditResult, audit_published, raise_for
 from phasewise.publishing.publish import publish_batch, renew_marts
 from phasewise.publishing.session import open_auditor
 from phasewise.report.from_batch import BatchData, describe_moments, write_batch_report
+from phasewise.report.records import BatchStatus
 from phasewise.settings import Settings
 from phasewise.staging.batch import find_publishable_batch, read_batch
 
@@ -83,9 +84,8 @@ def _publish(work: _Work, batch: str, *, is_partial: bool) -> dict[str, Any]:
             _report_failure(work, data, exc)
         raise
     work.logger.info("Published %d tables as snapshot %d", len(publication.tables), publication.snapshot)
-    return _report(
-        work, replace(data, publication=publication), status="published", message=describe_moments(staged.manifests)
-    )
+    data = replace(data, publication=publication)
+    return _report(work, data, status="published", message=describe_moments(staged.manifests))
 
 
 def _find_start(work: _Work) -> datetime | None:
@@ -107,9 +107,7 @@ def _renew(work: _Work) -> dict[str, Any]:
     return _report(work, data, status="renewed")
 
 
-def _report(
-    work: _Work, data: BatchData, *, status: Literal["published", "renewed"], message: str = ""
-) -> dict[str, Any]:
+def _report(work: _Work, data: BatchData, *, status: BatchStatus, message: str = "") -> dict[str, Any]:
     """Write the report and return what the flow returns.
 
     Readers see the batch already: a report that cannot be written does not make it a failed one.
@@ -158,9 +156,7 @@ def _describe_error(exc: Exception) -> str:
     return str(exc) if isinstance(exc, PhasewiseError) else f"{type(exc).__name__}, see the log of final-etl-job."
 
 
-def _write_report(
-    work: _Work, data: BatchData, *, status: Literal["published", "failed", "renewed"], message: str
-) -> str:
+def _write_report(work: _Work, data: BatchData, *, status: BatchStatus, message: str) -> str:
     files = write_batch_report(replace(data, runs=work.read_runs(data.batch)), status=status, message=message)
     work.logger.info("Report: %s", files.html)
     return str(files.html)

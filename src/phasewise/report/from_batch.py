@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from importlib.metadata import version
-from typing import Literal
 
 from phasewise.lake.marts import MartData
 from phasewise.lake.publications import Publication
@@ -16,7 +15,8 @@ from phasewise.project.config import Project
 from phasewise.project.urls import redact_url
 from phasewise.publishing.audits import AuditResult
 from phasewise.publishing.quarantine import SetAside
-from phasewise.report import AuditReport, BatchReport, MartReport, ReportFiles, RunSpan, TableReport, write_report
+from phasewise.report.records import AuditReport, BatchReport, BatchStatus, MartReport, RunSpan, TableReport
+from phasewise.report.write import ReportFiles, write_report
 from phasewise.staging.manifest import Manifest
 
 
@@ -38,9 +38,7 @@ class BatchData:
     set_aside: Sequence[SetAside] = ()
 
 
-def write_batch_report(
-    data: BatchData, *, status: Literal["published", "failed", "renewed"], message: str = ""
-) -> ReportFiles:
+def write_batch_report(data: BatchData, *, status: BatchStatus, message: str = "") -> ReportFiles:
     """Write ``<reports>/<batch>.html`` and its data as JSON next to it."""
     now = datetime.now(UTC)
     starts = [run.started_at for run in data.runs if run.started_at] + [one.started_at for one in data.manifests]
@@ -57,7 +55,7 @@ def write_batch_report(
         runs=[RunSpan.from_outcome(run) for run in data.runs],
         tables=_describe_tables(data, status),
         audits=[_describe_audit(result) for result in data.audits],
-        marts=[_describe_mart(mart) for mart in data.marts],
+        marts=[MartReport(**vars(mart)) for mart in data.marts],
         versions={name: version(name) for name in ("phasewise", "prefect", "duckdb")},
     )
     return write_report(report, data.project.reports)
@@ -142,27 +140,5 @@ def _note_moment(parts: Sequence[Manifest], shared: str | None, *, is_alone: boo
 
 
 def _describe_audit(result: AuditResult) -> AuditReport:
-    return AuditReport(
-        name=result.name,
-        table=result.table,
-        severity=result.severity,
-        passed=result.passed,
-        bad_rows=result.bad_rows,
-        columns=list(result.columns),
-        sample=[[row.get(column) for column in result.columns] for row in result.sample],
-        message=result.message,
-        seconds=result.seconds,
-    )
-
-
-def _describe_mart(mart: MartData) -> MartReport:
-    return MartReport(
-        name=mart.name,
-        title=mart.title,
-        columns=mart.columns,
-        rows=mart.rows,
-        chart=mart.chart,
-        x=mart.x,
-        y=mart.y,
-        total_rows=mart.total_rows,
-    )
+    same = {field.name: getattr(result, field.name) for field in fields(AuditReport)}
+    return AuditReport(**same | {"sample": [[row.get(column) for column in result.columns] for row in result.sample]})

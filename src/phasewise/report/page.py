@@ -14,10 +14,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from phasewise.report.charts import Chart, Drawing, draw_chart, plan_chart, strip_tips
-from phasewise.report.figures import format_bytes, format_count, format_moment, format_seconds, format_value, is_number
-from phasewise.report.records import AuditReport, BatchReport, MartReport, RunSpan, TableReport
+from phasewise.report.figures import format_bytes, format_moment, format_seconds, format_value, is_number
+from phasewise.report.records import AuditReport, BatchReport, MartReport, RunSpan
 from phasewise.report.timeline import lay_out_timeline
-from phasewise.report.timing import TimeSaved, measure_time_saved, run_seconds, seconds_between
+from phasewise.report.timing import measure_time_saved, run_seconds, seconds_between
 
 #: Rows of a mart on the page; the JSON has all that the report was given.
 MART_ROWS = 100
@@ -39,48 +39,25 @@ class _MartView:
     total_rows: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class _TableView:
-    table: TableReport
-    #: Shares of the largest, from 0 to 1.
-    rows_share: float
-    size_share: float
-    seconds_share: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Segment:
-    """One step in the bar of all steps one after another, or one phase in the bar of the clock."""
-
-    name: str
-    duration: str
-    width: float
-
-
 def render_html(report: BatchReport, *, json_name: str) -> str:
     """Return the page of *report*; *json_name* is the file of its data, next to it."""
     saved = measure_time_saved(report.runs, report.ended_at)
     script = _read_asset("report.js")
-    return (
-        _environment()
-        .get_template("report.html.j2")
-        .render(
-            report=report,
-            json_name=json_name,
-            style=Markup(_read_asset("report.css")),  # noqa: S704 - our own file, no data in it
-            script=Markup(script),  # noqa: S704 - same
-            script_hash=_hash_script(script),
-            timeline=lay_out_timeline(report),
-            saved=saved,
-            step_segments=_measure_steps(report, saved),
-            phase_segments=_measure_phases(saved),
-            failed_runs=_find_first_failures(report.runs),
-            tables=_view_tables(report.tables),
-            failed_audits=_sort_failed(report.audits),
-            passed_audits=[audit for audit in report.audits if audit.passed],
-            mart_columns=_share_out([_view_mart(mart) for mart in report.marts]),
-            wall=seconds_between(report.started_at, report.ended_at),
-        )
+    template = _environment().get_template("report.html.j2")
+    return template.render(
+        report=report,
+        json_name=json_name,
+        style=Markup(_read_asset("report.css")),  # noqa: S704 - our own file, no data in it
+        script=Markup(script),  # noqa: S704 - same
+        script_hash=_hash_script(script),
+        timeline=lay_out_timeline(report),
+        saved=saved,
+        steps=[(run.name, run_seconds(run, report.ended_at)) for run in saved.steps],
+        failed_runs=_find_first_failures(report.runs),
+        failed_audits=_sort_failed(report.audits),
+        passed_audits=[audit for audit in report.audits if audit.passed],
+        mart_columns=_share_out([_view_mart(mart) for mart in report.marts]),
+        wall=seconds_between(report.started_at, report.ended_at),
     )
 
 
@@ -94,7 +71,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        bytes=format_bytes, count=format_count, moment=format_moment, seconds=format_seconds, value=format_value
+        bytes=format_bytes, count="{:,}".format, moment=format_moment, seconds=format_seconds, value=format_value
     )
     environment.tests["numeric"] = is_number
     return environment
@@ -109,40 +86,11 @@ def _hash_script(script: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
-def _measure_steps(report: BatchReport, saved: TimeSaved) -> list[_Segment]:
-    longest = max(saved.steps_seconds, saved.wall_seconds) or 1.0
-    steps = [(run.name, run_seconds(run, report.ended_at)) for run in saved.steps]
-    return [_Segment(name=name, duration=format_seconds(took), width=100 * took / longest) for name, took in steps]
-
-
-def _measure_phases(saved: TimeSaved) -> list[_Segment]:
-    longest = max(saved.steps_seconds, saved.wall_seconds) or 1.0
-    return [
-        _Segment(name=phase.name, duration=format_seconds(phase.seconds), width=100 * phase.seconds / longest)
-        for phase in saved.phases
-    ]
-
-
 def _find_first_failures(runs: Sequence[RunSpan]) -> list[RunSpan]:
     """Return the runs that failed or were cancelled, without those that only followed one below them."""
     failed = [run for run in runs if run.kind in ("failed", "cancelled")]
     parents = {run.parent for run in failed}
-    return [run for run in failed if run.run_id not in parents and run.name not in parents]
-
-
-def _view_tables(tables: Sequence[TableReport]) -> list[_TableView]:
-    rows = max((table.rows for table in tables), default=0) or 1
-    size = max((table.size_bytes for table in tables), default=0) or 1
-    seconds = max((table.seconds for table in tables), default=0.0) or 1.0
-    return [
-        _TableView(
-            table=table,
-            rows_share=table.rows / rows,
-            size_share=table.size_bytes / size,
-            seconds_share=table.seconds / seconds,
-        )
-        for table in tables
-    ]
+    return [run for run in failed if run.run_id not in parents]
 
 
 def _sort_failed(audits: Sequence[AuditReport]) -> list[AuditReport]:

@@ -1,20 +1,20 @@
 """What a report is made of: plain records, so that the page knows neither Prefect nor DuckDB.
 
-Times are aware datetimes; a naive one is taken for UTC.
+Times are aware datetimes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any, Literal
 
 from phasewise.outcomes import StepOutcome
+from phasewise.project.config import Severity
 
 BatchStatus = Literal["published", "failed", "renewed"]
 RunKind = Literal["completed", "failed", "cancelled", "running", "waiting"]
-Severity = Literal["blocking", "warning", "quarantine"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class RunSpan:
     run_id: str
     #: Prefect's state name: Completed, Failed, Crashed, Cancelled, TimedOut, Running, Pending, Scheduled, …
     state: str
-    #: The run that triggered it, by run id (or by name, where names are unique); None for the first one.
+    #: Id of the run that triggered it; None for the first one.
     parent: str | None = None
     #: Phase that its pipeline declares for it; None outside of a pipeline, and for the first run.
     phase: str | None = None
@@ -43,9 +43,6 @@ class RunSpan:
     attempts: int = 1
     #: Page of the flow run in the Prefect UI.
     url: str | None = None
-
-    def __post_init__(self) -> None:
-        _make_aware(self, "expected_start", "started_at", "ended_at")
 
     @classmethod
     def from_outcome(cls, run: StepOutcome) -> RunSpan:
@@ -162,13 +159,3 @@ class BatchReport:
     marts: Sequence[MartReport] = ()
     #: Versions of phasewise, prefect, duckdb, …
     versions: Mapping[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        _make_aware(self, "started_at", "ended_at")
-
-
-def _make_aware(record: object, *names: str) -> None:
-    for name in names:
-        value: datetime | None = getattr(record, name)
-        if value is not None and value.tzinfo is None:
-            object.__setattr__(record, name, value.replace(tzinfo=UTC))

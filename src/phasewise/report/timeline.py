@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from phasewise.report.figures import format_count, format_seconds, time_ticks
+from phasewise.report.figures import format_seconds, time_ticks
 from phasewise.report.records import BatchReport, RunSpan
 from phasewise.report.timing import (
     PhaseSpan,
@@ -47,21 +47,13 @@ class Row:
     detail: str
     bar: Bar | None
     #: From the trigger to the start: the wait for a worker or a slot.
-    wait: Bar | None
-    url: str | None
-    is_critical: bool
+    wait: Bar | None = None
+    url: str | None = None
+    is_critical: bool = False
     rows: tuple[Row, ...] = ()
     #: SVG path of how many ran at once, in a box of 1000 × 100; of a group only.
     area: str = ""
     is_open: bool = True
-
-
-@dataclass(frozen=True, kw_only=True)
-class Phase:
-    name: str
-    duration: str
-    bar: Bar | None
-    rows: tuple[Row, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +62,7 @@ class Timeline:
     ticks: tuple[tuple[float, str], ...]
     #: Runs above the phases: main-etl-job.
     roots: tuple[Row, ...]
-    phases: tuple[Phase, ...]
+    phases: tuple[Row, ...]
 
 
 def lay_out_timeline(report: BatchReport) -> Timeline:
@@ -84,19 +76,10 @@ def lay_out_timeline(report: BatchReport) -> Timeline:
         critical=find_critical_chain(roots, now),
     )
     has_parent = len(roots) == 1 and bool(roots[0].children)
-    phases = find_phases(roots, now) if roots else ()
     return Timeline(
         ticks=tuple((clock.place(at), label) for at, label in time_ticks(clock.seconds, 8)),
         roots=(clock.row(roots[0], is_alone=True),) if has_parent else (),
-        phases=tuple(
-            Phase(
-                name=phase.name,
-                duration=format_seconds(phase.seconds),
-                bar=clock.bar(phase.started_at, phase.ended_at),
-                rows=clock.rows(phase.nodes),
-            )
-            for phase in phases
-        ),
+        phases=tuple(clock.phase(phase) for phase in find_phases(roots, now)) if roots else (),
     )
 
 
@@ -151,10 +134,10 @@ class _Clock:
         """Return a row per phase of a run's own; runs outside of a phase are rows themselves."""
         rows: list[Row] = []
         for phase in split_by_phase(nodes, self.now):
-            rows += [self.inner_phase(phase)] if phase.name else self.rows(phase.nodes)
+            rows += [self.phase(phase)] if phase.name else self.rows(phase.nodes)
         return tuple(rows)
 
-    def inner_phase(self, phase: PhaseSpan) -> Row:
+    def phase(self, phase: PhaseSpan) -> Row:
         return Row(
             label=phase.name,
             name=phase.name,
@@ -163,9 +146,6 @@ class _Clock:
             duration=format_seconds(phase.seconds),
             detail=f"phase {phase.name}: {format_seconds(phase.seconds)}",
             bar=self.bar(phase.started_at, phase.ended_at),
-            wait=None,
-            url=None,
-            is_critical=False,
             rows=self.rows(phase.nodes),
         )
 
@@ -179,16 +159,13 @@ class _Clock:
         kinds = Counter(run.kind for run in runs)
         states = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
         return Row(
-            label=f"{flow} × {format_count(len(runs))}",
+            label=f"{flow} × {len(runs):,}",
             name=f"{flow}: {states}; at most {peak} at the same time",
             kind="group",
             state=f"{peak} at once",
             duration=format_seconds(seconds_between(start, end)),
-            detail=f"{format_count(len(runs))} runs of {flow}: {states}\nat most {peak} at the same time",
+            detail=f"{len(runs):,} runs of {flow}: {states}\nat most {peak} at the same time",
             bar=self.bar(start, end),
-            wait=None,
-            url=None,
-            is_critical=False,
             rows=tuple(self.row(node, prefix=f"{flow}/") for node in nodes),
             area=self.area(steps, peak),
             is_open=len(runs) <= OPEN_GROUP,

@@ -180,11 +180,9 @@ def seconds_between(start: datetime | None, end: datetime | None) -> float:
 
 def _resolve_parents(runs: Sequence[RunSpan]) -> dict[str, str | None]:
     ids = {run.run_id for run in runs}
-    names = Counter(run.name for run in runs)
-    by_name = {run.name: run.run_id for run in runs if names[run.name] == 1}
     parents: dict[str, str | None] = {}
     for run in runs:
-        parent = run.parent if run.parent in ids else by_name.get(run.parent or "")
+        parent = run.parent if run.parent in ids else None
         parents[run.run_id] = None if _closes_circle(run.run_id, parent, parents) else parent
     return parents
 

@@ -1,4 +1,4 @@
-"""Write a report to disk, and read its data back."""
+"""Write a report to disk."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from dataclasses import asdict, dataclass
 from datetime import date, datetime, time
 from pathlib import Path
 from typing import Any
-
-from pydantic import TypeAdapter
 
 from phasewise.errors import ReportError
 from phasewise.report.page import render_html
@@ -61,21 +59,6 @@ def report_to_json(report: BatchReport) -> str:
     """Return the data of *report* as JSON; numbers that JSON lacks (NaN, Infinity, decimals) become text."""
     data = {"version": JSON_VERSION, **asdict(report)}
     return json.dumps(to_json_value(data), ensure_ascii=False, allow_nan=False, indent=1)
-
-
-def read_report(path: Path) -> BatchReport:
-    """Read the data of a report that ``write_report`` wrote.
-
-    Raises:
-        ReportError: the file is missing, or is not a report of this version.
-    """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if data.pop("version") != JSON_VERSION:
-            raise ValueError("it has another version")
-        return TypeAdapter(BatchReport).validate_python(data)
-    except (OSError, ValueError, TypeError, AttributeError, LookupError) as exc:
-        raise ReportError(f"{path} cannot be read as a report: {exc}.") from exc
 
 
 def to_json_value(value: object) -> Any:

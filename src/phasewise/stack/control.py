@@ -28,14 +28,13 @@ from phasewise.settings import Settings
 from phasewise.stack.supervisor import (
     START_SECONDS,
     STOP_SECONDS,
+    StackError,
     StackSpec,
     answers,
     read_state,
     state_file,
     wait_until,
 )
-from phasewise.stack.supervisor import StackError as StackError
-from phasewise.stack.supervisor import client_environment as client_environment
 from phasewise.system.files import write_atomically
 from phasewise.system.locks import lock_file
 from phasewise.system.processes import is_same_process
@@ -51,7 +50,7 @@ class StackInfo:
     pid: int
     pool: str
     #: Names of the workers.
-    workers: tuple[str, ...]
+    workers: list[str]
 
 
 # ── what the commands call ───────────────────────────────────────────────────────────────────────────────────────
@@ -63,24 +62,14 @@ def find_stack(home: Path) -> StackInfo | None:
     # Its supervisor lives, so give a server that is busy the time to answer.
     if state is None or not answers(state["api_url"], seconds=10.0):
         return None
-    return StackInfo(
-        **{key: state[key] for key in ("api_url", "ui_url", "pid", "pool")}, workers=tuple(state["workers"])
-    )
+    return StackInfo(**{key: value for key, value in state.items() if key != "started"})
 
 
-def start_stack(
-    home: Path,
-    *,
-    pool: str,
-    workers: int = 2,
-    worker_type: str = "warm-process",
-    port: int | None = None,
-    project_env: Mapping[str, str] | None = None,
-) -> StackInfo:
+def start_stack(home: Path, *, pool: str, workers: int) -> StackInfo:
     """Start a stack that stays when this command ends, or return the one that runs already.
 
-    ``port`` is the server's; by default 4200 where it is free, else any free one. ``project_env`` is added to the
-    workers' environment. Returns when the server answers and every worker has reported to it.
+    Returns when the server answers and every worker has reported to it. The server's port is 4200 where it is free,
+    else any free one.
 
     Raises:
         StackError: it did not come up; the message names the log to look at.
@@ -88,8 +77,7 @@ def start_stack(
     with _starting(home):
         if found := find_stack(home):
             return found
-        spec = _specify(home, pool, workers, worker_type, port, project_env)
-        supervisor, info = _launch(spec)
+        supervisor, info = _launch(home, pool=pool, workers=workers)
         supervisor.returncode = 0  # it is nobody's child to wait for: it stays
         return info
 
@@ -116,13 +104,12 @@ def running_stack(
     pool: str,
     workers: int = 2,
     worker_type: str = "warm-process",
-    port: int | None = None,
     project_env: Mapping[str, str] | None = None,
 ) -> Iterator[StackInfo]:
     """Use the stack of *home* if one runs, and leave it running; else start one for the time of the block.
 
-    The arguments are those of ``start_stack``. The stack that it started ends with the block, and with this
-    process, however that ends.
+    ``project_env`` is added to the environment of server and workers. The stack that it started ends with the block,
+    and with this process, however that ends.
 
     Raises:
         StackError: it did not come up; the message names the log to look at.
@@ -134,8 +121,10 @@ def running_stack(
         with _starting(home):
             info = find_stack(home)
             if info is None:
-                spec = _specify(home, pool, workers, worker_type, port, project_env, lifeline=lifeline)
-                supervisor, info = _launch(spec)
+                env = dict(project_env or {})
+                supervisor, info = _launch(
+                    home, pool=pool, workers=workers, worker_type=worker_type, project_env=env, lifeline=lifeline
+                )
                 stack.callback(_stop, supervisor)
         yield info
 
@@ -175,39 +164,16 @@ def _starting(home: Path) -> Iterator[None]:
         yield
 
 
-def _specify(
-    home: Path,
-    pool: str,
-    workers: int,
-    worker_type: str,
-    port: int | None,
-    project_env: Mapping[str, str] | None,
-    *,
-    lifeline: int | None = None,
-) -> StackSpec:
-    return StackSpec(
-        home=str(home.resolve()),
-        pool=pool,
-        workers=workers,
-        worker_type=worker_type,
-        port=port,
-        project_env=dict(project_env or {}),
-        drain_seconds=Settings().drain_seconds,
-        lifeline=lifeline,
-        report=-1,
-    )
-
-
-def _launch(spec: StackSpec) -> tuple[subprocess.Popen[bytes], StackInfo]:
+def _launch(home: Path, *, lifeline: int | None = None, **what: Any) -> tuple[subprocess.Popen[bytes], StackInfo]:
     """Start the supervisor in a session of its own and wait for its report.
 
     Ctrl-C in the terminal therefore reaches the command alone, which stops the stack when it is done with it.
     """
-    home = Path(spec.home)
+    home = home.resolve()
     (home / "logs").mkdir(parents=True, exist_ok=True)
     reader, writer = os.pipe()
-    spec = StackSpec(**{**asdict(spec), "report": writer})
-    inherited = [fd for fd in (spec.report, spec.lifeline) if fd is not None]
+    drain_seconds = Settings().drain_seconds
+    spec = StackSpec(home=str(home), drain_seconds=drain_seconds, lifeline=lifeline, report=writer, **what)
     with (home / "logs" / "supervisor.log").open("wb") as log, os.fdopen(reader, "rb") as report:
         try:
             supervisor = subprocess.Popen(
@@ -215,7 +181,7 @@ def _launch(spec: StackSpec) -> tuple[subprocess.Popen[bytes], StackInfo]:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                pass_fds=inherited,
+                pass_fds=[fd for fd in (writer, lifeline) if fd is not None],
                 start_new_session=True,
                 cwd=home,
             )
@@ -229,7 +195,7 @@ def _launch(spec: StackSpec) -> tuple[subprocess.Popen[bytes], StackInfo]:
     if "error" in answer:
         _stop(supervisor)
         raise StackError(answer["error"], hint=f"See the logs in {home / 'logs'}")
-    return supervisor, StackInfo(**{**answer, "workers": tuple(answer["workers"])})
+    return supervisor, StackInfo(**answer)
 
 
 def _read_report(fd: int) -> dict[str, Any]:

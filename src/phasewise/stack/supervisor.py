@@ -61,9 +61,8 @@ class StackSpec:
     home: str
     pool: str
     workers: int
-    worker_type: str
-    port: int | None
-    project_env: dict[str, str]
+    worker_type: str = "warm-process"
+    project_env: dict[str, str] = field(default_factory=dict)
     #: Seconds that the workers need to stop in good order.
     drain_seconds: float
     #: Descriptor whose end of file means: stop. None for a stack that stays.
@@ -136,7 +135,6 @@ def _get(url: str, body: object = None, *, seconds: float = 2.0) -> Any:
 class _Child:
     name: str
     command: list[str]
-    env: dict[str, str]
     fds: tuple[int, ...] = ()
     process: subprocess.Popen[bytes] | None = None
     starts: deque[float] = field(default_factory=lambda: deque(maxlen=_RESTARTS + 1))
@@ -161,7 +159,7 @@ class _Supervisor:
         self._children: list[_Child] = []
         self._has_reported = False
         self._started = time.time()
-        self._listening = listen(spec.port)
+        self._listening = listen()
         port = self._listening.getsockname()[1]
         self._api_url = f"http://127.0.0.1:{port}/api"
         self._env = stack_environment(self._home, port, spec.project_env)
@@ -185,13 +183,8 @@ class _Supervisor:
 
     def _come_up(self) -> None:
         fd = self._listening.fileno()
-        server = _Child(
-            name="server",
-            command=[sys.executable, "-m", "phasewise.server.app", "--socket", str(fd)],
-            env=self._env,
-            fds=(fd,),
-        )
-        self._start(server)
+        command = [sys.executable, "-m", "phasewise.server.app", "--socket", str(fd)]
+        self._start(_Child(name="server", command=command, fds=(fd,)))
         # At the same time: while the server imports, the workers do, and their first request waits at its socket.
         workers = self._start_workers(self._spec.workers)
         self._wait_for(lambda: answers(self._api_url), "the server")
@@ -202,10 +195,8 @@ class _Supervisor:
         names = []
         for _ in range(count):
             name = f"worker-{len(self._children)}"
-            command = [sys.executable, "-m", "phasewise.worker"]
-            command += ["--pool", self._spec.pool]
-            command += ["--name", name, "--type", self._spec.worker_type]
-            self._start(_Child(name=name, command=command, env=self._env))
+            command = [sys.executable, "-m", "phasewise.worker", "--pool", self._spec.pool, "--name", name]
+            self._start(_Child(name=name, command=[*command, "--type", self._spec.worker_type]))
             names.append(name)
         return names
 
@@ -248,7 +239,7 @@ class _Supervisor:
         with _open_log(self._home / "logs" / f"{child.name}.log") as log:
             child.process = subprocess.Popen(
                 child.command,
-                env=child.env,
+                env=self._env,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -343,8 +334,8 @@ def _children() -> list[int]:
         return []
 
 
-def listen(port: int | None) -> socket.socket:
-    """Return a listening socket on the loopback interface.
+def listen() -> socket.socket:
+    """Return a listening socket on the loopback interface: on the preferred port, or where that is taken a free one.
 
     The supervisor holds it and hands it to the server: the port cannot be lost between choosing and binding it, and
     while a server that died is started again, its clients wait instead of being refused.
@@ -352,11 +343,8 @@ def listen(port: int | None) -> socket.socket:
     listening = socket.socket()
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listening.bind(("127.0.0.1", PREFERRED_PORT if port is None else port))
-    except OSError as exc:
-        if port is not None:
-            listening.close()
-            raise StackError(f"Port {port} is taken.", hint="Leave it out to use a free one.") from exc
+        listening.bind(("127.0.0.1", PREFERRED_PORT))
+    except OSError:
         listening.bind(("127.0.0.1", 0))
     listening.listen(512)
     return listening

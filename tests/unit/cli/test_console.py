@@ -139,10 +139,10 @@ def test_a_narrow_terminal_is_not_broken() -> None:
 def test_logs_get_one_line_per_change() -> None:
     file = io.StringIO()
 
-    with show_progress(Console(file=file)) as progress:
-        progress.update(RUNNING)
-        progress.update(RUNNING)
-        progress.update([*RUNNING[:5], make_run("process-table-etl/teams", "Completed", 3, 5.5)])
+    with show_progress(Console(file=file)) as show:
+        show(RUNNING)
+        show(RUNNING)
+        show([*RUNNING[:5], make_run("process-table-etl/teams", "Completed", 3, 5.5)])
 
     lines = file.getvalue().splitlines()
     assert len(lines) == 8
@@ -154,9 +154,9 @@ def test_a_terminal_ends_with_the_last_state() -> None:
     file = io.StringIO()
     console = Console(file=file, force_terminal=True, width=100, color_system=None)
 
-    with show_progress(console) as progress:
-        progress.update(RUNNING)
-        progress.update([make_run("main-etl-job", "Completed", 0, 9)])
+    with show_progress(console) as show:
+        show(RUNNING)
+        show([make_run("main-etl-job", "Completed", 0, 9)])
 
     assert "main-etl-job Completed" in file.getvalue()
 
@@ -171,8 +171,8 @@ def test_a_name_cannot_steer_the_terminal_or_its_markup() -> None:
     name = "process-table-etl/\x1b[2J[bold]x\u202e"
     file = io.StringIO()
 
-    with show_progress(Console(file=file)) as progress:
-        progress.update([make_run(name, "Running", 0)])
+    with show_progress(Console(file=file)) as show:
+        show([make_run(name, "Running", 0)])
 
     assert r"process-table-etl/\x1b[2J[bold]x\u202e" in file.getvalue()
     assert "\x1b" not in draw([make_run(name, "Running", 0), *RUNNING], 1)

@@ -52,14 +52,7 @@ def is_accepted(phases: Sequence[Phase], limits: Limits, *, batches: int = 1) ->
 
 
 def check(phases: Sequence[Phase], limits: Limits, *, batches: int = 1) -> None:
-    check_deadlock(
-        phases,
-        limits.queues,
-        limits.pool,
-        deployment_limits=limits.deployments,
-        worker_limit=limits.workers,
-        batches=batches,
-    )
+    check_deadlock(phases, limits, batches=batches)
 
 
 # ── the simulator ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -86,7 +79,7 @@ class Slots:
         self.runs: list[Run] = []
         named: dict[str, int | None] = {f"queue {name}": limit for name, limit in limits.queues.items()}
         named |= {f"deployment {name}": limit for name, limit in limits.deployments.items()}
-        named |= {"pool": limits.pool, "workers": limits.workers}
+        named |= {"pool": limits.pool}
         self.limits = {name: limit for name, limit in named.items() if limit is not None}
         main = Step(name="main_etl", deployment=MAIN, work_queue="orchestrators", phases=phases)
         self.roots = [self._add(main, None) for _ in range(batches)]
@@ -95,9 +88,7 @@ class Slots:
     def _add(self, one: Step, parent: int | None) -> int:
         index = len(self.runs)
         needs = tuple(
-            name
-            for name in (f"queue {one.work_queue}", f"deployment {one.deployment}", "pool", "workers")
-            if name in self.limits
+            name for name in (f"queue {one.work_queue}", f"deployment {one.deployment}", "pool") if name in self.limits
         )
         self.runs.append(Run(parent, needs, ()))
         phases = tuple(
@@ -208,9 +199,9 @@ def drawn_limits(draw: st.DrawFn, most: int) -> Limits:
     number = st.one_of(st.none(), st.integers(1, most))
     return Limits(
         queues={"orchestrators": draw(st.integers(0, most)), "tables": draw(number)},
-        pool=draw(number),
+        # The lower of two: the less is limited, the more orders of events there are to try.
+        pool=min([limit for limit in (draw(number), draw(number)) if limit is not None], default=None),
         deployments={MAIN: draw(number), "s0/s0": draw(number)},
-        workers=draw(number),
     )
 
 
@@ -264,7 +255,7 @@ def read_advice(hint: str) -> Mapping[str, int]:
 def current_limit(limits: Limits, name: str) -> int:
     kind, _, quoted = name.partition(' "')
     named = {"work queue": limits.queues, "deployment": limits.deployments}.get(kind, {})
-    limit = named[quoted.strip('"')] if named else limits.pool if name == "the work pool" else limits.workers
+    limit = named[quoted.strip('"')] if named else limits.pool
     assert limit is not None
     return limit
 
@@ -276,10 +267,8 @@ def apply(limits: Limits, advice: Mapping[str, int]) -> Limits:
             limits = replace(limits, queues={**limits.queues, quoted.strip('"'): limit})
         elif kind == "deployment":
             limits = replace(limits, deployments={**limits.deployments, quoted.strip('"'): limit})
-        elif name == "the work pool":
-            limits = replace(limits, pool=limit)
         else:
-            limits = replace(limits, workers=limit)
+            limits = replace(limits, pool=limit)
     return limits
 
 
@@ -287,17 +276,17 @@ def apply(limits: Limits, advice: Mapping[str, int]) -> Limits:
 
 
 def test_the_built_in_pipeline_runs_with_one_table_at_a_time() -> None:
-    check_deadlock(PHASES, {"orchestrators": 2, "tables": 1}, pool_limit=3)
+    check_deadlock(PHASES, Limits(queues={"orchestrators": 2, "tables": 1}, pool=3))
 
 
 def test_without_limits_nothing_is_refused() -> None:
-    check_deadlock(PHASES, {}, None)
-    check_deadlock(PHASES, {"orchestrators": None, "tables": None}, None)
+    check_deadlock(PHASES, Limits(queues={}))
+    check_deadlock(PHASES, Limits(queues={"orchestrators": None, "tables": None}))
 
 
 def test_an_orchestrator_without_a_slot_for_what_it_waits_for_is_refused() -> None:
     with pytest.raises(PipelineInvalid) as caught:
-        check_deadlock(PHASES, {"orchestrators": 1, "tables": 8})
+        check_deadlock(PHASES, Limits(queues={"orchestrators": 1, "tables": 8}))
 
     message = str(caught.value)
     assert 'the only slot of work queue "orchestrators" can be held by main_etl' in message
@@ -307,69 +296,64 @@ def test_an_orchestrator_without_a_slot_for_what_it_waits_for_is_refused() -> No
 
 def test_a_limit_of_the_pool_is_shared_by_its_queues() -> None:
     with pytest.raises(PipelineInvalid, match=r"all 2 slots of the work pool .* Set the limit of the work pool to 3"):
-        check_deadlock(PHASES, {"orchestrators": 2, "tables": 1}, pool_limit=2)
-
-
-def test_workers_that_take_too_few_runs_are_refused() -> None:
-    with pytest.raises(PipelineInvalid, match="all workers together to 3 or more"):
-        check_deadlock(PHASES, {}, worker_limit=2)
+        check_deadlock(PHASES, Limits(queues={"orchestrators": 2, "tables": 1}, pool=2))
 
 
 def test_orchestrators_three_levels_deep_need_a_slot_each() -> None:
     deep = phases_of([step("a", [step("b", [step("c", [table()])])])])
 
-    check_deadlock(deep, {"orchestrators": 4, "tables": 1})
+    check_deadlock(deep, Limits(queues={"orchestrators": 4, "tables": 1}))
     with pytest.raises(PipelineInvalid, match="main_etl → a → b, waiting for main_etl → a → b → c "):
-        check_deadlock(deep, {"orchestrators": 3, "tables": 1})
+        check_deadlock(deep, Limits(queues={"orchestrators": 3, "tables": 1}))
 
 
 def test_orchestrators_that_wait_at_the_same_time_are_counted_together() -> None:
     both = phases_of([step("a", [step("inner")]), step("b", [step("inner2")])])
 
-    check_deadlock(both, {"orchestrators": 4})
+    check_deadlock(both, Limits(queues={"orchestrators": 4}))
     with pytest.raises(PipelineInvalid, match="to 4 or more"):
-        check_deadlock(both, {"orchestrators": 3})
+        check_deadlock(both, Limits(queues={"orchestrators": 3}))
 
 
 def test_orchestrators_of_two_phases_are_not_counted_together() -> None:
     one_after_the_other = phases_of([step("a", [step("inner")])], [step("b", [step("inner2")])])
 
-    check_deadlock(one_after_the_other, {"orchestrators": 3})
+    check_deadlock(one_after_the_other, Limits(queues={"orchestrators": 3}))
 
 
 def test_a_fan_out_of_orchestrators_over_unknown_items_fits_no_limit() -> None:
     wide = phases_of([fan_out("wide", 0, [step("inner")], queue="orchestrators")])
 
     with pytest.raises(PipelineInvalid, match='19 runs of main_etl → wide.* Remove the limit of work queue "orch'):
-        check_deadlock(wide, {"orchestrators": 20})
+        check_deadlock(wide, Limits(queues={"orchestrators": 20}))
 
 
 def test_a_fan_out_of_orchestrators_whose_tables_have_a_queue_of_their_own_is_accepted() -> None:
     wide = phases_of([fan_out("wide", 0, [table()], queue="orchestrators")])
 
-    check_deadlock(wide, {"orchestrators": 2, "tables": 1})
+    check_deadlock(wide, Limits(queues={"orchestrators": 2, "tables": 1}))
 
 
 def test_a_limit_of_zero_is_refused_where_a_step_needs_it() -> None:
     with pytest.raises(PipelineInvalid, match='can never end: .* "tables", whose limit is 0'):
-        check_deadlock(PHASES, {"orchestrators": 4, "tables": 0})
+        check_deadlock(PHASES, Limits(queues={"orchestrators": 4, "tables": 0}))
 
 
 def test_each_batch_that_runs_at_the_same_time_holds_its_own_slots() -> None:
-    check_deadlock(PHASES, {"orchestrators": 3, "tables": 1}, batches=2)
+    check_deadlock(PHASES, Limits(queues={"orchestrators": 3, "tables": 1}), batches=2)
     with pytest.raises(PipelineInvalid, match="2 runs of main_etl"):
-        check_deadlock(PHASES, {"orchestrators": 2, "tables": 1}, batches=2)
+        check_deadlock(PHASES, Limits(queues={"orchestrators": 2, "tables": 1}), batches=2)
 
 
 def test_the_queue_of_the_deployment_counts_where_the_step_names_another() -> None:
     sub = "sub-etl-job/sub-etl-deployment"
 
     with pytest.raises(PipelineInvalid, match='work queue "tables"'):
-        check_deadlock(PHASES, {"orchestrators": 2, "tables": 1}, work_queues={sub: "tables"})
+        check_deadlock(PHASES, Limits(queues={"orchestrators": 2, "tables": 1}), work_queues={sub: "tables"})
 
 
 def test_a_process_that_dies_above_a_run_that_waits_is_counted_with() -> None:
-    limits = {"orchestrators": 2, "tables": 2}
+    limits = Limits(queues={"orchestrators": 2, "tables": 2})
 
     with pytest.raises(PipelineInvalid, match="2 runs of main_etl → a → b"):
         check_deadlock(CRASHED_ABOVE, limits)

@@ -9,7 +9,6 @@ import pytest
 
 from phasewise import BATCH, FanOut, FlowRunsFailed, Phase, Step, run_phases, trigger_subflow, wait_for_flow_runs
 from phasewise.errors import DeploymentMissing, PipelineInvalid
-from phasewise.project.pipeline import count_allowed
 from phasewise.testing.flow_runs import MemoryFlowRuns, ProcessDied
 
 
@@ -253,13 +252,18 @@ async def test_parts_of_one_thing_count_as_one_failure(recorder: Recorder, flow_
     [(0, 9, 0), (2, 9, 2), ("2", 9, 2), ("10%", 27, 2), ("10%", 9, 0), ("100%", 3, 3)],
 )
 def test_a_budget_is_a_number_or_a_share_rounded_down(allow_failed: int | str, total: int, count: int) -> None:
-    assert count_allowed(allow_failed, total) == count
+    assert budget(allow_failed, total).count_allowed() == count
 
 
 @pytest.mark.parametrize("allow_failed", [-1, "few", "120%", "-5%", ""])
 def test_a_budget_that_is_neither_is_refused(allow_failed: int | str) -> None:
     with pytest.raises(PipelineInvalid, match="neither a number nor a share"):
-        count_allowed(allow_failed, 10)
+        budget(allow_failed, 10).count_allowed()
+
+
+def budget(allow_failed: int | str, total: int) -> FanOut:
+    items = [str(number) for number in range(total)]
+    return FanOut(name="a", deployment="a/d", over="item", items=items, allow_failed=allow_failed)
 
 
 async def test_a_step_that_exceeds_its_timeout_is_cancelled_and_counts_as_timed_out(flow_runs: MemoryFlowRuns) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from datetime import UTC, datetime, timedelta
 from html.parser import HTMLParser
@@ -9,13 +10,22 @@ from pathlib import Path
 from typing import Any
 
 from hypothesis import HealthCheck, settings
+from pydantic import TypeAdapter
 
-from phasewise.report import BatchReport, MartReport, RunSpan
+from phasewise.report.records import BatchReport, MartReport, RunSpan
+from phasewise.report.write import JSON_VERSION
 
 SAMPLE = Path(__file__).parents[2] / "data" / "report.json"
 #: A busy machine is no reason to fail.
 PATIENTLY = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 START = datetime(2026, 1, 3, 2, 0, tzinfo=UTC)
+
+
+def read_report(path: Path) -> BatchReport:
+    """Return the data of a report that ``write_report`` wrote."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    assert data.pop("version") == JSON_VERSION
+    return TypeAdapter(BatchReport).validate_python(data)
 
 
 def at(seconds: float) -> datetime:

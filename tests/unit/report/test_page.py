@@ -9,8 +9,9 @@ from dataclasses import replace
 
 import pytest
 
-from phasewise.report import AuditReport, BatchReport, MartReport, TableReport, read_report, render_report
-from tests.unit.report.reports import SAMPLE, TWO_PHASES, Page, make_report, make_run
+from phasewise.report.records import AuditReport, BatchReport, MartReport, TableReport
+from phasewise.report.write import render_report
+from tests.unit.report.reports import SAMPLE, TWO_PHASES, Page, make_report, make_run, read_report
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from phasewise.report import TableReport, render_report
+from phasewise.report.records import TableReport
 from phasewise.report.timeline import lay_out_timeline
+from phasewise.report.write import render_report
 from tests.unit.report.reports import TWO_PHASES, Page, at, make_report, make_run
 
 

@@ -87,14 +87,13 @@ def test_runs_that_no_pipeline_declares_are_together() -> None:
     assert [phase.name for phase in find_phases(build_tree(runs), at(9))] == ["Runs", "publish"]
 
 
-def test_a_parent_is_found_by_id_or_by_name() -> None:
-    by_name = make_run("child", 0, 1, parent="parent")
-    by_id = make_run("child 2", 0, 1, parent="id-1")
+def test_a_parent_is_found_by_its_id() -> None:
+    child = make_run("child", 0, 1, parent="id-1")
     parent = make_run("parent", 0, 1, run_id="id-1")
 
-    (root,) = build_tree([by_name, by_id, parent])
+    (root,) = build_tree([child, parent])
 
-    assert [node.run.name for node in root.children] == ["child", "child 2"]
+    assert [node.run.name for node in root.children] == ["child"]
 
 
 @given(st.lists(st.integers(min_value=-1, max_value=7), max_size=8))

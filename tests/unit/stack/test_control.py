@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from phasewise.stack.control import StackError, find_stack, start_workers, stop_stack
+from phasewise.stack.control import find_stack, start_workers, stop_stack
+from phasewise.stack.supervisor import StackError
 from phasewise.system.processes import start_time
 
 

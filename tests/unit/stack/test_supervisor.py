@@ -10,21 +10,15 @@ from pathlib import Path
 import pytest
 
 from phasewise.stack import supervisor
-from phasewise.stack.control import StackError, client_environment
-from phasewise.stack.supervisor import listen, stack_environment
+from phasewise.stack.supervisor import client_environment, listen, stack_environment
 
 
 def test_a_taken_preferred_port_is_replaced_by_a_free_one(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         monkeypatch.setattr(supervisor, "PREFERRED_PORT", taken.getsockname()[1])
-        with listen(None) as listening:
+        with listen() as listening:
             assert listening.getsockname()[0] == "127.0.0.1"
             assert listening.getsockname()[1] != taken.getsockname()[1]
-
-
-def test_a_taken_port_that_was_asked_for_is_an_error() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(StackError, match="is taken"):
-        listen(taken.getsockname()[1])
 
 
 def test_the_users_own_prefect_does_not_reach_the_stack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
