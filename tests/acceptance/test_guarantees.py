@@ -656,7 +656,7 @@ def test_g05_a_second_batch_of_the_project_waits_or_is_refused_and_names_the_fir
 
     assert first.returncode == 0, output
     assert second.returncode == (7 if on_overlap == "refuse" else 0), said
-    assert (f"Batch {running['id']} of this project is running" in said) == (on_overlap == "refuse")
+    assert (f"Batch {running['id']} of this project has been running since" in said) == (on_overlap == "refuse")
 
 
 def test_g05_a_local_batch_and_one_of_the_server_do_not_run_at_the_same_time(
