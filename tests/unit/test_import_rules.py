@@ -80,6 +80,9 @@ def test_the_first_line_of_a_file_says_in_which_process_it_runs(package):
         ("lake sources staging publishing report", "prefect"),
         ("project outcomes orchestration stack", "duckdb"),
         ("forkserver", "prefect"),
+        ("forkserver/server", "pydantic"),
+        ("forkserver/server", "anyio"),
+        ("forkserver/server", "duckdb"),
         ("stack", "prefect"),
     ],
 )
