@@ -103,8 +103,8 @@ class Settings(BaseSettings):
     patches: str = Field(
         default="on",
         pattern=r"^(on|off|-[a-z-]+(,-[a-z-]+)*)$",
-        description="`off`: let Prefect's own code run, without the patches that `phasewise doctor` lists: slower. "
-        "`-NAME` or `-NAME,-NAME`: leave out these.",
+        description="`off`: let Prefect's own code run, without the patches that can be left out (`phasewise doctor`): "
+        "slower. `-NAME` or `-NAME,-NAME`: leave out these.",
     )
 
 

@@ -124,7 +124,7 @@ def test_a_file_that_changed_after_its_audit_leaves_a_report_and_what_to_do(
 
     monkeypatch.setattr("phasewise.report.finish.publish_batch", flip_then_publish)
 
-    with pytest.raises(PublishConflict, match=f"{file.name} has changed. Nothing was published. Remove {file.parent}"):
+    with pytest.raises(PublishConflict, match=f"{file.name} has changed. Nothing was published. Start a new batch"):
         final_etl("b1")
 
     assert read_report(project, "b1")["status"] == "failed"

@@ -342,7 +342,7 @@ def doctor() -> None:
     """Show which patches of Prefect are in force here: why, what each gains, for which versions."""
     from importlib.metadata import version
 
-    from phasewise.patches.entries import list_patches
+    from phasewise.patches.entries import list_patches, list_unknown_names
     from phasewise.patches.registry import NEWEST_TESTED
 
     patches = list_patches()
@@ -350,6 +350,8 @@ def doctor() -> None:
     print(f"Versions: {', '.join(f'{name} {version(name)}' for name in patched)}.")
     print(f"Tested up to prefect {NEWEST_TESTED}.")
     print(f"Patches in force: {sum(reason is None for _, reason in patches)} of {len(patches)}.")
+    if unknown := list_unknown_names():
+        print(f"PHASEWISE_PATCHES names no patch that can be left out: {', '.join(unknown)}.")
     for patch, reason in patches:
         print(f"\n{patch.name} ({patch.process}): {'in force' if reason is None else f'not in force, {reason}'}")
         print(f"  Reason: {patch.why}")

@@ -158,7 +158,9 @@ def _connect(settings: Settings, spill: Path, *, is_checked: bool) -> duckdb.Duc
         connection = duckdb.connect(":memory:", config=config)
         connection.execute("SET TimeZone = 'UTC'")
     except duckdb.Error as exc:
-        raise ProjectError(f"DuckDB refuses a setting: {exc}", hint="Check the PHASEWISE_* variables.") from exc
+        raise ProjectError(
+            f"DuckDB refuses a setting: {str(exc).rstrip('.')}.", hint="Check the PHASEWISE_* variables."
+        ) from exc
     return connection
 
 

@@ -6,7 +6,7 @@ docs/how-to/change-a-patch.md.
 
 from __future__ import annotations
 
-from phasewise.patches.registry import Patch, why_not
+from phasewise.patches.registry import Patch, left_out, why_not
 
 _RUNS = "prefect.server.database.orm_models:"
 _TASK = "(task, task_run_id=None, task_run=None, parameters=None, wait_for=None, return_type='result', …"
@@ -288,3 +288,8 @@ PATCHES: tuple[Patch, ...] = tuple(value for value in list(vars().values()) if i
 def list_patches() -> list[tuple[Patch, str | None]]:
     """Return each patch and why it is not applied here; None where it is. Imports what the patches are for."""
     return [(patch, why_not(patch)) for patch in PATCHES]
+
+
+def list_unknown_names() -> list[str]:
+    """Return what PHASEWISE_PATCHES wants to leave out although it is no patch, or none that can be left out."""
+    return sorted(left_out() - {"on", "off", *(f"-{patch.name}" for patch in PATCHES if patch.is_optional)})

@@ -87,7 +87,7 @@ def may_apply(patch: Patch) -> bool:
 @functools.cache
 def why_not(patch: Patch) -> str | None:
     """Say why *patch* is not applied in this process; None where it is. What was found at first holds."""
-    if patch.is_optional and not _left_out().isdisjoint({"off", f"-{patch.name}"}):
+    if patch.is_optional and not left_out().isdisjoint({"off", f"-{patch.name}"}):
         return _LEFT_OUT
     for path, shape in {**patch.targets, **patch.needs}.items():
         try:
@@ -142,7 +142,8 @@ def find_target(path: str) -> tuple[Any, str]:
 
 
 @functools.cache
-def _left_out() -> frozenset[str]:
+def left_out() -> frozenset[str]:
+    """Return what PHASEWISE_PATCHES says: ``on``, ``off``, or names with a ``-`` before them."""
     return frozenset(Settings().patches.split(","))
 
 

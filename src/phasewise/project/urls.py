@@ -15,6 +15,8 @@ from phasewise.errors import ProjectError
 
 #: One server of the authority: a name, an IPv4 address or an IPv6 address in brackets; perhaps a port.
 _SERVER = re.compile(r"(?P<host>\[[0-9A-Fa-f:.%]+\]|[^:\[\]]*)(?::(?P<port>\d{0,5}))?")
+#: A login without a ``//`` before it.
+_USERINFO = re.compile(r"([^:/@?]*):[^@?]*@")
 _SECRET = re.compile(r"(?i)((?:password|passwd|secret|token|key)[^=&]*=)[^&]*")
 
 
@@ -50,7 +52,8 @@ def read_database_url(url: str, example: str) -> DatabaseUrl:
     userinfo, _, address = parts.netloc.rpartition("@")
     servers = [_SERVER.fullmatch(server) for server in address.split(",")]
     has_rest_of_password = parts.fragment or (":" in parts.netloc and "@" in parts.path)
-    if has_rest_of_password or not all(match and int(match["port"] or 0) < 2**16 for match in servers):
+    is_odd = "://" not in url or has_rest_of_password
+    if is_odd or not all(match and int(match["port"] or 0) < 2**16 for match in servers):
         raise _explain_malformed(url, example)
     user, _, password = userinfo.partition(":")
     try:
@@ -77,7 +80,7 @@ def find_local_path(url: str, root: Path) -> Path:
     scheme = url.partition(":")[0]
     example = f"{scheme}:///relative/to/project or {scheme}:////absolute"
     parts = split_url(url.replace("#", "%23"), example)
-    if parts.netloc or not parts.path.startswith("/") or len(parts.path) < 2:
+    if "//" not in url or parts.netloc or not parts.path.startswith("/") or len(parts.path) < 2:
         raise ProjectError(f'"{redact_url(url)}" names no file or folder.', hint=f"Write {example}.")
     return (root / parts.path[1:].replace("%23", "#")).absolute()
 
@@ -94,7 +97,10 @@ def split_url(url: str, example: str = "scheme://user@host:port/name") -> SplitR
         ProjectError: it is malformed.
     """
     try:
-        return urlsplit(url)
+        parts = urlsplit(url)
+        if "\0" in unquote(url):
+            raise ValueError("no library takes it")
+        return parts
     except ValueError:
         raise _explain_malformed(url, example) from None  # the error may have the password
 
@@ -103,7 +109,7 @@ def redact_url(url: str) -> str:
     """Return *url*, which may be malformed, without its password and without options that may be secrets."""
     scheme, separator, rest = url.partition("://")
     if not separator:
-        return _hide_secrets(url)
+        return _hide_secrets(_USERINFO.sub(r"\1:***@", url))
     address = re.split(r"[/?#]", rest, maxsplit=1)[0]
     # A "/", "?" or "#" that was not escaped in a password ends the address too early: hide up to the last "@".
     end = rest.rfind("@") if ":" in address else address.rfind("@")

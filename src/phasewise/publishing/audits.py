@@ -19,7 +19,7 @@ from phasewise.project.config import Audit, Project, Reference, Severity, Table
 from phasewise.publishing.increments import Increment, describe_increment, select_result
 from phasewise.publishing.quarantine import BAD_ROWS
 from phasewise.publishing.session import Stage, WarehouseSession
-from phasewise.staging.batch import Batch, advise_again
+from phasewise.staging.batch import Batch
 from phasewise.staging.load_plan import HISTORY
 from phasewise.staging.manifest import Manifest, staged_files
 from phasewise.staging.schema_drift import holds_all
@@ -84,8 +84,7 @@ def show_staged(session: WarehouseSession, batch: Batch) -> dict[str, Increment]
             session.show(table, select_result(session, increments[table]))
         except duckdb.Error as exc:
             raise StagingError(
-                f'The staged files of table "{table}" cannot be read: {first_line(exc)}',
-                hint=advise_again(staged_files(session.project, parts[0])[0]),
+                f'The staged files of table "{table}" cannot be read: {first_line(exc)}', hint="Start a new batch."
             ) from exc
     return increments
 
@@ -146,7 +145,7 @@ def _audit_completeness(batch: Batch) -> AuditResult:
     """Every planned table is staged, and no two have names that the lake takes for one."""
     spelled: dict[str, str] = {}
     clashes = [table for table in batch.tables if spelled.setdefault(table.casefold(), table) != table]
-    details = [f'table "{table}" is not staged' for table in batch.missing]
+    details = [f'table "{table}" is not staged: start a new batch' for table in batch.missing]
     details += [
         f'table "{table}" and table "{spelled[table.casefold()]}" differ by case only, which the warehouse does not'
         for table in clashes

@@ -23,7 +23,6 @@ from phasewise.project.config import Project
 from phasewise.publishing.audit_batch import AuditedBatch
 from phasewise.publishing.increments import TableFiles
 from phasewise.publishing.session import WarehouseSession
-from phasewise.staging.batch import advise_again
 from phasewise.staging.digests import digest_file, digest_path
 from phasewise.staging.manifest import Manifest, staged_files, staged_key_files
 from phasewise.system.files import sync_path
@@ -101,7 +100,7 @@ def _refuse(part: Manifest, file: File, problem: str) -> PublishConflict:
     return PublishConflict(
         f'The staged files of table "{part.table}" are not those that were audited: {file.name} {problem}. '
         "Nothing was published.",
-        hint=advise_again(file),
+        hint="Start a new batch.",
     )
 
 

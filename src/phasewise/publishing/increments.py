@@ -2,7 +2,7 @@
 
     append     rows whose key is not there yet are added
     merge      rows take the place of those with their key
-    snapshot   a changed row closes the one with its key and is added; nothing is ever overwritten
+    history    a changed row closes the one with its key and is added; nothing is ever overwritten
 
 Two rows of one batch with the same key are never chosen between: the audit of the resulting table names them.
 Rows that are set aside count as not read, but for the question which rows the source still has.

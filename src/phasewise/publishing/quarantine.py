@@ -227,6 +227,8 @@ def take_out(session: WarehouseSession, increment: Increment, aside: SetAside, p
         PublishConflict: the staged files, or what was set aside of them, are not what was audited.
     """
     assert aside.file is not None  # only what is published already has none
+    if not aside.file.is_file() or digest_path(aside.file) != aside.digest:
+        raise _refuse_set_aside(f'Which rows of table "{increment.table}" are set aside is not what the audits found.')
     names = (file.name for file in TableFiles.staged(session.project, parts).rows)
     paths = ", ".join(
         f"({quote_literal(name)}, {quote_literal(str(file))})"
@@ -238,12 +240,15 @@ def take_out(session: WarehouseSession, increment: Increment, aside: SetAside, p
     )
     increment = replace(increment, out=session.keep(_OUT, query))
     found = session.count(f"({increment.select_out()})")
-    if found != aside.rows or digest_path(aside.file) != aside.digest:
-        raise PublishConflict(
-            f'Of table "{increment.table}" {aside.rows} rows were to be set aside, and {found} were found, or others.',
-            hint="The staging has changed since it was audited: run final-etl-job again.",
+    if found != aside.rows:
+        raise _refuse_set_aside(
+            f'Of table "{increment.table}" {aside.rows} rows were to be set aside, and {found} were found.'
         )
     return increment
+
+
+def _refuse_set_aside(problem: str) -> PublishConflict:
+    return PublishConflict(problem, hint="The staging has changed since it was audited: run final-etl-job again.")
 
 
 def remove_registered(session: WarehouseSession, increment: Increment) -> None:

@@ -18,7 +18,6 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from phasewise.errors import StagingError
-from phasewise.lake.object_store import StoredFile
 from phasewise.project.config import Project
 from phasewise.settings import Settings
 from phasewise.staging.load_plan import LakeView, read_lake
@@ -202,13 +201,6 @@ def mark_published(project: Project, batch: str, snapshot: int) -> None:
     """
     marker = json.dumps({"snapshot": snapshot, "at": datetime.now(UTC).isoformat()})
     write_shared(project, batch_folder(project, batch) / _PUBLISHED, marker)
-
-
-def advise_again(file: Path | StoredFile) -> str:
-    """Return what to do where a staged *file* is missing or damaged."""
-    if isinstance(file, Path):
-        return f"Remove {file.parent} and resume the batch: the table is extracted again."
-    return "Start a new batch."  # the manifest is elsewhere, perhaps on several machines
 
 
 def _read_batch(project: Project, batch: str) -> Batch:

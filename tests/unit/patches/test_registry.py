@@ -24,7 +24,7 @@ from phasewise.patches.registry import Patch, apply, describe_shape, find_target
 
 ROOT = Path(__file__).resolve().parents[3]
 SOURCE = ROOT / "src" / "phasewise"
-CACHED = (registry.why_not, registry._left_out, registry._warn_of_skipped, registry._warn_of_untested_version)
+CACHED = (registry.why_not, registry.left_out, registry._warn_of_skipped, registry._warn_of_untested_version)
 
 
 def forget() -> None:
@@ -202,7 +202,7 @@ def test_rebinding_is_recognised(line: str, is_found: bool) -> None:
 
 
 def test_doctor_lists_them(tmp_path: Path) -> None:
-    env = {**os.environ, "PREFECT_HOME": str(tmp_path), "PHASEWISE_PATCHES": "-valid-variables"}
+    env = {**os.environ, "PREFECT_HOME": str(tmp_path), "PHASEWISE_PATCHES": "-valid-variables,-one-writer,-typo"}
 
     done = subprocess.run([sys.executable, "-m", "phasewise", "doctor"], capture_output=True, text=True, env=env)
 
@@ -211,4 +211,5 @@ def test_doctor_lists_them(tmp_path: Path) -> None:
         assert patch.name in done.stdout
     assert f"{len(PATCHES) - 1} of {len(PATCHES)}" in done.stdout
     assert "PHASEWISE_PATCHES leaves it out" in done.stdout
+    assert "names no patch that can be left out: -one-writer, -typo." in done.stdout
     assert prefect.__version__ in done.stdout

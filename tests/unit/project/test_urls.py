@@ -60,6 +60,8 @@ MALFORMED = [
     f"://etl:{SECRET}%ff@host/db",
     f"://etl:{SECRET}@ho℀st/db",
     f"://etl:{SECRET}@host",
+    f"://etl:{SECRET}%00@host/db",
+    f":/etl:{SECRET}@host/db",
 ]
 
 

@@ -88,7 +88,7 @@ def test_a_planned_table_that_is_not_staged_fails_the_batch(tmp_path: Path):
     result = find(audit(project, "b"), "complete")
 
     assert not result.passed
-    assert result.message == 'The batch failed its audit: table "people" is not staged.'
+    assert result.message == 'The batch failed its audit: table "people" is not staged: start a new batch.'
 
 
 def test_a_duplicate_key_is_shown_with_its_rows(tmp_path: Path):
@@ -237,7 +237,7 @@ def test_damaged_files_say_how_to_mend_them(tmp_path: Path):
     file = staged_files(project, read_batch(project, batch).manifests[0])[0]
     file.write_bytes(bytes(file.stat().st_size))
 
-    with pytest.raises(StagingError, match=r'staged files of table "hits" cannot be read: .* Remove .*hits'):
+    with pytest.raises(StagingError, match=r'staged files of table "hits" cannot be read: .* Start a new batch'):
         audit(project, batch)
 
 
