@@ -37,8 +37,7 @@ from phasewise.publishing.increments import (
     select_result,
 )
 from phasewise.publishing.session import QUARANTINE_SCHEMA, Stage, WarehouseSession
-from phasewise.staging.digests import digest_path
-from phasewise.staging.manifest import Manifest
+from phasewise.staging.manifest import Manifest, digest_path
 
 #: Columns of a quarantine's table besides those of the table itself.
 REASON, BATCH, SET_ASIDE_AT = "_reason", "_batch", "_set_aside_at"

@@ -20,7 +20,7 @@ from phasewise.lake.quoting import quote_literal
 from phasewise.lake.session import read_parquet
 from phasewise.sources import SnapshotToken, Source, SourceTable, StagedRows
 from phasewise.staging.load_plan import Load
-from phasewise.staging.write_errors import explain_write, explaining_writes
+from phasewise.staging.replication import explain_write, explaining_writes
 from phasewise.system.files import replace_whole, sync_path
 
 #: Rows of a full row group. It ends at a number of bytes too: a few of them are what memory must hold.
