@@ -248,10 +248,7 @@ def take_out(session: WarehouseSession, increment: Increment, aside: SetAside, p
 def remove_registered(session: WarehouseSession, increment: Increment) -> None:
     """Delete the rows that are set aside from the table, for which the files of *increment* were registered."""
     session.expect(Stage.CHANGING)
-    session.connection.execute(
-        f"delete from {increment.lake} as s where exists "
-        f"(from {increment.out} as o where o.file = s.filename and o.row = s.file_row_number)"
-    )
+    session.connection.execute(f"delete from {increment.lake} as s where {increment.is_out}")
 
 
 def publish_quarantine(
