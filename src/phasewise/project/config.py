@@ -9,7 +9,7 @@ import tomllib
 from collections.abc import Mapping
 from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -353,18 +353,12 @@ def _explain_one(path: Path, text: str, error: Mapping[str, Any]) -> str:
 
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:
     """Return the keys allowed next to the last part of *location*."""
-    model: Any = _ProjectFile
-    sections: dict[str, Any] = {
-        "project": _ProjectSection,
-        "source": SourceConfig,
-        "warehouse": WarehouseConfig,
-        "tables": TableSelection,
-        "table": Table,
-        "audit": Audit,
-        "pipeline": PipelineConfig,
-    }
-    if len(location) > 1:
-        model = Reference if "references" in location[:-1] else sections.get(str(location[0]), _ProjectFile)
+    model: type[_Record] = _ProjectFile
+    for part in location[:-1]:
+        kind = field.annotation if (field := model.model_fields.get(str(part))) else None
+        # A record, or a dict or tuple of records; a number or the name of a table is a place among those.
+        records = [one for one in (kind, *get_args(kind)) if isinstance(one, type) and issubclass(one, _Record)]
+        model = records[0] if records else model
     return list(model.model_fields)
 
 
