@@ -106,7 +106,9 @@ def audit_tables(
     for table, parts in batch.by_table.items():
         files = read_parquet(file for part in parts for file in staged_files(session.project, part))
         results.append(_guard("row count", table, partial(_audit_row_count, session, table, parts, files)))
-        results.append(_guard("columns", table, partial(_audit_staged_types, session, table, parts, files)))
+        written = {column.name: column.type for column in parts[0].columns}
+        compare = partial(_compare_types, session, table, written, "manifest", files=files)
+        results.append(_guard("columns", table, compare))
         results += [run_audit(session, audit) for audit in _audit_cursor(table, parts[0], files)]
         results += _audit_table(session, table, key=parts[0].key, present=present, isolated=isolated)
     return results + _run_all(session, session.project.audits, present=present, isolated=isolated)
@@ -171,12 +173,6 @@ def _audit_row_count(session: WarehouseSession, table: str, parts: Sequence[Mani
     if whole != in_source:
         detail += f" in {len(parts)} partitions, {whole} in the whole table: it was rewritten while it was read"
     return AuditResult(name="row count", table=table, bad_rows=bad, detail=detail)
-
-
-def _audit_staged_types(session: WarehouseSession, table: str, parts: Sequence[Manifest], files: str) -> AuditResult:
-    """The files have the columns and types of the manifest."""
-    expected = {column.name: column.type for column in parts[0].columns}
-    return _compare_types(session, table, expected, "manifest", files=files)
 
 
 def _audit_cursor(table: str, part: Manifest, files: str) -> list[Audit]:

@@ -177,13 +177,10 @@ def _rewrite_files(connection: duckdb.DuckDBPyConnection, table: str) -> None:
     )
     if not sizes:
         return
-    written = connection.execute(
-        f"select file_name, num_rows from parquet_file_metadata([{_list_literals(sizes)}])"
-    ).fetchall()
+    files = ", ".join(map(quote_literal, sizes))
+    written = connection.execute(f"select file_name, num_rows from parquet_file_metadata([{files}])").fetchall()
     present = dict(
-        connection.execute(
-            f"select filename, count(*) from {name} where filename in ({_list_literals(sizes)}) group by 1"
-        ).fetchall()
+        connection.execute(f"select filename, count(*) from {name} where filename in ({files}) group by 1").fetchall()
     )
     doomed = [
         file
@@ -191,7 +188,7 @@ def _rewrite_files(connection: duckdb.DuckDBPyConnection, table: str) -> None:
         if sizes[file] < MERGE_BELOW_BYTES or present.get(file, 0) < (1 - REWRITE_SHARE) * rows
     ]
     if doomed:
-        among = f"filename in ({_list_literals(doomed)})"
+        among = f"filename in ({', '.join(map(quote_literal, doomed))})"
         # Deleted rows that are noted in the catalog would leave a file in place of which none is left.
         connection.execute("set ducklake_default_data_inlining_row_limit = 0")
         connection.execute("begin")
@@ -204,10 +201,6 @@ def _rewrite_files(connection: duckdb.DuckDBPyConnection, table: str) -> None:
         connection.execute(
             f"call ducklake_rewrite_data_files('lake', {quote_literal(table)}, schema => 'main', delete_threshold => 1)"
         )
-
-
-def _list_literals(texts: Iterable[str]) -> str:
-    return ", ".join(quote_literal(text) for text in texts)
 
 
 def _list_orphans(connection: duckdb.DuckDBPyConnection) -> list[str]:

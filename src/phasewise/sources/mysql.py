@@ -204,13 +204,13 @@ class MysqlSource(ServerSource):
         for index, column in enumerate(table.columns):
             value = f"c{index}"
             bad = f"FROM ({self._read_printed(table)}) WHERE {value} IS NOT NULL AND ({_decode(column, value)}) IS NULL"
-            counted = connection.execute(f"SELECT count(*) {bad}").fetchone()
-            if not counted or not counted[0]:
+            count = fetch_int(connection, f"SELECT count(*) {bad}")
+            if not count:
                 continue
             keys = [f"c{names.index(name)}" for name in table.key]
             sample = connection.execute(f"SELECT {', '.join([value, *keys])} {bad} LIMIT 1").fetchone()
             assert sample is not None  # it was counted above
-            return explain_unfaithful(table.name, column, table.key, sample, count=counted[0])
+            return explain_unfaithful(table.name, column, table.key, sample, count=count)
         return None
 
     def _count(self, connection: duckdb.DuckDBPyConnection, table: SourceTable) -> int:
