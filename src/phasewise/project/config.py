@@ -266,7 +266,8 @@ def load_project(root: Path) -> Project:
     try:
         parsed = _ProjectFile.model_validate(raw)
     except ValidationError as exc:
-        raise ProjectError(_explain_validation(path, exc)) from None
+        text, errors = path.read_text(encoding="utf-8"), exc.errors(include_url=False, include_input=False)
+        raise ProjectError("\n".join(_explain_error(path, text, error) for error in errors)) from None
     return _build_project(path.parent, parsed)
 
 
@@ -332,12 +333,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise ProjectError(f"{path} is not valid TOML: {exc}.") from exc
 
 
-def _explain_validation(path: Path, exc: ValidationError) -> str:
-    text = path.read_text(encoding="utf-8")
-    return "\n".join(_explain_one(path, text, error) for error in exc.errors(include_url=False, include_input=False))
-
-
-def _explain_one(path: Path, text: str, error: Mapping[str, Any]) -> str:
+def _explain_error(path: Path, text: str, error: Mapping[str, Any]) -> str:
     location = [str(part) for part in error["loc"]]
     key = ".".join(location)
     line = _find_line(text, location)

@@ -289,11 +289,10 @@ def run_audit(session: WarehouseSession, audit: Audit) -> AuditResult:
         bad_rows = session.keep(BAD_ROWS, audit.sql)
         count = session.count(bad_rows)
         rows = fetch_rows(session.connection, f"from {bad_rows}", limit=SAMPLE_ROWS)
-    except duckdb.Error as exc:
+    except (duckdb.Error, PhasewiseError) as exc:
         # An audit that cannot run has not passed, and a warning that nobody can see is none.
-        return replace(result, severity="blocking", error=first_line(exc), seconds=perf_counter() - started)
-    except PhasewiseError as exc:
-        return replace(result, severity="blocking", error=str(exc), seconds=perf_counter() - started)
+        error = first_line(exc) if isinstance(exc, duckdb.Error) else str(exc)
+        return replace(result, severity="blocking", error=error, seconds=perf_counter() - started)
     return replace(
         result, bad_rows=count, sample=rows.as_records(), columns=rows.columns, seconds=perf_counter() - started
     )

@@ -153,10 +153,8 @@ def _merge_small_files(connection: duckdb.DuckDBPyConnection) -> int:
             f"call ducklake_flush_inlined_data('lake', schema_name => 'main', table_name => {quote_literal(table)})"
         )
         _rewrite_files(connection, table)
-    rows = connection.execute(
-        f"call ducklake_merge_adjacent_files('lake', max_file_size => {MERGE_BELOW_BYTES})"
-    ).fetchall()
-    return sum(int(row[-1]) for row in rows)
+    merge = f"call ducklake_merge_adjacent_files('lake', max_file_size => {MERGE_BELOW_BYTES})"
+    return sum(int(row[-1]) for row in connection.execute(merge).fetchall())
 
 
 def _rewrite_files(connection: duckdb.DuckDBPyConnection, table: str) -> None:
@@ -205,10 +203,8 @@ def _rewrite_files(connection: duckdb.DuckDBPyConnection, table: str) -> None:
 
 def _list_orphans(connection: duckdb.DuckDBPyConnection) -> list[str]:
     """Return the Parquet files among those of the lake that no snapshot knows."""
-    rows = connection.execute(
-        "call ducklake_delete_orphaned_files('lake', cleanup_all => true, dry_run => true)"
-    ).fetchall()
-    return [str(name) for (name,) in rows]
+    listed = "call ducklake_delete_orphaned_files('lake', cleanup_all => true, dry_run => true)"
+    return [str(name) for (name,) in connection.execute(listed).fetchall()]
 
 
 def _delete_stored_orphans(
@@ -225,17 +221,14 @@ def _delete_stored_orphans(
     orphans = {StoredFile(name) for name in _list_orphans(connection)} & set(files) & listed.keys() - staged
     doomed = sorted(file for file in orphans if listed[file].modified_at < youngest)
     if doomed:
+        schema = quote_identifier(find_schema(project.catalog) if project.catalog else "main")
+        # Of the list: id, path, is that relative, since when.
         connection.executemany(
-            f"insert into {_find_deletions(project)} values (?, ?, false, 'epoch'::timestamptz)",
+            f"insert into __ducklake_metadata_lake.{schema}.ducklake_files_scheduled_for_deletion "
+            "values (?, ?, false, 'epoch'::timestamptz)",
             [[_NO_DATA_FILE + number, str(file)] for number, file in enumerate(doomed)],
         )
         connection.execute("call ducklake_cleanup_old_files('lake', older_than => '1971-01-01'::timestamptz)")
-
-
-def _find_deletions(project: Project) -> str:
-    """Return DuckLake's table of files to delete; its columns: id, path, is that relative, since when."""
-    schema = find_schema(project.catalog) if project.catalog else "main"
-    return f"__ducklake_metadata_lake.{quote_identifier(schema)}.ducklake_files_scheduled_for_deletion"
 
 
 def _delete_orphans(connection: duckdb.DuckDBPyConnection, files: Iterable[File], grace: timedelta) -> None:

@@ -23,7 +23,7 @@ from pathlib import Path
 import duckdb
 
 from phasewise.errors import ProjectError, PublishConflict, StagingError
-from phasewise.lake.publications import Publication, list_columns
+from phasewise.lake.publications import Publication
 from phasewise.lake.quoting import quote_identifier, quote_literal
 from phasewise.lake.session import read_parquet
 from phasewise.publishing.increments import (
@@ -119,7 +119,7 @@ def take_bad_rows(session: WarehouseSession, pool: Pool, audit: str) -> str | No
     """Mark the rows of *pool* that ``BAD_ROWS`` identifies, for the reason *audit*; return why that is not possible."""
     session.expect(Stage.SHOWING)
     bad_rows = session.name(BAD_ROWS)
-    columns = _table_columns(session.connection, pool)
+    columns = {name: type_ for name, type_ in session.list_columns(f"({pool.rows})").items() if name not in (FILE, ROW)}
     returned = session.list_columns(bad_rows)
     by = list(columns) if columns.keys() <= returned.keys() else list(pool.key)
     if not by or not set(by) <= returned.keys():
@@ -175,14 +175,6 @@ def count_reasons(session: WarehouseSession, table: str) -> tuple[tuple[str, int
     return tuple((str(audit), int(count)) for audit, count in rows)
 
 
-def select_rows_out(session: WarehouseSession, table: str) -> str:
-    """Return the query of the rows of *table* that are set aside: file, row and reason."""
-    return (
-        f"select file, row, string_agg(audit, '; ' order by audit) as reason from {session.name(_FOUND)} "
-        f"where tbl = {quote_literal(table)} group by file, row"
-    )
-
-
 def write_set_aside(session: WarehouseSession, table: str, folder: Path) -> SetAside | None:
     """Write down in *folder*, the staging of *table*, which of its rows are set aside; None when none is.
 
@@ -194,7 +186,10 @@ def write_set_aside(session: WarehouseSession, table: str, folder: Path) -> SetA
         return None
     # Under a name of its own: who audits the same batch at the same time must not change what this one found.
     path = folder / f"quarantine-{uuid.uuid4().hex}.parquet"
-    select = f"select parse_filename(file) as file, row, reason from ({select_rows_out(session, table)})"
+    select = (
+        f"select parse_filename(file) as file, row, string_agg(audit, '; ' order by audit) as reason "
+        f"from {session.name(_FOUND)} as f where tbl = {quote_literal(table)} group by f.file, row"
+    )
     try:
         session.connection.execute(f"copy ({select}) to {quote_literal(str(path))} (format parquet)")
         digest = digest_path(path)
@@ -341,8 +336,3 @@ def drop_quarantine(session: WarehouseSession, table: str) -> None:
     """Drop the quarantine of *table*, if it has one."""
     if table in session.quarantined:
         session.connection.execute(f"drop table lake.{QUARANTINE_SCHEMA}.{quote_identifier(table)}")
-
-
-def _table_columns(connection: duckdb.DuckDBPyConnection, pool: Pool) -> dict[str, str]:
-    columns = list_columns(connection, f"({pool.rows})")
-    return {name: type_ for name, type_ in columns.items() if name not in (FILE, ROW)}

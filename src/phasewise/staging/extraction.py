@@ -72,24 +72,23 @@ def read_rows(
         UnfaithfulValue: a value would change; the message names column, sample row and the option that decides.
         StagingError: a file cannot be written, or the memory limit is too small.
     """
+    files = [path, *([keys_path] if keys is not None else [])]
     try:
         source.begin(connection, table, snapshot)
         rows = write_parquet(connection, source.select(table), path, table)
         if keys is not None:
             # After the rows: where the source holds no moment, a row that came meanwhile must not count as deleted.
             write_parquet(connection, source.select(keys), keys_path, keys)
-        files = [path, *([keys_path] if keys is not None else [])]
         for file in files:
             fix_parquet(connection, file)
         with _syncing(files):
             source_rows = source.count_rows(connection, table, StagedRows(rows=rows, file=path))
         connection.execute("COMMIT")
-    except PhasewiseError:
-        _abandon(connection, path)
-        raise
     # UnicodeDecodeError: DuckDB quotes bytes of the source in messages, whether they are UTF-8 or not.
-    except (duckdb.Error, UnicodeDecodeError) as exc:
+    except (PhasewiseError, duckdb.Error, UnicodeDecodeError) as exc:
         _abandon(connection, path)
+        if isinstance(exc, PhasewiseError):
+            raise
         raise _find_staging_error(path, exc) or source.explain(connection, table, exc) from exc
     return rows, source_rows
 
