@@ -9,7 +9,7 @@ import tomllib
 from collections.abc import Mapping
 from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -266,7 +266,8 @@ def load_project(root: Path) -> Project:
     try:
         parsed = _ProjectFile.model_validate(raw)
     except ValidationError as exc:
-        raise ProjectError(_explain_validation(path, exc)) from None
+        text, errors = path.read_text(encoding="utf-8"), exc.errors(include_url=False, include_input=False)
+        raise ProjectError("\n".join(_explain_error(path, text, error) for error in errors)) from None
     return _build_project(path.parent, parsed)
 
 
@@ -332,12 +333,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise ProjectError(f"{path} is not valid TOML: {exc}.") from exc
 
 
-def _explain_validation(path: Path, exc: ValidationError) -> str:
-    text = path.read_text(encoding="utf-8")
-    return "\n".join(_explain_one(path, text, error) for error in exc.errors(include_url=False, include_input=False))
-
-
-def _explain_one(path: Path, text: str, error: Mapping[str, Any]) -> str:
+def _explain_error(path: Path, text: str, error: Mapping[str, Any]) -> str:
     location = [str(part) for part in error["loc"]]
     key = ".".join(location)
     line = _find_line(text, location)
@@ -353,18 +349,12 @@ def _explain_one(path: Path, text: str, error: Mapping[str, Any]) -> str:
 
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:
     """Return the keys allowed next to the last part of *location*."""
-    model: Any = _ProjectFile
-    sections: dict[str, Any] = {
-        "project": _ProjectSection,
-        "source": SourceConfig,
-        "warehouse": WarehouseConfig,
-        "tables": TableSelection,
-        "table": Table,
-        "audit": Audit,
-        "pipeline": PipelineConfig,
-    }
-    if len(location) > 1:
-        model = Reference if "references" in location[:-1] else sections.get(str(location[0]), _ProjectFile)
+    model: type[_Record] = _ProjectFile
+    for part in location[:-1]:
+        kind = field.annotation if (field := model.model_fields.get(str(part))) else None
+        # A record, or a dict or tuple of records; a number or the name of a table is a place among those.
+        records = [one for one in (kind, *get_args(kind)) if isinstance(one, type) and issubclass(one, _Record)]
+        model = records[0] if records else model
     return list(model.model_fields)
 
 

@@ -207,9 +207,7 @@ def _find_problems(phases: Sequence[Phase]) -> list[str]:
     steps = list(list_steps(phases))
     names = [step.name for step in steps]
     problems += [f'two steps have the name "{name}"' for name in sorted({n for n in names if names.count(n) > 1})]
-    for step in steps:
-        problems += _find_step_problems(step)
-    return problems
+    return problems + [problem for step in steps for problem in _find_step_problems(step)]
 
 
 def _find_step_problems(step: Step) -> list[str]:

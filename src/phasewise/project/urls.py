@@ -24,7 +24,6 @@ _SECRET = re.compile(r"(?i)((?:password|passwd|secret|token|key)[^=&]*=)[^&]*")
 class DatabaseUrl:
     """``scheme://user:password@host:port/database?option=value``; every part decoded."""
 
-    scheme: str
     user: str | None
     #: Also where the URL has it as an option.
     password: str | None = field(repr=False)
@@ -66,9 +65,7 @@ def read_database_url(url: str, example: str) -> DatabaseUrl:
         raise _explain_malformed(url, example) from None  # the error has the bytes of the password
     if not database:
         raise ProjectError(f'"{redact_url(url)}" names no database.', hint=f"Write {example}.")
-    return DatabaseUrl(
-        scheme=parts.scheme, user=name, password=given, servers=hosts, database=database, options=options
-    )
+    return DatabaseUrl(user=name, password=given, servers=hosts, database=database, options=options)
 
 
 def find_local_path(url: str, root: Path) -> Path:

@@ -121,8 +121,6 @@ def _audit_budget(session: WarehouseSession, table: str, parts: Sequence[Manifes
     limit = session.project.find_table(table).quarantine_limit
     allowed = count_share(limit, sum(part.rows for part in parts))
     rows = count_rows(session, table)
+    passed = AuditResult(name="quarantine_limit", table=table)
     detail = f"{rows} rows would be set aside, and quarantine_limit = {limit} allows {allowed}"
-    is_over = rows > allowed
-    return AuditResult(
-        name="quarantine_limit", table=table, bad_rows=rows if is_over else 0, detail=detail if is_over else ""
-    )
+    return replace(passed, bad_rows=rows, detail=detail) if rows > allowed else passed

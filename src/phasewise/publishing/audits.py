@@ -105,7 +105,9 @@ def audit_tables(
     for table, parts in batch.by_table.items():
         files = read_parquet(file for part in parts for file in staged_files(session.project, part))
         results.append(_guard("row count", table, partial(_audit_row_count, session, table, parts, files)))
-        results.append(_guard("columns", table, partial(_audit_staged_types, session, table, parts, files)))
+        written = {column.name: column.type for column in parts[0].columns}
+        compare = partial(_compare_types, session, table, written, "manifest", files=files)
+        results.append(_guard("columns", table, compare))
         results += [run_audit(session, audit) for audit in _audit_cursor(table, parts[0], files)]
         results += _audit_table(session, table, key=parts[0].key, present=present, isolated=isolated)
     return results + _run_all(session, session.project.audits, present=present, isolated=isolated)
@@ -170,12 +172,6 @@ def _audit_row_count(session: WarehouseSession, table: str, parts: Sequence[Mani
     if whole != in_source:
         detail += f" in {len(parts)} partitions, {whole} in the whole table: it was rewritten while it was read"
     return AuditResult(name="row count", table=table, bad_rows=bad, detail=detail)
-
-
-def _audit_staged_types(session: WarehouseSession, table: str, parts: Sequence[Manifest], files: str) -> AuditResult:
-    """The files have the columns and types of the manifest."""
-    expected = {column.name: column.type for column in parts[0].columns}
-    return _compare_types(session, table, expected, "manifest", files=files)
 
 
 def _audit_cursor(table: str, part: Manifest, files: str) -> list[Audit]:
@@ -292,11 +288,10 @@ def run_audit(session: WarehouseSession, audit: Audit) -> AuditResult:
         bad_rows = session.keep(BAD_ROWS, audit.sql)
         count = session.count(bad_rows)
         rows = fetch_rows(session.connection, f"from {bad_rows}", limit=SAMPLE_ROWS)
-    except duckdb.Error as exc:
+    except (duckdb.Error, PhasewiseError) as exc:
         # An audit that cannot run has not passed, and a warning that nobody can see is none.
-        return replace(result, severity="blocking", error=first_line(exc), seconds=perf_counter() - started)
-    except PhasewiseError as exc:
-        return replace(result, severity="blocking", error=str(exc), seconds=perf_counter() - started)
+        error = first_line(exc) if isinstance(exc, duckdb.Error) else str(exc)
+        return replace(result, severity="blocking", error=error, seconds=perf_counter() - started)
     return replace(
         result, bad_rows=count, sample=rows.as_records(), columns=rows.columns, seconds=perf_counter() - started
     )

@@ -23,8 +23,7 @@ from phasewise.project.config import Project
 from phasewise.publishing.audit_batch import AuditedBatch
 from phasewise.publishing.increments import TableFiles
 from phasewise.publishing.session import WarehouseSession
-from phasewise.staging.digests import digest_file, digest_path
-from phasewise.staging.manifest import Manifest, staged_files, staged_key_files
+from phasewise.staging.manifest import Manifest, digest_file, digest_path, staged_files, staged_key_files
 from phasewise.system.files import sync_path
 
 #: Files that are read at the same time to see that they are what was audited: Python waits for none of them.

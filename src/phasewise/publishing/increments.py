@@ -106,10 +106,10 @@ class Increment:
     @property
     def kept(self) -> str:
         """What follows FROM for those that are not set aside; their alias is s."""
-        return f"{self.read} as s where not {self._is_out}" if self.out else f"{self.read} as s"
+        return f"{self.read} as s where not {self.is_out}" if self.out else f"{self.read} as s"
 
     @property
-    def _is_out(self) -> str:
+    def is_out(self) -> str:
         return f"exists (from {self.out} as o where o.file = s.filename and o.row = s.file_row_number)"
 
     def select_staged(self, *, is_all: bool = False) -> str:
@@ -200,7 +200,7 @@ def select_pool(increment: Increment) -> str:
     if increment.is_published:
         return f'select *, \'\' as "{FILE}", 0 as "{ROW}" from {increment.lake} where false'
     columns = select_columns(increment.drift.columns, increment.staged, "s") if increment.is_cast else "s.*"
-    history = f", {_begin_history(increment)}" if increment.load.mode == "history" else ""
+    history = _begin_history(increment)
     rows = f'select {columns}{history}, s.filename as "{FILE}", s.file_row_number as "{ROW}" from {increment.kept}'
     if increment.load.is_replaced or not increment.load.key:
         return rows
@@ -221,7 +221,7 @@ def find_last(connection: duckdb.DuckDBPyConnection, parts: Sequence[Manifest]) 
 def select_replacement(increment: Increment) -> str:
     """Return the query of the table that takes the place of the lake's."""
     rows = increment.select_staged() if increment.keeps_columns else f"select s.* from {increment.kept}"
-    return f"select *, {_begin_history(increment)} from ({rows})" if increment.load.mode == "history" else rows
+    return f"select *{_begin_history(increment)} from ({rows})"
 
 
 def find_touched(connection: duckdb.DuckDBPyConnection, increment: Increment) -> None:
@@ -277,20 +277,23 @@ def apply_increment(session: WarehouseSession, increment: Increment) -> Changes:
     connection = session.connection
     _refuse_unclear_keys(connection, increment)
     _change_columns(connection, increment)
-    if not increment.load.key:
-        return Changes(added=_add_all(connection, increment))
-    find_touched(connection, increment)
-    kinds = dict(connection.execute(f"select {_CHANGE}, count(*) from {increment.touched} group by 1").fetchall())
-    added, changed, removed = (int(kinds.get(kind, 0)) for kind in ("added", "changed", "gone"))
-    changes = Changes(added=added, changed=changed, removed=removed)
+    changes = _count_changes(connection, increment)
     if changes.changed or changes.removed:
         _retire(connection, increment)
     new = changes.added + changes.changed
-    if new and new == fetch_int(connection, f"select count(*) from {increment.read}") and _can_register(increment):
+    if new and _can_register(increment) and new == fetch_int(connection, f"select count(*) from {increment.read}"):
         register_files(connection, increment.table, increment.files, ", allow_missing => true")
     elif new:
         _insert(connection, increment)
     return changes
+
+
+def _count_changes(connection: duckdb.DuckDBPyConnection, increment: Increment) -> Changes:
+    if not increment.load.key:
+        return Changes(added=fetch_int(connection, f"select count(*) from {increment.kept}"))
+    find_touched(connection, increment)
+    kinds = dict(connection.execute(f"select {_CHANGE}, count(*) from {increment.touched} group by 1").fetchall())
+    return Changes(added=kinds.get("added", 0), changed=kinds.get("changed", 0), removed=kinds.get("gone", 0))
 
 
 def _is_in_lake(part: Manifest, now: TableState | None) -> bool:
@@ -382,7 +385,9 @@ def is_same(columns: Iterable[str], left: str, right: str) -> str:
 
 
 def _begin_history(increment: Increment) -> str:
-    return f"{_literal(increment.at)} as valid_from, {_NO_TIME} as valid_to, true as is_current"
+    """Return the columns of a history, a comma before them, for a row that begins now; empty in any other mode."""
+    columns = f", {_literal(increment.at)} as valid_from, {_NO_TIME} as valid_to, true as is_current"
+    return columns if increment.load.mode == "history" else ""
 
 
 def _is_touched(increment: Increment, alias: str, kinds: Iterable[str]) -> str:
@@ -439,15 +444,6 @@ def _can_register(increment: Increment) -> bool:
     return all(wanted.get(name.casefold()) == type_ for name, type_ in increment.staged.items())
 
 
-def _add_all(connection: duckdb.DuckDBPyConnection, increment: Increment) -> int:
-    count = fetch_int(connection, f"select count(*) from {increment.kept}")
-    if count and _can_register(increment):
-        register_files(connection, increment.table, increment.files, ", allow_missing => true")
-    elif count:
-        connection.execute(f"insert into {increment.lake} by name {increment.select_staged()}")
-    return count
-
-
 def register_files(connection: duckdb.DuckDBPyConnection, table: str, files: Iterable[File], more: str = "") -> None:
     """Make *files* part of *table* of the lake, as they are; *more* are further arguments of DuckLake's function."""
     paths = ", ".join(quote_literal(str(file)) for file in files)
@@ -470,9 +466,6 @@ def _retire(connection: duckdb.DuckDBPyConnection, increment: Increment) -> None
 
 
 def _insert(connection: duckdb.DuckDBPyConnection, increment: Increment) -> None:
-    columns = _names(increment.drift.columns)
-    history = f", {_begin_history(increment)}" if increment.load.mode == "history" else ""
-    connection.execute(
-        f"insert into {increment.lake} by name select {columns}{history} from ({increment.select_staged()}) d "
-        f"where {_is_touched(increment, 'd', _NEW)}"
-    )
+    where = f" where {_is_touched(increment, 'd', _NEW)}" if increment.load.key else ""
+    rows = f"select d.*{_begin_history(increment)} from ({increment.select_staged()}) d{where}"
+    connection.execute(f"insert into {increment.lake} by name {rows}")

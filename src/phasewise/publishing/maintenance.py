@@ -153,10 +153,8 @@ def _merge_small_files(connection: duckdb.DuckDBPyConnection) -> int:
             f"call ducklake_flush_inlined_data('lake', schema_name => 'main', table_name => {quote_literal(table)})"
         )
         _rewrite_files(connection, table)
-    rows = connection.execute(
-        f"call ducklake_merge_adjacent_files('lake', max_file_size => {MERGE_BELOW_BYTES})"
-    ).fetchall()
-    return sum(int(row[-1]) for row in rows)
+    merge = f"call ducklake_merge_adjacent_files('lake', max_file_size => {MERGE_BELOW_BYTES})"
+    return sum(int(row[-1]) for row in connection.execute(merge).fetchall())
 
 
 def _rewrite_files(connection: duckdb.DuckDBPyConnection, table: str) -> None:
@@ -177,13 +175,10 @@ def _rewrite_files(connection: duckdb.DuckDBPyConnection, table: str) -> None:
     )
     if not sizes:
         return
-    written = connection.execute(
-        f"select file_name, num_rows from parquet_file_metadata([{_list_literals(sizes)}])"
-    ).fetchall()
+    files = ", ".join(map(quote_literal, sizes))
+    written = connection.execute(f"select file_name, num_rows from parquet_file_metadata([{files}])").fetchall()
     present = dict(
-        connection.execute(
-            f"select filename, count(*) from {name} where filename in ({_list_literals(sizes)}) group by 1"
-        ).fetchall()
+        connection.execute(f"select filename, count(*) from {name} where filename in ({files}) group by 1").fetchall()
     )
     doomed = [
         file
@@ -191,7 +186,7 @@ def _rewrite_files(connection: duckdb.DuckDBPyConnection, table: str) -> None:
         if sizes[file] < MERGE_BELOW_BYTES or present.get(file, 0) < (1 - REWRITE_SHARE) * rows
     ]
     if doomed:
-        among = f"filename in ({_list_literals(doomed)})"
+        among = f"filename in ({', '.join(map(quote_literal, doomed))})"
         # Deleted rows that are noted in the catalog would leave a file in place of which none is left.
         connection.execute("set ducklake_default_data_inlining_row_limit = 0")
         connection.execute("begin")
@@ -206,16 +201,10 @@ def _rewrite_files(connection: duckdb.DuckDBPyConnection, table: str) -> None:
         )
 
 
-def _list_literals(texts: Iterable[str]) -> str:
-    return ", ".join(quote_literal(text) for text in texts)
-
-
 def _list_orphans(connection: duckdb.DuckDBPyConnection) -> list[str]:
     """Return the Parquet files among those of the lake that no snapshot knows."""
-    rows = connection.execute(
-        "call ducklake_delete_orphaned_files('lake', cleanup_all => true, dry_run => true)"
-    ).fetchall()
-    return [str(name) for (name,) in rows]
+    listed = "call ducklake_delete_orphaned_files('lake', cleanup_all => true, dry_run => true)"
+    return [str(name) for (name,) in connection.execute(listed).fetchall()]
 
 
 def _delete_stored_orphans(
@@ -232,17 +221,14 @@ def _delete_stored_orphans(
     orphans = {StoredFile(name) for name in _list_orphans(connection)} & set(files) & listed.keys() - staged
     doomed = sorted(file for file in orphans if listed[file].modified_at < youngest)
     if doomed:
+        schema = quote_identifier(find_schema(project.catalog) if project.catalog else "main")
+        # Of the list: id, path, is that relative, since when.
         connection.executemany(
-            f"insert into {_find_deletions(project)} values (?, ?, false, 'epoch'::timestamptz)",
+            f"insert into __ducklake_metadata_lake.{schema}.ducklake_files_scheduled_for_deletion "
+            "values (?, ?, false, 'epoch'::timestamptz)",
             [[_NO_DATA_FILE + number, str(file)] for number, file in enumerate(doomed)],
         )
         connection.execute("call ducklake_cleanup_old_files('lake', older_than => '1971-01-01'::timestamptz)")
-
-
-def _find_deletions(project: Project) -> str:
-    """Return DuckLake's table of files to delete; its columns: id, path, is that relative, since when."""
-    schema = find_schema(project.catalog) if project.catalog else "main"
-    return f"__ducklake_metadata_lake.{quote_identifier(schema)}.ducklake_files_scheduled_for_deletion"
 
 
 def _delete_orphans(connection: duckdb.DuckDBPyConnection, files: Iterable[File], grace: timedelta) -> None:

@@ -23,7 +23,7 @@ from pathlib import Path
 import duckdb
 
 from phasewise.errors import ProjectError, PublishConflict, StagingError
-from phasewise.lake.publications import Publication, list_columns
+from phasewise.lake.publications import Publication
 from phasewise.lake.quoting import quote_identifier, quote_literal
 from phasewise.lake.session import read_parquet
 from phasewise.publishing.increments import (
@@ -37,8 +37,7 @@ from phasewise.publishing.increments import (
     select_result,
 )
 from phasewise.publishing.session import QUARANTINE_SCHEMA, Stage, WarehouseSession
-from phasewise.staging.digests import digest_path
-from phasewise.staging.manifest import Manifest
+from phasewise.staging.manifest import Manifest, digest_path
 
 #: Columns of a quarantine's table besides those of the table itself.
 REASON, BATCH, SET_ASIDE_AT = "_reason", "_batch", "_set_aside_at"
@@ -120,7 +119,7 @@ def take_bad_rows(session: WarehouseSession, pool: Pool, audit: str) -> str | No
     """Mark the rows of *pool* that ``BAD_ROWS`` identifies, for the reason *audit*; return why that is not possible."""
     session.expect(Stage.SHOWING)
     bad_rows = session.name(BAD_ROWS)
-    columns = _table_columns(session.connection, pool)
+    columns = {name: type_ for name, type_ in session.list_columns(f"({pool.rows})").items() if name not in (FILE, ROW)}
     returned = session.list_columns(bad_rows)
     by = list(columns) if columns.keys() <= returned.keys() else list(pool.key)
     if not by or not set(by) <= returned.keys():
@@ -176,14 +175,6 @@ def count_reasons(session: WarehouseSession, table: str) -> tuple[tuple[str, int
     return tuple((str(audit), int(count)) for audit, count in rows)
 
 
-def select_rows_out(session: WarehouseSession, table: str) -> str:
-    """Return the query of the rows of *table* that are set aside: file, row and reason."""
-    return (
-        f"select file, row, string_agg(audit, '; ' order by audit) as reason from {session.name(_FOUND)} "
-        f"where tbl = {quote_literal(table)} group by file, row"
-    )
-
-
 def write_set_aside(session: WarehouseSession, table: str, folder: Path) -> SetAside | None:
     """Write down in *folder*, the staging of *table*, which of its rows are set aside; None when none is.
 
@@ -195,7 +186,10 @@ def write_set_aside(session: WarehouseSession, table: str, folder: Path) -> SetA
         return None
     # Under a name of its own: who audits the same batch at the same time must not change what this one found.
     path = folder / f"quarantine-{uuid.uuid4().hex}.parquet"
-    select = f"select parse_filename(file) as file, row, reason from ({select_rows_out(session, table)})"
+    select = (
+        f"select parse_filename(file) as file, row, string_agg(audit, '; ' order by audit) as reason "
+        f"from {session.name(_FOUND)} as f where tbl = {quote_literal(table)} group by f.file, row"
+    )
     try:
         session.connection.execute(f"copy ({select}) to {quote_literal(str(path))} (format parquet)")
         digest = digest_path(path)
@@ -254,10 +248,7 @@ def _refuse_set_aside(problem: str) -> PublishConflict:
 def remove_registered(session: WarehouseSession, increment: Increment) -> None:
     """Delete the rows that are set aside from the table, for which the files of *increment* were registered."""
     session.expect(Stage.CHANGING)
-    session.connection.execute(
-        f"delete from {increment.lake} as s where exists "
-        f"(from {increment.out} as o where o.file = s.filename and o.row = s.file_row_number)"
-    )
+    session.connection.execute(f"delete from {increment.lake} as s where {increment.is_out}")
 
 
 def publish_quarantine(
@@ -350,8 +341,3 @@ def drop_quarantine(session: WarehouseSession, table: str) -> None:
     """Drop the quarantine of *table*, if it has one."""
     if table in session.quarantined:
         session.connection.execute(f"drop table lake.{QUARANTINE_SCHEMA}.{quote_identifier(table)}")
-
-
-def _table_columns(connection: duckdb.DuckDBPyConnection, pool: Pool) -> dict[str, str]:
-    columns = list_columns(connection, f"({pool.rows})")
-    return {name: type_ for name, type_ in columns.items() if name not in (FILE, ROW)}

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import Enum
 from functools import cached_property
 
@@ -177,10 +177,8 @@ class WarehouseSession:
         return self.latest or require_publication(self.connection, self.project)
 
     def _roll_back(self) -> None:
-        try:
+        with suppress(duckdb.Error):  # a failed commit has ended the transaction itself
             self.connection.execute("rollback")
-        except duckdb.Error:
-            pass  # a failed commit has ended the transaction itself
 
     def _forget(self) -> None:
         """Ask again for what a transaction may have changed."""

@@ -13,7 +13,7 @@ from phasewise.errors import StagingError
 from phasewise.project.config import Project
 from phasewise.publishing.maintenance import list_tree
 from phasewise.settings import Settings
-from phasewise.staging.batch import Batch, list_batches
+from phasewise.staging.batch import list_batches
 from phasewise.staging.manifest import batch_folder
 from phasewise.staging.replication import forget_batch
 
@@ -38,22 +38,18 @@ def remove_finished_staging(project: Project, settings: Settings, *, keep: Colle
     Raises:
         StagingError: a folder cannot be removed.
     """
-    now = datetime.now(UTC)
+    now, retention = datetime.now(UTC), timedelta(days=settings.batch_retention_days)
     removed: list[str] = []
     kept: list[str] = []
     freed_bytes = _empty_trash(project.staging)
     for batch in list_batches(project):
-        if batch.id in keep or not _is_finished(batch, now, settings):
+        if batch.id in keep or not (batch.is_published or now - batch.created_at > retention):
             kept.append(batch.id)
         else:
             forget_batch(project, batch.id)
             freed_bytes += _remove_batch(batch_folder(project, batch.id))
             removed.append(batch.id)
     return StagingCleanup(removed=tuple(removed), kept=tuple(kept), freed_bytes=freed_bytes)
-
-
-def _is_finished(batch: Batch, now: datetime, settings: Settings) -> bool:
-    return batch.is_published or now - batch.created_at > timedelta(days=settings.batch_retention_days)
 
 
 def _remove_batch(folder: Path) -> int:

@@ -86,7 +86,13 @@ def check_project(project: Project, settings: Settings) -> list[PhasewiseError]:
         return [exc]
     if not tables:
         return [ProjectError("The project selects no table of its source.", hint="Check [tables] in phasewise.toml.")]
-    return [problem for name in tables if (problem := _check_table(project, source, name))]
+    problems = []
+    for name in tables:
+        try:
+            describe_project_table(project, source, name)
+        except PhasewiseError as exc:
+            problems.append(exc)
+    return problems
 
 
 def _check_columns(source: Source, table: SourceTable) -> None:
@@ -105,14 +111,6 @@ def _check_columns(source: Source, table: SourceTable) -> None:
             f'Table "{table.name}" of {source.url} {problem}.',
             hint="Rename the column, or leave the table out: [tables] exclude.",
         )
-
-
-def _check_table(project: Project, source: Source, name: str) -> PhasewiseError | None:
-    try:
-        describe_project_table(project, source, name)
-    except PhasewiseError as exc:
-        return exc
-    return None
 
 
 def _select_columns(table: SourceTable, contract: Table) -> SourceTable:

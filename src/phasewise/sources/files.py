@@ -23,6 +23,7 @@ import duckdb
 
 from phasewise.errors import ProjectError, SourceUnavailable, TableMissing, UnfaithfulValue
 from phasewise.lake.object_store import create_storage_secret, is_stored, list_stored
+from phasewise.lake.queries import fetch_int
 from phasewise.lake.quoting import quote_identifier, quote_literal
 from phasewise.project.urls import find_local_path, redact_url
 from phasewise.settings import Settings
@@ -127,7 +128,7 @@ class FilesSource(DuckdbReader):
         if files.kind != "parquet" or is_taken:
             return []
         footers = f"SELECT sum(num_rows) FROM parquet_file_metadata({_quote_paths(files)})"
-        if (connection.execute(footers).fetchone() or (0,))[0] <= limit:
+        if fetch_int(connection, footers) <= limit:
             return []
         start = by if by == "filename" else f"{by} // {BLOCK_ROWS} * {BLOCK_ROWS}"
         counted = connection.execute(
@@ -143,11 +144,10 @@ class FilesSource(DuckdbReader):
                 continue
             value = quote_identifier(column.name)
             bad = f"FROM {self._read(table)}{table.where(f'{value} IS NOT NULL AND ({_decode(column)}) IS NULL')}"
-            row = connection.execute(f"SELECT count(*) {bad}").fetchone()
-            if row and row[0]:
+            if count := fetch_int(connection, f"SELECT count(*) {bad}"):
                 sample = connection.execute(f"SELECT {', '.join([value, *keys])} {bad} LIMIT 1").fetchone()
                 assert sample is not None  # it was counted above
-                return explain_unfaithful(table.name, column, table.key, (f"'{sample[0]}'", *sample[1:]), count=row[0])
+                return explain_unfaithful(table.name, column, table.key, (f"'{sample[0]}'", *sample[1:]), count=count)
         return None
 
     def _read(self, table: SourceTable) -> str:
@@ -232,15 +232,11 @@ def _gather(name: str, entries: list[_Entry]) -> _Files:
     if len(folders) > 1 or (folders == {()} and len(entries) > 1):
         places = " and ".join(entry.location for entry in entries[:2])
         raise ProjectError(f'Two files of one folder are the table "{name}": {places}.', hint="Rename one of them.")
-    kinds = {_find_kind(match) for entry in entries if (match := _NAME.fullmatch(entry.names[-1]))}
+    found = {match["kind"].lower() for entry in entries if (match := _NAME.fullmatch(entry.names[-1]))}
+    kinds = {_KINDS.get(kind, kind) for kind in found}
     if len(kinds) > 1:
         raise ProjectError(f'The folder "{name}" mixes {" and ".join(sorted(kinds))}.', hint="A table has one kind.")
     return _Files(kind=kinds.pop(), entries=tuple(entries))
-
-
-def _find_kind(match: re.Match[str]) -> str:
-    kind = match["kind"].lower()
-    return _KINDS.get(kind, kind)
 
 
 def _list_columns(connection: duckdb.DuckDBPyConnection, files: _Files) -> list[Column]:

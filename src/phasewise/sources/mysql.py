@@ -32,7 +32,7 @@ from phasewise.project.urls import read_database_url, redact_url
 from phasewise.settings import Settings
 from phasewise.sources.databases import ServerSource
 from phasewise.sources.decoding import MOMENTS, decode_text, explain_unfaithful, fail_where_null
-from phasewise.sources.mysql_snapshot import LentSnapshot, Login, NoSnapshot, lend_snapshot
+from phasewise.sources.mysql_snapshot import Login, NoSnapshot, lend_snapshot
 from phasewise.sources.protocol import Column, SnapshotToken, SourceTable, StagedRows
 from phasewise.sources.ranges import Dialect, divide_by_values
 
@@ -129,7 +129,14 @@ class MysqlSource(ServerSource):
         lent = lend_snapshot(self._login, connections=self._settings.table_concurrency, idle_seconds=seconds)
         with ExitStack() as stack:
             try:
-                token = _describe_snapshot(stack.enter_context(lent))
+                moment = stack.enter_context(lent)
+                token = {
+                    "id": f"lent-{uuid.uuid4().hex}",
+                    "socket": str(moment.socket),
+                    "machine": platform.node(),
+                    "without": list(moment.without),
+                    "remark": moment.slowed_by and f"the tables are read one after another: {moment.slowed_by}",
+                }
             except NoSnapshot as exc:
                 token = {"id": None, "remark": f"no moment of the source could be held for all tables: {exc}"}
             yield token
@@ -204,13 +211,13 @@ class MysqlSource(ServerSource):
         for index, column in enumerate(table.columns):
             value = f"c{index}"
             bad = f"FROM ({self._read_printed(table)}) WHERE {value} IS NOT NULL AND ({_decode(column, value)}) IS NULL"
-            counted = connection.execute(f"SELECT count(*) {bad}").fetchone()
-            if not counted or not counted[0]:
+            count = fetch_int(connection, f"SELECT count(*) {bad}")
+            if not count:
                 continue
             keys = [f"c{names.index(name)}" for name in table.key]
             sample = connection.execute(f"SELECT {', '.join([value, *keys])} {bad} LIMIT 1").fetchone()
             assert sample is not None  # it was counted above
-            return explain_unfaithful(table.name, column, table.key, sample, count=counted[0])
+            return explain_unfaithful(table.name, column, table.key, sample, count=count)
         return None
 
     def _count(self, connection: duckdb.DuckDBPyConnection, table: SourceTable) -> int:
@@ -247,16 +254,6 @@ def _read_url(url: str, timeout: float) -> tuple[str, Login]:
         options=options,
         connect_timeout=timeout,
     )
-
-
-def _describe_snapshot(moment: LentSnapshot) -> SnapshotToken:
-    return {
-        "id": f"lent-{uuid.uuid4().hex}",
-        "socket": str(moment.socket),
-        "machine": platform.node(),
-        "without": list(moment.without),
-        "remark": f"the tables are read one after another: {moment.slowed_by}" if moment.slowed_by else None,
-    }
 
 
 def _quote_name(name: str) -> str:

@@ -99,7 +99,8 @@ class SqliteSource(DuckdbReader):
             ).fetchall()
             rows = _estimate_rows(connection, name) if kind else None
         if kind is None or kind[0] != name:
-            raise TableMissing(name, hint=f"Looked in {self.url}. {self._list_for_hint()}")
+            tables = ", ".join(self.list_tables()[:40])
+            raise TableMissing(name, hint=f"Looked in {self.url}. It has{f': {tables}' if tables else ' no tables'}.")
         key = sorted((pk, column) for column, _, _, pk, _ in columns if pk)
         return SourceTable(
             name=name,
@@ -185,8 +186,7 @@ class SqliteSource(DuckdbReader):
         self, connection: duckdb.DuckDBPyConnection, table: SourceTable, staged: StagedRows | None = None
     ) -> int:
         use_one_thread(connection)
-        inner = quote_literal(f"SELECT count(*) FROM {quote_identifier(table.name)}{table.where()}")
-        return fetch_int(connection, f"SELECT columns(*)::BIGINT FROM sqlite_query('source', {inner})")
+        return _ask_number(connection, f"SELECT count(*) FROM {quote_identifier(table.name)}{table.where()}")
 
     def split(self, connection: duckdb.DuckDBPyConnection, table: SourceTable, limit: int) -> list[str]:
         """Divide by rowid, which a SELECT finds without reading the rows before; WITHOUT ROWID by the primary key."""
@@ -243,10 +243,7 @@ class SqliteSource(DuckdbReader):
         groups = [" OR ".join(changed[start : start + 100]) for start in range(0, len(changed), 100)]
         condition = " OR ".join(f"({group})" for group in groups)
         inner = f"SELECT EXISTS (SELECT 1 FROM {quote_identifier(table.name)} WHERE {condition})"
-        row = self._attached.execute(
-            f"SELECT columns(*)::BIGINT FROM sqlite_query('source', {quote_literal(inner)})"
-        ).fetchone()
-        return row == (0,)
+        return not _ask_number(self._attached, inner)
 
     def _find_range_columns(self, connection: duckdb.DuckDBPyConnection, table: SourceTable) -> list[str]:
         """Return the name by which SQLite knows the rowid, else the key; none for a view, and where all are taken."""
@@ -268,10 +265,6 @@ class SqliteSource(DuckdbReader):
                 "SELECT type = 'table' AND NOT wr FROM pragma_table_list WHERE schema = 'main' AND name = ?", (name,)
             ).fetchone()
         return bool(row and row[0])
-
-    def _list_for_hint(self) -> str:
-        tables = self.list_tables()
-        return f"It has: {', '.join(tables[:40])}." if tables else "It has no tables."
 
     def _copy_to(self, target: Path) -> None:
         try:
@@ -319,6 +312,11 @@ class SqliteSource(DuckdbReader):
 
     def _unavailable(self, what: str, hint: str) -> SourceUnavailable:
         return SourceUnavailable(f"The SQLite database {self._path} {what}.", hint=hint)
+
+
+def _ask_number(connection: duckdb.DuckDBPyConnection, sql: str) -> int:
+    """Return the number that SQLite answers to *sql* in the transaction of the scan."""
+    return fetch_int(connection, f"SELECT columns(*)::BIGINT FROM sqlite_query('source', {quote_literal(sql)})")
 
 
 def _estimate_rows(connection: sqlite3.Connection, name: str) -> int | None:

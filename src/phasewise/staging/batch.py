@@ -22,8 +22,7 @@ from phasewise.project.config import Project
 from phasewise.settings import Settings
 from phasewise.staging.load_plan import LakeView, read_lake
 from phasewise.staging.manifest import Manifest, batch_folder, list_staged_manifests
-from phasewise.staging.replication import fetch_staging, read_shared, write_shared, write_shared_once
-from phasewise.staging.write_errors import explaining_writes
+from phasewise.staging.replication import explaining_writes, fetch_staging, read_shared, write_shared, write_shared_once
 
 _PLAN = "batch.json"
 _PUBLISHED = "published.json"

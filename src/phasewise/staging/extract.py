@@ -16,14 +16,20 @@ from phasewise.project.config import Project
 from phasewise.settings import Settings
 from phasewise.sources import SnapshotToken, describe_project_table, find_snapshot, open_source
 from phasewise.staging.batch import begin_batch, read_plan, remember_lake
-from phasewise.staging.digests import digest_file
 from phasewise.staging.extraction import find_key_table, read_rows
 from phasewise.staging.load_plan import LakeView, drop_new_columns, find_mark, plan_load, select_new_rows
-from phasewise.staging.manifest import MANIFEST, Manifest, batch_folder, folder_name, name_in_manifest, read_complete
+from phasewise.staging.manifest import (
+    MANIFEST,
+    Manifest,
+    batch_folder,
+    digest_file,
+    folder_name,
+    name_in_manifest,
+    read_complete,
+)
 from phasewise.staging.partitions import Partition, SplitTable, find_partition, name_item, read_splits
-from phasewise.staging.replication import fetch_staging, write_shared
+from phasewise.staging.replication import explaining_writes, fetch_staging, write_shared
 from phasewise.staging.source_snapshot import check_age, read_token
-from phasewise.staging.write_errors import explaining_writes
 from phasewise.system.locks import LockHeld, lock_file
 
 

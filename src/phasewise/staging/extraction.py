@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,11 +16,12 @@ import duckdb
 
 from phasewise.errors import PhasewiseError, StagingError
 from phasewise.lake.object_store import File, StoredFile, explain_storage
+from phasewise.lake.queries import fetch_int
 from phasewise.lake.quoting import quote_literal
 from phasewise.lake.session import read_parquet
 from phasewise.sources import SnapshotToken, Source, SourceTable, StagedRows
 from phasewise.staging.load_plan import Load
-from phasewise.staging.write_errors import explain_write, explaining_writes
+from phasewise.staging.replication import explain_write, explaining_writes
 from phasewise.system.files import replace_whole, sync_path
 
 #: Rows of a full row group. It ends at a number of bytes too: a few of them are what memory must hold.
@@ -71,24 +72,23 @@ def read_rows(
         UnfaithfulValue: a value would change; the message names column, sample row and the option that decides.
         StagingError: a file cannot be written, or the memory limit is too small.
     """
+    files = [path, *([keys_path] if keys is not None else [])]
     try:
         source.begin(connection, table, snapshot)
         rows = write_parquet(connection, source.select(table), path, table)
         if keys is not None:
             # After the rows: where the source holds no moment, a row that came meanwhile must not count as deleted.
             write_parquet(connection, source.select(keys), keys_path, keys)
-        files = [path, *([keys_path] if keys is not None else [])]
         for file in files:
             fix_parquet(connection, file)
         with _syncing(files):
             source_rows = source.count_rows(connection, table, StagedRows(rows=rows, file=path))
         connection.execute("COMMIT")
-    except PhasewiseError:
-        _abandon(connection, path)
-        raise
     # UnicodeDecodeError: DuckDB quotes bytes of the source in messages, whether they are UTF-8 or not.
-    except (duckdb.Error, UnicodeDecodeError) as exc:
+    except (PhasewiseError, duckdb.Error, UnicodeDecodeError) as exc:
         _abandon(connection, path)
+        if isinstance(exc, PhasewiseError):
+            raise
         raise _find_staging_error(path, exc) or source.explain(connection, table, exc) from exc
     return rows, source_rows
 
@@ -118,10 +118,8 @@ def find_key_table(table: SourceTable, load: Load) -> SourceTable | None:
 def _abandon(connection: duckdb.DuckDBPyConnection, path: File) -> None:
     if isinstance(path, Path):  # an upload to S3 that is not finished leaves nothing that could be seen
         path.unlink(missing_ok=True)
-    try:
+    with suppress(duckdb.Error):  # the failed statement may have ended the transaction itself
         connection.execute("ROLLBACK")
-    except duckdb.Error:
-        pass  # the failed statement may have ended the transaction itself
 
 
 def _find_staging_error(path: File, exc: Exception) -> StagingError | None:
@@ -146,16 +144,13 @@ def write_parquet(connection: duckdb.DuckDBPyConnection, query: str, file: File,
     is_large = (table.row_estimate or 0) >= _GROUP_ROWS and len(table.columns) <= _COMPACT_COLUMNS
     # What is on S3 cannot be fixed in place.
     options = _COMPACT if is_large and isinstance(file, Path) else _PLAIN
-    copied = connection.execute(f"COPY ({query}) TO {quote_literal(str(file))} ({options})").fetchone()
-    assert copied is not None  # COPY returns the number of rows
-    return int(copied[0])
+    return fetch_int(connection, f"COPY ({query}) TO {quote_literal(str(file))} ({options})")
 
 
 def fix_parquet(connection: duckdb.DuckDBPyConnection, file: File) -> None:
     """Write *file*, of ``write_parquet``, again where it holds numbers that only DuckDB could read."""
     if not isinstance(file, Path):
         return
-    found = connection.execute(_IS_WIDE.format(file=quote_literal(str(file)))).fetchone()
-    if found == (True,):
+    if fetch_int(connection, _IS_WIDE.format(file=quote_literal(str(file)))):
         with replace_whole(file) as draft:
             connection.execute(f"COPY (FROM {read_parquet([file])}) TO {quote_literal(str(draft))} ({_PLAIN})")

@@ -14,8 +14,7 @@ from phasewise.staging.batch import read_plan, remember_lake
 from phasewise.staging.load_plan import LakeView, plan_load
 from phasewise.staging.manifest import batch_folder, folder_name, list_manifests
 from phasewise.staging.partitions import SplitTable, name_item, read_splits, split_tables, write_splits
-from phasewise.staging.replication import remove_shared
-from phasewise.staging.write_errors import explaining_writes
+from phasewise.staging.replication import explaining_writes, remove_shared
 
 
 def plan_partitions(

@@ -8,7 +8,8 @@ machine, or in one that all machines reach, nothing is replicated, and the files
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -28,7 +29,6 @@ from phasewise.lake.quoting import quote_identifier, quote_literal
 from phasewise.lake.session import open_server
 from phasewise.lake.warehouse import WAREHOUSE_FORMAT
 from phasewise.project.config import Project
-from phasewise.staging.write_errors import explaining_writes
 from phasewise.system.files import write_atomically, write_once
 
 #: Files of these names are replicated; locks and what a source keeps belong to one machine.
@@ -37,6 +37,25 @@ _PATTERN = "[!.]*.json"
 T = TypeVar("T")
 
 _KEYS = ("batch", "folder", "name")
+
+
+@contextmanager
+def explaining_writes(folder: Path) -> Iterator[None]:
+    """Raise StagingError, which names the free bytes, where the system refuses a write to *folder*."""
+    try:
+        yield
+    except OSError as exc:
+        raise explain_write(folder, exc.strerror or str(exc)) from exc
+
+
+def explain_write(folder: Path, text: str) -> StagingError:
+    """Return the error for a write to *folder* that failed with *text*; it names the free bytes."""
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    free_bytes = shutil.disk_usage(existing).free
+    return StagingError(
+        f"Staging {folder} cannot be written ({free_bytes} bytes free): {text.rstrip('.')}.",
+        hint="Free disk space or make the folder writable, then resume: what is staged is kept.",
+    )
 
 
 def write_shared(project: Project, path: Path, text: str) -> None:

@@ -14,8 +14,7 @@ from phasewise.project.config import Project
 from phasewise.settings import Settings
 from phasewise.sources import SnapshotToken, Source, open_source
 from phasewise.staging.manifest import batch_folder
-from phasewise.staging.replication import read_shared, remove_shared, write_shared
-from phasewise.staging.write_errors import explaining_writes
+from phasewise.staging.replication import explaining_writes, read_shared, remove_shared, write_shared
 
 _SNAPSHOT = "snapshot.json"
 

@@ -20,9 +20,8 @@ from phasewise.publishing.maintenance import maintain_lake
 from phasewise.publishing.publish import publish_batch, renew_marts
 from phasewise.publishing.rollback import rollback_batch
 from phasewise.staging.batch import begin_batch, give_up_tables, list_batches
-from phasewise.staging.digests import digest_path
 from phasewise.staging.extract import extract_table
-from phasewise.staging.manifest import batch_folder, staged_files
+from phasewise.staging.manifest import batch_folder, digest_path, staged_files
 from phasewise.testing.projects import (
     SAMPLE_SETTINGS,
     audit_sample,

@@ -20,8 +20,7 @@ from phasewise.publishing.publish import Publication
 from phasewise.publishing.replay import Replay, replay_quarantine
 from phasewise.publishing.rollback import rollback_batch
 from phasewise.publishing.session import open_writer
-from phasewise.staging.digests import digest_path
-from phasewise.staging.manifest import staged_files
+from phasewise.staging.manifest import digest_path, staged_files
 from phasewise.testing.projects import (
     SAMPLE_SETTINGS,
     audit_sample,
