@@ -229,7 +229,7 @@ class WarmProcessWorker(ProcessWorker):
         task_status: anyio.abc.TaskStatus[int] | None = None,
     ) -> ProcessWorkerResult:
         if limit := Settings().run_memory_limit:
-            task_status = _LimitsMemory(task_status or anyio.TASK_STATUS_IGNORED, limit)
+            task_status = _Tells(task_status, lambda pid: limit_memory(pid, limit))
         self._in_hand.add(flow_run.id)
         try:
             return await self._run(flow_run, configuration, task_status)
@@ -242,16 +242,15 @@ class WarmProcessWorker(ProcessWorker):
         reason = await self._why_not_warm(configuration)
         if reason is not None:
             self.get_flow_run_logger(flow_run).info("Starting a new Python for this run: %s", reason)
-            guards = _Guards(task_status or anyio.TASK_STATUS_IGNORED, self._forkservers)
-            try:
-                return await super().run(flow_run, configuration, guards)
-            except asyncio.CancelledError:  # the worker is ending, and the process of the run has
-                if self._draining:
-                    with anyio.move_on_after(END_SECONDS, shield=True):
-                        await schedule_again(self.client, flow_run.id)
-                raise
-            finally:
-                guards.release()
+            with contextlib.ExitStack() as guards:  # until its end the process is killed along with the worker
+                guarding = _Tells(task_status, lambda pid: guards.callback(self._forkservers.guard(pid)))
+                try:
+                    return await super().run(flow_run, configuration, guarding)
+                except asyncio.CancelledError:  # the worker is ending, and the process of the run has
+                    if self._draining:
+                        with anyio.move_on_after(END_SECONDS, shield=True):
+                            await schedule_again(self.client, flow_run.id)
+                    raise
         with working_directory(configuration.working_dir) as folder:
             assert isinstance(configuration, WarmProcessJobConfiguration)
             self._jobs[flow_run.id] = await self._plan(configuration, flow_run, folder)
@@ -528,27 +527,14 @@ def _has_terminal() -> bool:
 
 
 @dataclass(frozen=True)
-class _LimitsMemory(anyio.abc.TaskStatus[int]):
-    """Limits the memory of a process as soon as it is known which one runs the flow."""
+class _Tells(anyio.abc.TaskStatus[int]):
+    """Calls *tell* with the process id as soon as it is known which process runs the flow."""
 
-    task_status: anyio.abc.TaskStatus[int]
-    size_bytes: int
-
-    def started(self, value: int | None = None) -> None:
-        assert value is not None
-        limit_memory(value, self.size_bytes)
-        self.task_status.started(value)
-
-
-class _Guards(anyio.abc.TaskStatus[int]):
-    """Has a process that is not forked killed along with the worker, from when it is known until ``release``."""
-
-    def __init__(self, task_status: anyio.abc.TaskStatus[int], forkservers: ForkserverPool) -> None:
-        self._task_status = task_status
-        self._forkservers = forkservers
-        self.release: Callable[[], None] = lambda: None
+    task_status: anyio.abc.TaskStatus[int] | None
+    tell: Callable[[int], object]
 
     def started(self, value: int | None = None) -> None:
         assert value is not None
-        self.release = self._forkservers.guard(value)
-        self._task_status.started(value)
+        self.tell(value)
+        if self.task_status is not None:
+            self.task_status.started(value)
