@@ -20,7 +20,7 @@ from prefect.states import AwaitingRetry, Cancelled, Cancelling
 
 from phasewise.errors import BatchCancelled, BatchRunning, UnknownBatch
 from phasewise.orchestration.cancel import cancel_runs
-from phasewise.orchestration.run_reads import READ_SIZE
+from phasewise.orchestration.run_reads import READ_SIZE, of_types
 from phasewise.project.pipeline import MAIN_ETL
 from phasewise.system.processes import identify_process
 
@@ -145,12 +145,9 @@ async def run_here(main_etl: Flow[[], Coroutine[Any, Any, Any]], resume: str | N
 
 async def read_main_runs(client: PrefectClient, states: Sequence[StateType]) -> list[FlowRun]:
     """Return the newest main_etl runs, those in *states* if any are given, newest first."""
-    state_filter = (
-        filters.FlowRunFilterState(type=filters.FlowRunFilterStateType(any_=list(states))) if states else None
-    )
     return await client.read_flow_runs(
         flow_filter=filters.FlowFilter(name=filters.FlowFilterName(any_=[MAIN_ETL.flow_name])),
-        flow_run_filter=filters.FlowRunFilter(state=state_filter),
+        flow_run_filter=of_types(states),
         sort=FlowRunSort.START_TIME_DESC,
         limit=READ_SIZE,
     )
