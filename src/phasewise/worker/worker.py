@@ -49,8 +49,7 @@ from phasewise.patches import entries
 from phasewise.patches.registry import apply, may_apply, why_not
 from phasewise.settings import Settings
 from phasewise.system.memory import limit_memory
-from phasewise.worker.claim_order import LEAVE_SECONDS, Turns
-from phasewise.worker.claim_trigger import Questions
+from phasewise.worker.claiming import LEAVE_SECONDS, Questions, Turns
 from phasewise.worker.fork_job import (
     BEGUN,
     WARM_DESCRIPTION,
