@@ -148,9 +148,9 @@ class WarmProcessWorker(ProcessWorker):
         # Others find out by our heartbeats that we died; Prefect's 30 s would make that a matter of minutes.
         self.heartbeat_interval_seconds = min(self.heartbeat_interval_seconds, _HEARTBEAT_SECONDS)
         self._warm = AsyncExitStack()
-        self._forkservers = ForkserverPool(
-            PRELOAD, SETUP, env=_environment_of_worker(), max_runs=Settings().forkserver_runs, logger=self._logger
-        )
+        env = {**os.environ, **get_current_settings().to_environment_variables(exclude_unset=True)}
+        max_runs = Settings().forkserver_runs
+        self._forkservers = ForkserverPool(PRELOAD, SETUP, env=env, max_runs=max_runs, logger=self._logger)
         #: Deployment id → version of its code at its last run.
         self._versions: dict[UUID, str] = {}
         self._had_terminal = _has_terminal()
@@ -179,7 +179,8 @@ class WarmProcessWorker(ProcessWorker):
                 self._executors = await self._warm.enter_async_context(Executors(self._forkservers, self._jobs))
             else:
                 self._executors = cast("Executors", _NoExecutors())
-            self._services = await self._warm.enter_async_context(_background())
+            self._services = await self._warm.enter_async_context(anyio.create_task_group())
+            self._warm.callback(self._services.cancel_scope.cancel)
             with contextlib.suppress(RuntimeError, ValueError):  # not in the main thread: no signals to hear
                 asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._on_hangup)
                 self._warm.callback(asyncio.get_running_loop().remove_signal_handler, signal.SIGHUP)
@@ -501,20 +502,6 @@ def _known(configuration: WarmProcessJobConfiguration, flow_run: FlowRun) -> lis
         for kind, found in objects.items()
         if found is not None
     ]
-
-
-@contextlib.asynccontextmanager
-async def _background() -> Any:
-    """A task group whose tasks end with the block."""
-    async with anyio.create_task_group() as group:
-        try:
-            yield group
-        finally:
-            group.cancel_scope.cancel()
-
-
-def _environment_of_worker() -> dict[str, str]:
-    return {**os.environ, **get_current_settings().to_environment_variables(exclude_unset=True)}
 
 
 def _has_terminal() -> bool:
