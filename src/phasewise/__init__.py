@@ -21,28 +21,20 @@ if TYPE_CHECKING:
 __version__ = _version("phasewise")
 
 _HOMES = {
-    "run_phases": "orchestration.phases",
-    "trigger_subflow": "orchestration.phases",
-    "wait_for_flow_runs": "orchestration.phases",
-    "PhaseOutcome": "outcomes",
-    "RunOutcome": "outcomes",
-    "StepOutcome": "outcomes",
-    "FlowRunsFailed": "errors",
-    "PhasewiseError": "errors",
-    "BATCH": "project.pipeline",
-    "PHASES": "project.pipeline",
-    "FanOut": "project.pipeline",
-    "Phase": "project.pipeline",
-    "Step": "project.pipeline",
+    "orchestration.phases": ("run_phases", "trigger_subflow", "wait_for_flow_runs"),
+    "outcomes": ("PhaseOutcome", "RunOutcome", "StepOutcome"),
+    "errors": ("FlowRunsFailed", "PhasewiseError"),
+    "project.pipeline": ("BATCH", "PHASES", "FanOut", "Phase", "Step"),
 }
 
-__all__ = [*_HOMES, "__version__"]
+__all__ = [*(name for names in _HOMES.values() for name in names), "__version__"]
 
 
 def __getattr__(name: str) -> Any:
     # Looked up on first use: the data plane and the forkserver import this package without paying for Prefect.
-    if name in _HOMES:
-        from importlib import import_module
+    for home, names in _HOMES.items():
+        if name in names:
+            from importlib import import_module
 
-        return getattr(import_module(f"phasewise.{_HOMES[name]}"), name)
+            return getattr(import_module(f"phasewise.{home}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -282,7 +282,7 @@ async def test_a_run_imports_nothing_of_prefect_phasewise_or_duckdb_after_the_fo
         assert server.problems == ()
         process = await server.fork(
             f"{FLOWS.stem}:record_imports",
-            {"file": str(tmp_path / "m"), "entrypoint": entrypoint, "api_url": api_url, "known": {}},
+            {"file": str(tmp_path / "m"), "entrypoint": entrypoint, "known": {}},
             env={**env, "PREFECT__FLOW_RUN_ID": str(run.id), "PREFECT__FLOW_ENTRYPOINT": entrypoint},
             cwd=str(FLOWS.parent),
             descriptor=theirs.fileno(),

@@ -32,9 +32,9 @@ def add_batch_commands(
 
         active = [StateType.RUNNING, StateType.PENDING, StateType.SCHEDULED, StateType.CANCELLING]
         found = asyncio.run(find_batch(project, batch, states=active))
-        count = asyncio.run(cancel_batch(found.run_id))
-        print(f"Cancelled batch {found.run_id}: {count} flow runs were asked to end.")
-        print(f"Resume it with: phasewise resume {found.run_id}")
+        count = asyncio.run(cancel_batch(found.id))
+        print(f"Cancelled batch {found.id}: {count} flow runs were asked to end.")
+        print(f"Resume it with: phasewise resume {found.id}")
 
     @app.command
     def why(run: Annotated[str, Parameter(help="Id of the flow run.")], /) -> None:
@@ -54,14 +54,15 @@ def add_batch_commands(
         settings = choose_server()
         project = find_project(settings)
         from prefect.client.schemas.objects import StateType
+        from prefect.utilities.urls import url_for
 
-        from phasewise.orchestration.batches import find_batch, is_deployed, resume_batch
+        from phasewise.orchestration.batches import find_batch, resume_batch
 
         ended = [StateType.FAILED, StateType.CRASHED, StateType.CANCELLED]
         found = asyncio.run(find_batch(project, batch, states=ended))
-        if not asyncio.run(is_deployed(found.run_id)):
-            print(f"Batch {found.run_id} was started in its own process. It continues in this one.", flush=True)
-            run_main(settings, found.run_id)
+        if found.deployment_id is None:  # no worker runs it
+            print(f"Batch {found.id} was started in its own process. It continues in this one.", flush=True)
+            run_main(settings, str(found.id))
         else:
-            asyncio.run(resume_batch(found.run_id))
-            print(f"Batch {found.run_id} is scheduled again. Follow it at {found.url}")
+            asyncio.run(resume_batch(str(found.id)))
+            print(f"Batch {found.id} is scheduled again. Follow it at {url_for(found)}")

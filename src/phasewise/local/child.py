@@ -30,7 +30,7 @@ from phasewise.outcomes import StepOutcome
 
 
 def load_flows() -> None:
-    """Load the flows that the environment names (``describe_flows``), before the first fork."""
+    """Load the flows that the environment names, before the first fork."""
     for entrypoint, root in json.loads(os.environ[FLOWS]):
         with suppress(Exception):  # a run that needs it says what is wrong with it
             load_flow(entrypoint, Path(root) if root else None)

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import json
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,7 +42,7 @@ from phasewise.outcomes import StepOutcome
 from phasewise.patches import entries
 from phasewise.patches.registry import apply, why_not
 
-#: Variable that tells the forkserver which flows to load, as ``describe_flows`` writes them.
+#: Variable that tells the forkserver which flows to load: JSON of their entry points, each with its root or null.
 FLOWS = "PHASEWISE_LOCAL_FLOWS"
 
 #: How a list of flow runs travels between processes.
@@ -79,11 +78,6 @@ def load_flow(entrypoint: str, root: Path | None) -> Flow[..., Any]:
 @functools.cache
 def _load_file(path: Path) -> ModuleType:
     return load_script_as_module(str(path))
-
-
-def describe_flows(flows: Collection[tuple[str, Path | None]]) -> dict[str, str]:
-    """Return the environment that has the forkserver load *flows*: entry points with their roots."""
-    return {FLOWS: json.dumps([(entrypoint, str(root) if root else None) for entrypoint, root in flows])}
 
 
 @contextmanager

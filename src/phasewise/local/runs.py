@@ -29,11 +29,11 @@ from phasewise.errors import DeploymentMissing
 from phasewise.forkserver.client import ForkedProcess
 from phasewise.forkserver.pool import ForkserverPool
 from phasewise.local.engine import (
+    FLOWS,
     OUTCOMES,
     Ending,
     call_flow,
     describe_failure,
-    describe_flows,
     entering_flow_run,
     install,
     load_flow,
@@ -125,11 +125,11 @@ class LocalFlowRuns:
         self._deployments = dict(deployments)
         self._slots = asyncio.Semaphore(table_concurrency)
         self._cancel_grace_seconds = cancel_grace_seconds
-        flows = describe_flows([(one.entrypoint, one.root) for one in deployments.values()])
+        flows = json.dumps([(one.entrypoint, str(one.root) if one.root else None) for one in deployments.values()])
         setup = ("phasewise.local.child:load_flows", *setup)
         own = {key: value for key, value in os.environ.items() if key != "PREFECT_API_URL"}
         self._forkservers = ForkserverPool(
-            (*PRELOAD, *preload), setup, env={**own, **environment, **flows, **_WITHOUT_SERVER}
+            (*PRELOAD, *preload), setup, env={**own, **environment, FLOWS: flows, **_WITHOUT_SERVER}
         )
         self._runs: dict[str, _Run] = {}
         self._by_key: dict[str, _Run] = {}

@@ -20,8 +20,7 @@ from prefect.states import AwaitingRetry, Cancelled, Cancelling
 
 from phasewise.errors import BatchCancelled, BatchRunning, UnknownBatch
 from phasewise.orchestration.cancel import cancel_runs
-from phasewise.orchestration.run_reads import READ_SIZE, describe_run
-from phasewise.outcomes import StepOutcome
+from phasewise.orchestration.run_reads import READ_SIZE, of_types
 from phasewise.project.pipeline import MAIN_ETL
 from phasewise.system.processes import identify_process
 
@@ -33,7 +32,7 @@ PROCESS_LABEL = "phasewise-process"
 _DUE_SECONDS = 60.0
 
 
-async def find_batch(project: Path, batch: str | None = None, *, states: Sequence[StateType] = ()) -> StepOutcome:
+async def find_batch(project: Path, batch: str | None = None, *, states: Sequence[StateType] = ()) -> FlowRun:
     """Return the main_etl run *batch* (its id, or the beginning of it), or the newest of *project* in *states*.
 
     Raises:
@@ -48,14 +47,14 @@ async def find_batch(project: Path, batch: str | None = None, *, states: Sequenc
                 f'{len(found)} batches begin with "{batch}".' if found else f'There is no batch "{batch}".',
                 hint="Find the ids in the Prefect UI: they are those of the main-etl-job runs.",
             )
-        return describe_run(found[0])
+        return found[0]
     async with get_client() as client:
         mine = [run for run in runs if _is_due(run) and await _find_project(client, run) == str(project)]
     if not mine:
         wanted = " or ".join(state.value.lower() for state in states) or "known"
         raise UnknownBatch(f"No batch of {project} is {wanted}.", hint="Name one by its id.")
     # One that runs comes before one that waits for its turn.
-    return describe_run(min(mine, key=lambda run: run.state is None or run.state.is_scheduled()))
+    return min(mine, key=lambda run: run.state is None or run.state.is_scheduled())
 
 
 def _is_due(run: FlowRun) -> bool:
@@ -85,10 +84,10 @@ def read_project(job_variables: Mapping[str, Any] | None) -> str | None:
     return project
 
 
-async def cancel_batch(run_id: str) -> int:
+async def cancel_batch(run_id: UUID) -> int:
     """Cancel a batch and everything below it, all levels at once; return how many runs were asked to end."""
     async with get_client() as client:
-        run = await client.read_flow_run(UUID(run_id))
+        run = await client.read_flow_run(run_id)
         below = await cancel_runs(client, [run.id])
         if run.state is not None and not run.state.is_final() and run.deployment_id is None:
             # It is in a process of the user's, which looks at its state by itself, if it lives. No worker does it.
@@ -144,20 +143,11 @@ async def run_here(main_etl: Flow[[], Coroutine[Any, Any, Any]], resume: str | N
         raise BatchCancelled(str(exc), hint="What it staged is kept for a resume: phasewise resume") from exc
 
 
-async def is_deployed(run_id: str) -> bool:
-    """Tell whether a worker runs the batch; if not, it was started in a process of the user's."""
-    async with get_client() as client:
-        return (await client.read_flow_run(UUID(run_id))).deployment_id is not None
-
-
 async def read_main_runs(client: PrefectClient, states: Sequence[StateType]) -> list[FlowRun]:
     """Return the newest main_etl runs, those in *states* if any are given, newest first."""
-    state_filter = (
-        filters.FlowRunFilterState(type=filters.FlowRunFilterStateType(any_=list(states))) if states else None
-    )
     return await client.read_flow_runs(
         flow_filter=filters.FlowFilter(name=filters.FlowFilterName(any_=[MAIN_ETL.flow_name])),
-        flow_run_filter=filters.FlowRunFilter(state=state_filter),
+        flow_run_filter=of_types(states),
         sort=FlowRunSort.START_TIME_DESC,
         limit=READ_SIZE,
     )

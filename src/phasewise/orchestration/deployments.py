@@ -26,7 +26,7 @@ from phasewise.orchestration.batches import read_project
 from phasewise.orchestration.deadlock import check_deadlock
 from phasewise.orchestration.diagnose import has_worker, read_limits
 from phasewise.orchestration.run_reads import read_pages
-from phasewise.project.pipeline import MAIN_ETL, Phase, Step, list_steps
+from phasewise.project.pipeline import MAIN_ETL, Phase, list_steps
 from phasewise.settings import Settings
 
 DEFAULT_WORKER_TYPE = "warm-process"
@@ -56,18 +56,18 @@ def list_deployments(phases: Sequence[Phase], root: Path, *, main: str | None = 
     """
     main_etl = MAIN_ETL if main is None else replace(MAIN_ETL, deployment=f"{MAIN_ETL.flow_name}/{main}")
     steps = [main_etl, *list_steps(MAIN_ETL.phases), *list_steps(phases)]
-    return list({step.deployment: _describe_step(step, root) for step in steps if step.entrypoint}.values())
-
-
-def _describe_step(step: Step, root: Path) -> Deployment:
-    assert step.entrypoint is not None
-    return Deployment(
-        flow_name=step.flow_name,
-        name=step.deployment.partition("/")[2],
-        entrypoint=step.entrypoint,
-        work_queue=step.work_queue,
-        root=root if ".py:" in step.entrypoint else None,
-    )
+    found = {
+        step.deployment: Deployment(
+            flow_name=step.flow_name,
+            name=step.deployment.partition("/")[2],
+            entrypoint=step.entrypoint,
+            work_queue=step.work_queue,
+            root=root if ".py:" in step.entrypoint else None,
+        )
+        for step in steps
+        if step.entrypoint
+    }
+    return list(found.values())
 
 
 async def deploy(

@@ -5,38 +5,22 @@ An item is what one flow run of the fan-out is for: a table, or a partition of o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 
 def order_longest_first(items: Sequence[str], *, durations: Mapping[str, float], sizes: Mapping[str, int]) -> list[str]:
     """Return *items* with the longest first, so that no long one is left over while the other slots stand idle.
 
     *durations* are the seconds of past batches, *sizes* rows of the source; both may lack items and name others.
+    An item without history is scaled from its rows, by the median of the seconds per row of those that have both.
     An item with neither of them comes before all others: it may be the longest. Started last, it would stretch
     the fan-out by its whole length; started first, it costs nothing but its turn. Equals keep their order.
     """
-    expected = estimate_durations(items, durations=durations, sizes=sizes)
-    if not expected:
-        # No batch was ever timed: rows alone rank as well as the seconds that they would be scaled to.
-        expected = {item: float(sizes[item]) for item in items if item in sizes}
-    return sorted(items, key=lambda item: -expected.get(item, float("inf")))
-
-
-def estimate_durations(
-    items: Iterable[str], *, durations: Mapping[str, float], sizes: Mapping[str, int]
-) -> dict[str, float]:
-    """Return the seconds that each item will take; items about which nothing is known are missing.
-
-    An item without history is scaled from its rows, by the median of the seconds per row of those that have both.
-    """
-    seconds_per_row = _find_seconds_per_row(durations, sizes)
-    expected = {}
-    for item in items:
-        if item in durations:
-            expected[item] = durations[item]
-        elif item in sizes and seconds_per_row is not None:
-            expected[item] = sizes[item] * seconds_per_row
-    return expected
+    scale = _find_seconds_per_row(durations, sizes)
+    if scale is None and durations.keys().isdisjoint(items):
+        scale = 1.0  # no batch was ever timed: rows alone rank as well as the seconds that they would be scaled to
+    expected = {item: rows * scale for item, rows in sizes.items()} if scale is not None else {}
+    return sorted(items, key=lambda item: -durations.get(item, expected.get(item, float("inf"))))
 
 
 def _find_seconds_per_row(durations: Mapping[str, float], sizes: Mapping[str, int]) -> float | None:

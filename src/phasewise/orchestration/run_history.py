@@ -15,7 +15,7 @@ from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.sorting import FlowRunSort
 
 from phasewise.orchestration.flow_runs import LOCAL_RUN, has_server
-from phasewise.orchestration.run_reads import READ_SIZE, describe_run, iterate_pages
+from phasewise.orchestration.run_reads import READ_SIZE, describe_run, iterate_pages, of_types
 from phasewise.outcomes import StepOutcome
 
 #: How many batches the duration of an item is the median of.
@@ -64,12 +64,11 @@ def _read_completed(flow_name: str) -> Iterator[FlowRun]:
     """Yield the completed runs of a flow, those that ended last first."""
     if not has_server():
         return
-    completed = filters.FlowRunFilterState(type=filters.FlowRunFilterStateType(any_=[StateType.COMPLETED]))
     with get_client(sync_client=True) as client:
         yield from iterate_pages(
             client.read_flow_runs,
             flow_filter=filters.FlowFilter(name=filters.FlowFilterName(any_=[flow_name])),
-            flow_run_filter=filters.FlowRunFilter(state=completed),
+            flow_run_filter=of_types([StateType.COMPLETED]),
             sort=FlowRunSort.END_TIME_DESC,
         )
 

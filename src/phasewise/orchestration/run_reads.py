@@ -8,7 +8,7 @@ from uuid import UUID
 
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas import filters
-from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.states import Pending
 from prefect.utilities.urls import url_for
@@ -44,6 +44,12 @@ def iterate_pages(read: Callable[..., list[T]], **query: Any) -> Iterator[T]:
             break
         yield from page
         count += len(page)
+
+
+def of_types(types: Collection[StateType]) -> filters.FlowRunFilter:
+    """Return the filter of the runs whose state is of one of *types*; without any, of all runs."""
+    chosen = filters.FlowRunFilterState(type=filters.FlowRunFilterStateType(any_=list(types))) if types else None
+    return filters.FlowRunFilter(state=chosen)
 
 
 async def read_children(client: PrefectClient, parents: Sequence[UUID]) -> list[FlowRun]:

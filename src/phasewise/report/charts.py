@@ -68,14 +68,6 @@ class Chart:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drawing:
-    #: One SVG element.
-    svg: Markup
-    #: In CSS pixels.
-    height: int
-
-
-@dataclass(frozen=True, kw_only=True)
 class _Frame:
     """Where the plot lies in the drawing, and how values become places."""
 
@@ -124,14 +116,14 @@ def plan_chart(mart: MartReport) -> Chart | None:
     )
 
 
-def draw_chart(chart: Chart, width: int) -> Drawing:
-    """Draw *chart*, *width* CSS pixels wide; its colours come from the page."""
+def draw_chart(chart: Chart, width: int) -> tuple[Markup, int]:
+    """Return *chart* as one SVG element, *width* CSS pixels wide, and its height; its colours come from the page."""
     draw = {"bars": _draw_bars, "columns": _draw_columns, "line": _draw_line, "scatter": _draw_scatter}
     body, height = draw[chart.kind](chart, width)
-    svg = Markup('<svg viewBox="0 0 {} {}" width="{}" height="{}" role="img" aria-label="{}">{}</svg>').format(
+    drawing = Markup('<svg viewBox="0 0 {} {}" width="{}" height="{}" role="img" aria-label="{}">{}</svg>').format(
         width, height, width, height, chart.summary, body
     )
-    return Drawing(svg=svg, height=height)
+    return drawing, height
 
 
 def strip_tips(chart: Chart) -> Chart:

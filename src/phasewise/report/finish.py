@@ -21,7 +21,6 @@ from phasewise.publishing.audits import AuditResult, audit_published, raise_for
 from phasewise.publishing.publish import publish_batch, renew_marts
 from phasewise.publishing.session import open_auditor
 from phasewise.report.from_batch import BatchData, describe_moments, write_batch_report
-from phasewise.report.records import BatchStatus
 from phasewise.settings import Settings
 from phasewise.staging.batch import find_publishable_batch, read_batch
 
@@ -72,7 +71,7 @@ def _publish(work: _Work, batch: str, *, is_partial: bool) -> dict[str, Any]:
     """
     project = work.project
     staged = read_batch(project, batch)
-    data = BatchData(project=project, batch=batch, manifests=staged.manifests, audits=[], given_up=staged.given_up)
+    data = BatchData(project=project, batch=batch, manifests=staged.manifests, given_up=staged.given_up)
     try:
         with open_auditor(project, work.settings) as session:
             audited = audit_batch(session, staged, is_partial=is_partial)
@@ -84,8 +83,8 @@ def _publish(work: _Work, batch: str, *, is_partial: bool) -> dict[str, Any]:
             _report_failure(work, data, exc)
         raise
     work.logger.info("Published %d tables as snapshot %d", len(publication.tables), publication.snapshot)
-    data = replace(data, publication=publication)
-    return _report(work, data, status="published", message=describe_moments(staged.manifests))
+    message = describe_moments(staged.manifests)
+    return _report(work, replace(data, publication=publication, status="published", message=message))
 
 
 def _find_start(work: _Work) -> datetime | None:
@@ -101,13 +100,12 @@ def _renew(work: _Work) -> dict[str, Any]:
     _log_audits(work, results)
     raise_for(results)
     publication = renew_marts(work.project, work.settings)
-    data = BatchData(
-        project=work.project, batch=publication.batch, manifests=[], audits=results, publication=publication
-    )
-    return _report(work, data, status="renewed")
+    batch = publication.batch
+    data = BatchData(project=work.project, batch=batch, status="renewed", audits=results, publication=publication)
+    return _report(work, data)
 
 
-def _report(work: _Work, data: BatchData, *, status: BatchStatus, message: str = "") -> dict[str, Any]:
+def _report(work: _Work, data: BatchData) -> dict[str, Any]:
     """Write the report and return what the flow returns.
 
     Readers see the batch already: a report that cannot be written does not make it a failed one.
@@ -120,7 +118,7 @@ def _report(work: _Work, data: BatchData, *, status: BatchStatus, message: str =
             marts = [
                 read_mart(session.connection, mart) for mart in work.project.marts if mart.name in publication.marts
             ]
-        html = _write_report(work, replace(data, marts=marts), status=status, message=message)
+        html = _write_report(work, replace(data, marts=marts))
     except Exception as exc:  # whatever it is, the batch is published
         report_error = (
             f'The batch "{data.batch}" is published, as snapshot {publication.snapshot}. Its report is missing: '
@@ -146,7 +144,7 @@ def _report(work: _Work, data: BatchData, *, status: BatchStatus, message: str =
 def _report_failure(work: _Work, data: BatchData, failure: Exception) -> None:
     """Write the report of a batch that was not published, whatever *failure* is; that is raised in any case."""
     try:
-        _write_report(work, data, status="failed", message=_describe_error(failure))
+        _write_report(work, replace(data, message=_describe_error(failure)))
     except Exception:  # the failure itself is what must be seen
         work.logger.exception("The report of batch %s is missing", data.batch)
 
@@ -156,8 +154,8 @@ def _describe_error(exc: Exception) -> str:
     return str(exc) if isinstance(exc, PhasewiseError) else f"{type(exc).__name__}, see the log of final-etl-job."
 
 
-def _write_report(work: _Work, data: BatchData, *, status: BatchStatus, message: str) -> str:
-    files = write_batch_report(replace(data, runs=work.read_runs(data.batch)), status=status, message=message)
+def _write_report(work: _Work, data: BatchData) -> str:
+    files = write_batch_report(replace(data, runs=work.read_runs(data.batch)))
     work.logger.info("Report: %s", files.html)
     return str(files.html)
 

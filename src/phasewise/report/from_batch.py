@@ -26,8 +26,12 @@ class BatchData:
 
     project: Project
     batch: str
-    manifests: Sequence[Manifest]
-    audits: Sequence[AuditResult]
+    #: Failed as long as nothing was published.
+    status: BatchStatus = "failed"
+    #: What went wrong, or what a reader should know.
+    message: str = ""
+    manifests: Sequence[Manifest] = ()
+    audits: Sequence[AuditResult] = ()
     #: The flow runs of the batch, parents before children; empty when it was run without a server.
     runs: Sequence[StepOutcome] = ()
     marts: Sequence[MartData] = ()
@@ -38,22 +42,22 @@ class BatchData:
     set_aside: Sequence[SetAside] = ()
 
 
-def write_batch_report(data: BatchData, *, status: BatchStatus, message: str = "") -> ReportFiles:
+def write_batch_report(data: BatchData) -> ReportFiles:
     """Write ``<reports>/<batch>.html`` and its data as JSON next to it."""
     now = datetime.now(UTC)
     starts = [run.started_at for run in data.runs if run.started_at] + [one.started_at for one in data.manifests]
     report = BatchReport(
         project=data.project.name,
         batch=data.batch,
-        status=status,
+        status=data.status,
         started_at=min(starts, default=now),
         ended_at=now,
         snapshot=data.publication.snapshot if data.publication else None,
-        message=message,
+        message=data.message,
         source=redact_url(data.project.source.url),
         warehouse=data.project.warehouse_name,
         runs=[RunSpan.from_outcome(run) for run in data.runs],
-        tables=_describe_tables(data, status),
+        tables=_describe_tables(data),
         audits=[_describe_audit(result) for result in data.audits],
         marts=[MartReport(**vars(mart)) for mart in data.marts],
         versions={name: version(name) for name in ("phasewise", "prefect", "duckdb")},
@@ -75,7 +79,7 @@ def describe_moments(manifests: Sequence[Manifest]) -> str:
     )
 
 
-def _describe_tables(data: BatchData, status: str) -> list[TableReport]:
+def _describe_tables(data: BatchData) -> list[TableReport]:
     by_table: dict[str, list[Manifest]] = {}
     for manifest in data.manifests:
         by_table.setdefault(manifest.table, []).append(manifest)
@@ -91,7 +95,7 @@ def _describe_tables(data: BatchData, status: str) -> list[TableReport]:
             rows=sum(part.rows for part in parts) - (set_aside[table].rows if table in set_aside else 0),
             size_bytes=sum(part.size_bytes for part in parts),
             seconds=sum(part.seconds for part in parts),
-            status="staged" if status == "failed" else "published",
+            status="staged" if data.status == "failed" else "published",
             notes=[
                 *([set_aside[table].describe()] if table in set_aside else []),
                 *_describe_partitions(parts),

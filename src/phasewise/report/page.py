@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from phasewise.report.charts import Chart, Drawing, draw_chart, plan_chart, strip_tips
+from phasewise.report.charts import Chart, draw_chart, plan_chart, strip_tips
 from phasewise.report.figures import format_bytes, format_moment, format_seconds, format_value, is_number
 from phasewise.report.records import AuditReport, BatchReport, MartReport, RunSpan
 from phasewise.report.timeline import lay_out_timeline
@@ -34,7 +34,9 @@ class _MartView:
     mart: MartReport
     chart: Chart | None
     #: The same chart, wide and narrow; the page shows the one that fits.
-    drawings: tuple[Drawing, ...]
+    drawings: Sequence[Markup]
+    #: Of the card, about, in CSS pixels.
+    height: int
     rows: Sequence[Sequence[Any]]
     total_rows: int
 
@@ -100,10 +102,12 @@ def _sort_failed(audits: Sequence[AuditReport]) -> list[AuditReport]:
 
 def _view_mart(mart: MartReport) -> _MartView:
     chart = plan_chart(mart)
+    drawn = [draw_chart(chart, WIDE), draw_chart(strip_tips(chart), NARROW)] if chart else []
     return _MartView(
         mart=mart,
         chart=chart,
-        drawings=(draw_chart(chart, WIDE), draw_chart(strip_tips(chart), NARROW)) if chart else (),
+        drawings=[drawing for drawing, _ in drawn],
+        height=_CARD_HEIGHT + (drawn[0][1] if drawn else 0),
         rows=mart.rows[:MART_ROWS],
         total_rows=max(mart.total_rows or 0, len(mart.rows)),
     )
@@ -116,5 +120,5 @@ def _share_out(views: Sequence[_MartView]) -> list[list[_MartView]]:
     for view in views:
         shorter = 0 if heights[0] <= heights[1] else 1
         columns[shorter].append(view)
-        heights[shorter] += _CARD_HEIGHT + (view.drawings[0].height if view.drawings else 0)
+        heights[shorter] += view.height
     return [column for column in columns if column]

@@ -15,7 +15,6 @@ How nothing is left behind, whoever is killed:
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import select
@@ -24,7 +23,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -36,7 +34,7 @@ from typing import IO, Any
 from phasewise.errors import OrchestrationError
 from phasewise.system.files import write_atomically
 from phasewise.system.locks import LockHeld, lock_file
-from phasewise.system.processes import die_with_parent, is_same_process, start_time
+from phasewise.system.processes import die_with_parent, is_same_process, load_libc, start_time
 
 #: The port of the first stack on a machine; others take a free one.
 PREFERRED_PORT = 4200
@@ -166,7 +164,7 @@ class _Supervisor:
 
     def run(self) -> None:
         """Run the stack until a signal, the lifeline's end or too many failures; leave no process behind."""
-        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        load_libc().prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         signal.set_wakeup_fd(self._signal_writer.fileno(), warn_on_full_buffer=False)
         for signum in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
             signal.signal(signum, lambda *_: None)

@@ -103,8 +103,7 @@ class MemoryFlowRuns:
     async def _wait_for(self, run_id: str) -> StepOutcome:
         run = self.runs[run_id]
         await run.is_final.wait()
-        if run.outcome is None:
-            raise AssertionError("a final run has an outcome")
+        assert run.outcome is not None, "a final run has an outcome"
         return run.outcome
 
     async def restart(self, run_ids: Collection[str]) -> None:

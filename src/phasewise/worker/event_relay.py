@@ -15,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -47,7 +46,7 @@ class Inlet:
         self._intake = intake
         #: What the run has told its worker.
         self.notes: set[str] = set()
-        self._buffer = bytearray()
+        self._buffer = b""
         asyncio.get_running_loop().add_reader(channel, self._read)
 
     def send(self, data: bytes) -> None:
@@ -72,21 +71,13 @@ class Inlet:
         if not chunk:
             asyncio.get_running_loop().remove_reader(self._channel)
             return False
-        self._buffer += chunk
-        for message in _lines(self._buffer):
+        *lines, self._buffer = (self._buffer + chunk).split(b"\n")
+        for message in map(json.loads, lines):
             if "note" in message:
                 self.notes.add(message["note"])
             else:
                 self._intake.take(message)
         return True
-
-
-def _lines(buffer: bytearray) -> Iterator[dict[str, Any]]:
-    """Yield the complete lines at the head of *buffer* and remove them from it."""
-    *lines, rest = buffer.split(b"\n")
-    buffer[:] = rest
-    for line in lines:
-        yield json.loads(line)
 
 
 class Intake:

@@ -9,6 +9,7 @@ import socket
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from uuid import UUID
 
@@ -51,7 +52,7 @@ class Executors:
         self._jobs = jobs
         self._channel = ControlChannel()
         self._processes = _Processes(Settings().cancel_grace_seconds, self._channel)
-        self._hooks = _ForkedHooks(forkservers, jobs, self._has_no_hooks)
+        self._hooks = _ForkedHooks(forkservers, jobs, partial(self.has_said, what=NO_HOOKS))
         self._cancelling: dict[UUID, asyncio.Task[None]] = {}
         #: Where a run's process hears of a suspension, says what its flow needs, and hands over its events and logs.
         self._lines: dict[UUID, Inlet] = {}
@@ -99,9 +100,6 @@ class Executors:
     def has_said(self, flow_run_id: UUID, what: str) -> bool:
         """Tell whether the process of a flow run has said *what*; False also when it has not yet come so far."""
         return flow_run_id in self._lines and what in self._lines[flow_run_id].notes
-
-    def _has_no_hooks(self, flow_run_id: UUID) -> bool:
-        return self.has_said(flow_run_id, NO_HOOKS)
 
     async def _run(self, flow_run: FlowRun, task_status: anyio.abc.TaskStatus[int], line: int) -> ProcessWorkerResult:
         executor = FlowRunExecutor(

@@ -15,13 +15,7 @@ from uuid import UUID
 
 import httpx
 from prefect.client.orchestration import PrefectClient
-from prefect.client.schemas.filters import (
-    FlowRunFilter,
-    FlowRunFilterState,
-    FlowRunFilterStateType,
-    WorkPoolFilter,
-    WorkPoolFilterName,
-)
+from prefect.client.schemas.filters import WorkPoolFilter, WorkPoolFilterName
 from prefect.client.schemas.objects import FlowRun, State, StateType, Worker
 from prefect.events import Event
 from prefect.exceptions import Abort, ObjectNotFound, Pause
@@ -31,7 +25,7 @@ from prefect.utilities.engine import propose_state
 
 from phasewise.orchestration.batches import PROCESS_LABEL, read_main_runs
 from phasewise.orchestration.cancel import CANCELLED_FROM_ABOVE, cancel_below
-from phasewise.orchestration.run_reads import read_pages, read_runs
+from phasewise.orchestration.run_reads import of_types, read_pages, read_runs
 from phasewise.system.processes import is_process_gone
 
 _LABEL = "prefect.worker.name"
@@ -209,9 +203,8 @@ class Caretaker:
 
     async def _read(self, types: Sequence[StateType]) -> list[FlowRun]:
         """Return the runs of the work pool whose state is of one of *types*."""
-        wanted = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=list(types))))
         of_pool = WorkPoolFilter(name=WorkPoolFilterName(any_=[self._pool]))
-        return await read_pages(self._client.read_flow_runs, flow_run_filter=wanted, work_pool_filter=of_pool)
+        return await read_pages(self._client.read_flow_runs, flow_run_filter=of_types(types), work_pool_filter=of_pool)
 
 
 async def schedule_again(client: PrefectClient, flow_run_id: UUID) -> None:

@@ -49,8 +49,7 @@ from phasewise.patches import entries
 from phasewise.patches.registry import apply, may_apply, why_not
 from phasewise.settings import Settings
 from phasewise.system.memory import limit_memory
-from phasewise.worker.claim_order import LEAVE_SECONDS, Turns
-from phasewise.worker.claim_trigger import Questions
+from phasewise.worker.claiming import LEAVE_SECONDS, Questions, Turns
 from phasewise.worker.fork_job import (
     BEGUN,
     WARM_DESCRIPTION,
@@ -149,9 +148,9 @@ class WarmProcessWorker(ProcessWorker):
         # Others find out by our heartbeats that we died; Prefect's 30 s would make that a matter of minutes.
         self.heartbeat_interval_seconds = min(self.heartbeat_interval_seconds, _HEARTBEAT_SECONDS)
         self._warm = AsyncExitStack()
-        self._forkservers = ForkserverPool(
-            PRELOAD, SETUP, env=_environment_of_worker(), max_runs=Settings().forkserver_runs, logger=self._logger
-        )
+        env = {**os.environ, **get_current_settings().to_environment_variables(exclude_unset=True)}
+        max_runs = Settings().forkserver_runs
+        self._forkservers = ForkserverPool(PRELOAD, SETUP, env=env, max_runs=max_runs, logger=self._logger)
         #: Deployment id → version of its code at its last run.
         self._versions: dict[UUID, str] = {}
         self._had_terminal = _has_terminal()
@@ -180,7 +179,8 @@ class WarmProcessWorker(ProcessWorker):
                 self._executors = await self._warm.enter_async_context(Executors(self._forkservers, self._jobs))
             else:
                 self._executors = cast("Executors", _NoExecutors())
-            self._services = await self._warm.enter_async_context(_background())
+            self._services = await self._warm.enter_async_context(anyio.create_task_group())
+            self._warm.callback(self._services.cancel_scope.cancel)
             with contextlib.suppress(RuntimeError, ValueError):  # not in the main thread: no signals to hear
                 asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._on_hangup)
                 self._warm.callback(asyncio.get_running_loop().remove_signal_handler, signal.SIGHUP)
@@ -229,7 +229,7 @@ class WarmProcessWorker(ProcessWorker):
         task_status: anyio.abc.TaskStatus[int] | None = None,
     ) -> ProcessWorkerResult:
         if limit := Settings().run_memory_limit:
-            task_status = _LimitsMemory(task_status or anyio.TASK_STATUS_IGNORED, limit)
+            task_status = _Tells(task_status, lambda pid: limit_memory(pid, limit))
         self._in_hand.add(flow_run.id)
         try:
             return await self._run(flow_run, configuration, task_status)
@@ -242,16 +242,15 @@ class WarmProcessWorker(ProcessWorker):
         reason = await self._why_not_warm(configuration)
         if reason is not None:
             self.get_flow_run_logger(flow_run).info("Starting a new Python for this run: %s", reason)
-            guards = _Guards(task_status or anyio.TASK_STATUS_IGNORED, self._forkservers)
-            try:
-                return await super().run(flow_run, configuration, guards)
-            except asyncio.CancelledError:  # the worker is ending, and the process of the run has
-                if self._draining:
-                    with anyio.move_on_after(END_SECONDS, shield=True):
-                        await schedule_again(self.client, flow_run.id)
-                raise
-            finally:
-                guards.release()
+            with contextlib.ExitStack() as guards:  # until its end the process is killed along with the worker
+                guarding = _Tells(task_status, lambda pid: guards.callback(self._forkservers.guard(pid)))
+                try:
+                    return await super().run(flow_run, configuration, guarding)
+                except asyncio.CancelledError:  # the worker is ending, and the process of the run has
+                    if self._draining:
+                        with anyio.move_on_after(END_SECONDS, shield=True):
+                            await schedule_again(self.client, flow_run.id)
+                    raise
         with working_directory(configuration.working_dir) as folder:
             assert isinstance(configuration, WarmProcessJobConfiguration)
             self._jobs[flow_run.id] = await self._plan(configuration, flow_run, folder)
@@ -505,20 +504,6 @@ def _known(configuration: WarmProcessJobConfiguration, flow_run: FlowRun) -> lis
     ]
 
 
-@contextlib.asynccontextmanager
-async def _background() -> Any:
-    """A task group whose tasks end with the block."""
-    async with anyio.create_task_group() as group:
-        try:
-            yield group
-        finally:
-            group.cancel_scope.cancel()
-
-
-def _environment_of_worker() -> dict[str, str]:
-    return {**os.environ, **get_current_settings().to_environment_variables(exclude_unset=True)}
-
-
 def _has_terminal() -> bool:
     try:
         os.close(os.open(os.ctermid(), os.O_RDONLY | os.O_NOCTTY))
@@ -528,27 +513,14 @@ def _has_terminal() -> bool:
 
 
 @dataclass(frozen=True)
-class _LimitsMemory(anyio.abc.TaskStatus[int]):
-    """Limits the memory of a process as soon as it is known which one runs the flow."""
+class _Tells(anyio.abc.TaskStatus[int]):
+    """Calls *tell* with the process id as soon as it is known which process runs the flow."""
 
-    task_status: anyio.abc.TaskStatus[int]
-    size_bytes: int
-
-    def started(self, value: int | None = None) -> None:
-        assert value is not None
-        limit_memory(value, self.size_bytes)
-        self.task_status.started(value)
-
-
-class _Guards(anyio.abc.TaskStatus[int]):
-    """Has a process that is not forked killed along with the worker, from when it is known until ``release``."""
-
-    def __init__(self, task_status: anyio.abc.TaskStatus[int], forkservers: ForkserverPool) -> None:
-        self._task_status = task_status
-        self._forkservers = forkservers
-        self.release: Callable[[], None] = lambda: None
+    task_status: anyio.abc.TaskStatus[int] | None
+    tell: Callable[[int], object]
 
     def started(self, value: int | None = None) -> None:
         assert value is not None
-        self.release = self._forkservers.guard(value)
-        self._task_status.started(value)
+        self.tell(value)
+        if self.task_status is not None:
+            self.task_status.started(value)

@@ -91,7 +91,7 @@ async def test_a_batch_that_has_not_begun_is_found_by_the_project_that_it_was_to
 
     found = await find_batch(Path("/shop"), states=[StateType.SCHEDULED])
 
-    assert found.run_id == str(server.run.id)
+    assert found.id == server.run.id
     with pytest.raises(UnknownBatch):
         await find_batch(Path("/bank"), states=[StateType.SCHEDULED])
 

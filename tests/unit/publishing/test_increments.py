@@ -799,10 +799,8 @@ def test_the_report_says_what_an_increment_did(tmp_path: Path):
     publication = load(project, "b1", "insert into t values (3, 'c', 30); alter table t add x text")
     manifests = list_manifests(project, "b1")
 
-    files = write_batch_report(
-        BatchData(project=project, batch="b1", manifests=manifests, audits=[], publication=publication),
-        status="published",
-    )
+    data = BatchData(project=project, batch="b1", status="published", manifests=manifests, publication=publication)
+    files = write_batch_report(data)
 
     (table,) = json.loads(files.json.read_text())["tables"]
     assert table["notes"] == [

@@ -27,7 +27,7 @@ def test_bars_by_year_are_columns_on_a_clock() -> None:
 
     assert chart is not None
     assert (chart.kind, chart.x_is) == ("columns", "year")
-    assert "1,936" not in draw_chart(chart, 520).svg
+    assert "1,936" not in draw_chart(chart, 520)[0]
 
 
 def test_a_line_that_would_zigzag_is_drawn_as_points() -> None:
@@ -79,7 +79,7 @@ def test_labels_of_bars_have_the_same_decimals() -> None:
     chart = plan_chart(make_mart(["pitcher", "era"], [["a", 2.35], ["b", 2.391], ["c", 12.0]]))
 
     assert chart is not None
-    svg = draw_chart(chart, 520).svg
+    svg = draw_chart(chart, 520)[0]
     assert all(f">{label}<" in svg for label in ("2.350", "2.391", "12.000"))
 
 
@@ -108,6 +108,6 @@ def test_no_data_breaks_a_chart_or_leaves_it_with_a_place_that_is_not_a_number(
     planned = plan_chart(make_mart([*names], rows, chart=chart))
 
     for width in (520, 320) if planned else ():
-        svg = draw_chart(planned, width).svg
+        svg = draw_chart(planned, width)[0]
         places = re.findall(r' (?:x|y|cx|cy|x1|y1|x2|y2|width|height|d)="([^"]*)"', svg)
         assert not [place for place in places if re.search(r"nan|inf", place)]

@@ -42,9 +42,8 @@ def test_the_partitions_of_a_table_are_one_table_with_their_smallest_and_largest
     project = write_project(tmp_path, source="create table orders (a integer);")
     parts = [manifest("orders", partition=f"{number}/2", rows=1000 + number) for number in (1, 2)]
 
-    files = write_batch_report(
-        BatchData(project=project, batch="b1", manifests=[*parts, manifest("stock")], audits=[]), status="failed"
-    )
+    data = BatchData(project=project, batch="b1", manifests=[*parts, manifest("stock")])
+    files = write_batch_report(data)
 
     orders, stock = json.loads(files.json.read_text())["tables"]
     assert (orders["name"], orders["rows"], orders["size_bytes"]) == ("orders", 2003, 20)
@@ -56,7 +55,7 @@ def test_a_table_that_could_not_be_split_says_so(tmp_path: Path):
     project = write_project(tmp_path, source="create table orders (a integer);")
     whole = replace(manifest("orders"), split_note="staged whole, as it could not be split: out of luck")
 
-    files = write_batch_report(BatchData(project=project, batch="b1", manifests=[whole], audits=[]), status="failed")
+    files = write_batch_report(BatchData(project=project, batch="b1", manifests=[whole]))
 
     assert json.loads(files.json.read_text())["tables"][0]["notes"] == [whole.split_note]
 
@@ -94,7 +93,7 @@ def test_a_table_that_shows_another_moment_is_marked(
     project = write_project(tmp_path, source="")
     manifests = [manifest(table, snapshot=moment, note=None if moment else "why") for table, moment in moments.items()]
 
-    files = write_batch_report(BatchData(project=project, batch="b1", manifests=manifests, audits=[]), status="failed")
+    files = write_batch_report(BatchData(project=project, batch="b1", manifests=manifests))
 
     start = "not read at the moment of the other tables, so it may not be consistent with them"
     assert {table["name"]: table["notes"] for table in json.loads(files.json.read_text())["tables"]} == {
